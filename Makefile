@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# The JAX build: cuda13 or cuda12 by what the driver supports, nothing (CPU) without a GPU.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA[A-Za-z ]*Version: *([0-9]+).*/\1/p' | head -n 1)
+ACCELERATOR := $(if $(CUDA),$(shell [ "$(CUDA)" -ge 13 ] && echo cuda13 || echo cuda12))
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/.installed  ## install, then generate from the demo model
+	$(BIN)/python -m nanovllm_jax --chat "What is 123 + 456?" "Sort: 7 3 9 1" "Tell me a story."
+
+test: $(VENV)/.installed-test  ## install, then run the tests (PYTEST_ARGS="-k name" selects)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and pyright
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed  ## nano-vLLM's benchmark on random Qwen3-0.6B weights (BENCH_ARGS=...)
+	$(BIN)/python scripts/bench.py $(or $(BENCH_ARGS),--random-weights 0.6B)
+
+clean:  ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "Python >= 3.11 is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	         "name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is as new as the pyproject.toml that was installed: no reinstall until that changes.
+empty :=
+comma := ,
+extras = $(if $1,[$(subst $(empty) $(empty),$(comma),$(strip $1))])
+define install
+$(BIN)/python -m pip install --disable-pip-version-check -e ".$(call extras,$1)"
+@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(call install,$(ACCELERATOR))
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(call install,test $(ACCELERATOR))
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(call install,dev $(ACCELERATOR))
