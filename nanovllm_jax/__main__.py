@@ -1,0 +1,228 @@
+"""The command line: `python -m nanovllm_jax "PROMPT" ...`, or `nanovllm-jax "PROMPT" ...`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nanovllm_jax import LLM, SamplingParams
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+
+# First words that mean a tool, not a prompt; `nanovllm-jax -- WORD` makes one a prompt again.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {}
+
+ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
+    "max_model_len": (int, "longest prompt plus output, in tokens"),
+    "max_num_seqs": (int, "most requests that run at the same time"),
+    "max_num_batched_tokens": (int, "most tokens that one step processes"),
+    "gpu_memory_utilization": (float, "share of the device's memory to use, in (0, 1]"),
+    "tensor_parallel_size": (int, "number of devices to split the model over"),
+    "kvcache_block_size": (int, "tokens of a cache block, a multiple of 256"),
+    "num_kvcache_blocks": (int, "size of the cache in blocks, instead of sizing it by memory"),
+    "dtype": (str, "float32 or bfloat16, instead of config.json's"),
+    "attention_backend": (str, "auto, triton or xla"),
+    "load_format": (str, "auto, or dummy for random weights (needs only config.json)"),
+}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the text is one line for them."""
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the engine's options; those that the user leaves out keep LLM's defaults."""
+    group = parser.add_argument_group("engine")
+    for name, (kind, text) in ENGINE_OPTIONS.items():
+        group.add_argument(_flag(name), type=kind, help=text, metavar=kind.__name__.upper())
+    group.add_argument(
+        "--enforce-eager", action="store_true", default=None, help="run without compiling"
+    )
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """LLM's keyword arguments: the engine options that the user gave."""
+    given = {name: getattr(args, name) for name in (*ENGINE_OPTIONS, "enforce_eager")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+class TextStream:
+    """Turns tokens into text as they arrive, never printing half of a character.
+
+    Text is held back while it ends in U+FFFD, the sign of an incomplete UTF-8 sequence; `flush`
+    returns what is still held. Each decoding starts one piece back: some tokenizers drop the
+    first token's leading space.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+        self._ids: list[int] = []
+        self._start = 0  # of the piece printed last
+        self._end = 0  # of the printed tokens
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` complete."""
+        self._ids += token_ids
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._start, self._end = self._end, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """Return the text held back, complete or not; call it once, at the end."""
+        return self._pending()
+
+    def _pending(self) -> str:
+        printed = self._decode(self._ids[self._start : self._end])
+        return self._decode(self._ids[self._start :])[len(printed) :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with `argv` (sys.argv's without the program) and return its exit status.
+
+    0: done; 1: a request failed while running; 2: bad usage; 130: interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command = COMMANDS.get(argv[0], generate) if argv else generate
+    try:
+        return command(argv[1:] if command is not generate else argv)
+    except UsageError as error:
+        print(f"nanovllm-jax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nnanovllm-jax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Generate from the prompts in `argv`: token by token for one, in prompt order for several."""
+    args = _parser().parse_intermixed_args(argv)
+    if args.prompts.count("-") > 1:
+        raise UsageError("only one prompt can be '-': there is one standard input")
+    sampling = _sampling_params(args)
+    prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in args.prompts]
+    # How many requests there will be is known here, and fewer sequences start faster.
+    options = {"max_num_seqs": min(len(prompts), 512), **engine_options(args)}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]
+    with _load(args.model, options) as llm:
+        if args.chat:
+            prompts = [_chat(llm.tokenizer, prompt) for prompt in prompts]
+        if len(prompts) == 1:
+            return _print_stream(llm, prompts[0], sampling)
+        return _print_all(llm, args.prompts, prompts, sampling)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanovllm-jax", description="Generate text with a language model."
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="'-' reads standard input")
+    parser.add_argument(
+        "--model", type=Path, default=DEMO_MODEL, metavar="DIR",
+        help="Hugging Face style model directory (default: the small demo model shipped here)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--chat", action="store_true", help="put each prompt into the model's chat template"
+    )
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--max-tokens", type=int, default=256, help="most tokens per prompt (default: 256)")
+    add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest P of probability")
+    add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest")
+    add("--seed", type=int, help="the same seed gives the same tokens")
+    add("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    add("--stop-token-ids", type=_token_ids, default=(), metavar="ID[,ID...]", help="further ends")
+    add_engine_options(parser)
+    return parser
+
+
+def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    from nanovllm_jax import SamplingParams
+
+    names = ("temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "ignore_eos",
+             "stop_token_ids")  # fmt: skip
+    try:
+        return SamplingParams(**{name: getattr(args, name) for name in names})
+    except (TypeError, ValueError) as error:
+        raise _usage_error(error) from error
+
+
+def _load(model: Path, options: dict[str, Any]) -> "LLM":
+    from nanovllm_jax import LLM
+
+    try:
+        return LLM(str(model), **options)
+    except (AssertionError, TypeError, ValueError, OSError) as error:
+        raise _usage_error(error) from error
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+    message = [{"role": "user", "content": prompt}]
+    try:
+        return str(
+            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        )
+    except ValueError as error:  # the tokenizer has no template
+        raise _usage_error(error) from error
+
+
+def _print_stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> int:
+    text = TextStream(llm.tokenizer)
+    for token_ids in _refusals(llm.stream(prompt, sampling)):
+        print(text.push(token_ids), end="", flush=True)
+    print(text.flush(), flush=True)
+    return 0
+
+
+def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "SamplingParams") -> int:
+    try:
+        results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
+    except (TypeError, ValueError) as error:
+        raise _usage_error(error) from error
+    failed = 0
+    for name, result in zip(names, results, strict=True):
+        print(f">>> {name}")
+        print(llm.tokenizer.decode(result["token_ids"], skip_special_tokens=True), end="\n\n")
+        if error := result.get("error"):
+            print(f"nanovllm-jax: {name!r} failed: {error}", file=sys.stderr)
+            failed = 1
+    return failed
+
+
+def _refusals(stream: Iterator[list[int]]) -> Iterator[list[int]]:
+    """Pass `stream` on; what it refuses before its first token is the user's error."""
+    try:
+        first = next(stream, None)
+    except (TypeError, ValueError) as error:
+        raise _usage_error(error) from error
+    if first is not None:
+        yield first
+        yield from stream
+
+
+def _usage_error(error: Exception) -> UsageError:
+    return UsageError(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
