@@ -1,0 +1,15 @@
+"""Attention over a paged KV cache: arrays in, arrays out, one file per kernel.
+
+The cache of each of K and V is one array `[L, P, S, K, H]`: layers, pages, positions in a page, KV
+heads, head dim. A block table lists the pages of a sequence in order, so that position p of
+sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
+
+Every function takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere on; interpreted
+where there is no GPU) or "xla" (plain JAX: the CPU path, and what the kernels are compared with).
+"""
+
+from pallas_kernels.kv_write import norm_rope_write
+from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_prefill import paged_prefill
+
+__all__ = ["norm_rope_write", "paged_decode", "paged_prefill"]

@@ -1,0 +1,165 @@
+"""What the kernels share: tiles of rows, addresses in the paged cache, the online softmax."""
+
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+Implementation = Literal["triton", "xla"]
+
+LOG2_E = math.log2(math.e)
+# The score of a masked position. Finite, because the running maximum of a row in which everything
+# is masked so far must not become -inf: exp2(-inf - -inf) is NaN.
+MASKED = -1e30
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise ValueError unless `implementation` is one of those that exist."""
+    if implementation not in get_args(Implementation):
+        valid = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"unknown implementation {implementation!r}; the valid ones are {valid}")
+
+
+def check_cache(
+    k_cache: jax.Array, v_cache: jax.Array, num_heads: int, head_dim: int, layer: jax.Array
+) -> None:
+    """Raise ValueError unless the caches fit each other, the queries' heads, and `layer`."""
+    if k_cache.ndim != 5 or k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
+        raise ValueError(
+            "k_cache and v_cache must both be [layers, pages, page_size, kv_heads, head_dim], but "
+            f"are {k_cache.dtype}{k_cache.shape} and {v_cache.dtype}{v_cache.shape}"
+        )
+    page_size, num_kv_heads, cache_head_dim = k_cache.shape[2:]
+    if page_size % 16:
+        raise ValueError(f"the page size must be a multiple of 16, not {page_size}")
+    if head_dim != cache_head_dim:
+        raise ValueError(f"queries have head_dim {head_dim}, but the cache has {cache_head_dim}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if jnp.shape(layer) != ():
+        raise ValueError(f"layer must be a scalar, not of shape {jnp.shape(layer)}")
+
+
+def use_interpreter(interpret: bool | None) -> bool:
+    """Whether Pallas interprets a kernel: as told, else wherever there is no GPU."""
+    return jax.default_backend() != "gpu" if interpret is None else interpret
+
+
+def cdiv(a, b):
+    """ceil(a / b) for integers a >= 0, b > 0. (lax.div: `//` on traced int32 adds sign fix-ups.)"""
+    return (a + b - 1) // b if isinstance(a, int) else lax.div(a + (b - 1), jnp.int32(b))
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << (n - 1).bit_length()
+
+
+# --- Tiles in Triton kernels -----------------------------------------------------------------
+#
+# Kernels see every array as a matrix of rows and pick rows by number. Triton's tiles have
+# power-of-two sides (and at least 16 for a matrix product), so a head dim such as 80 occupies a
+# wider tile whose last columns are masked.
+#
+# Row numbers are int32. Element offsets (row * width) may pass 2**31 in a large cache; Pallas
+# computes them in 64 bits for arrays of more than 2**32 bytes, which is enough for elements of two
+# bytes or more, and in 32 bits for smaller arrays. (An 8-bit cache of 2 to 4 GiB would overflow.)
+
+
+def _columns(width: int):
+    padded = max(16, next_power_of_2(width))
+    cols = jnp.arange(padded)
+    return cols, (None if padded == width else cols < width)
+
+
+def _tile_mask(row_mask, col_mask, shape):
+    masks = []
+    if row_mask is not None:
+        masks.append(jnp.broadcast_to(row_mask[:, None], shape))
+    if col_mask is not None:
+        masks.append(jnp.broadcast_to(col_mask[None, :], shape))
+    return None if not masks else masks[0] if len(masks) == 1 else masks[0] & masks[1]
+
+
+def load_rows(ref, rows, row_mask=None):
+    """The rows `rows` of the matrix `ref` as a tile; masked rows and padding columns read as 0."""
+    cols, col_mask = _columns(ref.shape[1])
+    mask = _tile_mask(row_mask, col_mask, (rows.shape[0], cols.shape[0]))
+    other = None if mask is None else 0.0
+    return plgpu.load(ref.at[rows[:, None], cols[None, :]], mask=mask, other=other)
+
+
+def store_rows(ref, rows, tile, row_mask=None):
+    """Write `tile` to the rows `rows` of the matrix `ref`, in its dtype, masked rows excepted.
+
+    Masked rows must not repeat a row that is written: the interpreter writes the old value there.
+    """
+    cols, col_mask = _columns(ref.shape[1])
+    mask = _tile_mask(row_mask, col_mask, tile.shape)
+    plgpu.store(ref.at[rows[:, None], cols[None, :]], tile.astype(ref.dtype), mask=mask)
+
+
+def cache_row(cache_shape: tuple[int, ...], layer, page, position, kv_head):
+    """The row of one page position and head in a cache seen as a `[L*P*S*K, H]` matrix."""
+    _, num_pages, page_size, num_kv_heads, _ = cache_shape
+    return ((layer * num_pages + page) * page_size + position) * num_kv_heads + kv_head
+
+
+def kv_block_size(page_size: int) -> int:
+    """Positions per K/V tile: 64, or less where a tile would straddle two pages."""
+    return math.gcd(page_size, 64)
+
+
+def num_stages(block_n: int, cache_shape: tuple[int, ...], dtype, most: int) -> int:
+    """The depth of the software pipeline: `most`, or what 160 KiB of shared memory hold."""
+    tile_bytes = 2 * block_n * max(16, next_power_of_2(cache_shape[-1])) * jnp.dtype(dtype).itemsize
+    return max(1, min(most, (160 * 1024) // tile_bytes))
+
+
+# --- Attention over one block of keys --------------------------------------------------------
+
+
+def empty_attention(num_rows: int, head_dim: int):
+    """The state of `attend` before the first block: accumulator, running maximum, running sum."""
+    return (
+        jnp.zeros((num_rows, head_dim), jnp.float32),
+        jnp.full((num_rows,), MASKED, jnp.float32),
+        jnp.zeros((num_rows,), jnp.float32),
+    )
+
+
+def attend(q, k, v, mask, state, scale: float):
+    """Fold one block of keys and values into the attention of the rows of `q`.
+
+    The online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135, algorithm 1), in base
+    2: exp2 is one instruction, and its change of base costs nothing, folded into the scale.
+
+    Shapes: q [M, H]; k, v [N, H]; mask [M, N], or None where every row attends to every key.
+    v must be finite where the mask is False, since 0 * NaN is NaN; k may be anything there.
+    """
+    acc, row_max, row_sum = state
+    scores = _dot(q, k.astype(q.dtype), contract_last=True) * (scale * LOG2_E)
+    if mask is not None:
+        scores = jnp.where(mask, scores, MASKED)
+    new_max = jnp.maximum(row_max, scores.max(axis=1))
+    rescale = jnp.exp2(row_max - new_max)
+    weights = jnp.exp2(scores - new_max[:, None])
+    acc = acc * rescale[:, None] + _dot(weights.astype(q.dtype), v.astype(q.dtype))
+    return acc, new_max, row_sum * rescale + weights.sum(axis=1)
+
+
+def finish_attention(state):
+    """The attention output `[M, H]` in float32; zeros for rows that have seen no block."""
+    acc, _, row_sum = state
+    return acc / jnp.where(row_sum > 0, row_sum, 1.0)[:, None]
+
+
+def _dot(a, b, contract_last: bool = False):
+    # HIGHEST: float32 products in full float32 instead of TF32. It changes nothing for bfloat16.
+    dims = (((1,), (1 if contract_last else 0,)), ((), ()))
+    return lax.dot_general(
+        a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,201 @@
+"""Norm and rotate queries and keys, and write keys and values into the paged cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels._common import (
+    Implementation,
+    cache_row,
+    check_cache,
+    check_implementation,
+    load_rows,
+    next_power_of_2,
+    store_rows,
+    use_interpreter,
+)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("eps", "implementation", "interpret"),
+    donate_argnames=("k_cache", "v_cache"),
+)
+def norm_rope_write(
+    qkv: Float[Array, "T K G+2 H"],
+    q_norm: Float[Array, " H"],
+    k_norm: Float[Array, " H"],
+    cos: Float[Array, "T H/2"],
+    sin: Float[Array, "T H/2"],
+    slots: Int32[Array, " T"],
+    k_cache: Float[Array, "L P S K H"],
+    v_cache: Float[Array, "L P S K H"],
+    layer: Int32[Array, ""],
+    *,
+    eps: float,
+    implementation: Implementation,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "L P S K H"], Float[Array, "L P S K H"]]:
+    """Return the queries, normed and rotated, and the caches with this layer's new K and V in them.
+
+    The caches are updated in place and those passed in are consumed: go on with the ones returned.
+
+    Args:
+        qkv: for each token and KV head its G query heads, then the key, then the value.
+        q_norm, k_norm: weights of the per-head RMSNorm of queries and keys.
+        cos, sin: float32, of each token's position times the H/2 inverse frequencies. Computed once
+            a step and not in here: a sine of 32,000 radians is slow on a GPU, and every layer needs
+            the same ones.
+        slots: where a token's K and V go: page * S + offset, the same in each layer; a negative
+            slot writes nothing. No two tokens may share a slot.
+        layer: the layer whose part of the caches is written.
+        eps: of the RMSNorm.
+        interpret: run the Triton kernel in Pallas's interpreter; None: where there is no GPU.
+
+    Returns:
+        (q, k_cache, v_cache), where head n = k*G + g of q is query head g of KV head k.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown implementation.
+
+    The norm follows Qwen3RMSNorm of transformers: float32, rounded to the activations' dtype, then
+    times the weight. RoPE (Su et al., 2021, arXiv:2104.09864) rotates the pairs (i, i + H/2) in
+    float32 and rounds once.
+    """
+    check_implementation(implementation)
+    num_tokens, num_kv_heads, per_group, head_dim = qkv.shape
+    check_cache(k_cache, v_cache, (per_group - 2) * num_kv_heads, head_dim, layer)
+    if per_group < 3 or num_kv_heads != k_cache.shape[3]:
+        raise ValueError(f"qkv {qkv.shape} is not [T, K, G+2, H] for the cache {k_cache.shape}")
+    if head_dim % 2 or not cos.shape == sin.shape == (num_tokens, head_dim // 2):
+        raise ValueError(f"cos {cos.shape}, sin {sin.shape} are not [T, H/2] for qkv {qkv.shape}")
+    if not q_norm.shape == k_norm.shape == (head_dim,) or slots.shape != (num_tokens,):
+        raise ValueError(
+            f"q_norm {q_norm.shape}, k_norm {k_norm.shape} and slots {slots.shape} are not "
+            f"[H], [H] and [T] for qkv {qkv.shape}"
+        )
+    operands = (qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
+    if implementation == "xla":
+        return _norm_rope_write_xla(*operands, eps=eps)
+    return _norm_rope_write_triton(*operands, eps=eps, interpret=use_interpreter(interpret))
+
+
+def _norm_rope(x1, x2, weight1, weight2, cos, sin, head_dim, eps):
+    """The RMSNorm and rotation of heads given as their two halves `[..., H/2]`, as in Qwen3."""
+    dtype = x1.dtype
+    x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
+    squares = (x1 * x1).sum(axis=-1, keepdims=True) + (x2 * x2).sum(axis=-1, keepdims=True)
+    inv_rms = lax.rsqrt(squares / head_dim + eps)
+    # Rounded before and after the weight, because Qwen3RMSNorm is.
+    x1 = ((x1 * inv_rms).astype(dtype) * weight1.astype(dtype)).astype(jnp.float32)
+    x2 = ((x2 * inv_rms).astype(dtype) * weight2.astype(dtype)).astype(jnp.float32)
+    return (x1 * cos - x2 * sin).astype(dtype), (x2 * cos + x1 * sin).astype(dtype)
+
+
+# --- XLA -------------------------------------------------------------------------------------
+
+
+def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer, *, eps):
+    num_tokens, _, _, head_dim = qkv.shape
+    num_pages, page_size = k_cache.shape[1:3]
+
+    def norm_rope(heads, weight):  # heads [T, heads, H]
+        x1, x2 = jnp.split(heads, 2, axis=-1)
+        weight1, weight2 = jnp.split(weight, 2)
+        halves = _norm_rope(x1, x2, weight1, weight2, cos[:, None], sin[:, None], head_dim, eps)
+        return jnp.concatenate(halves, axis=-1)
+
+    q = norm_rope(qkv[:, :, :-2].reshape(num_tokens, -1, head_dim), q_norm)
+    k = norm_rope(qkv[:, :, -2], k_norm)
+    v = qkv[:, :, -1]
+
+    # mode="drop" drops the page that does not exist; a negative index would count from the end.
+    pages = jnp.where(slots >= 0, slots // page_size, num_pages)
+
+    def write(cache, rows):
+        at = cache.at[layer, pages, slots % page_size]
+        return at.set(rows.astype(cache.dtype), mode="drop")
+
+    return q, write(k_cache, k), write(v_cache, v)
+
+
+# --- Triton ----------------------------------------------------------------------------------
+
+
+def _kernel(
+    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slots_ref, layer_ref, _k_in, _v_in,
+    q_ref, k_ref, v_ref, *, group: int, cache_shape: tuple[int, ...], eps: float,
+):  # fmt: skip
+    """One program per token. Matrices have rows of half a head: RoPE pairs the two halves."""
+    token = pl.program_id(0)
+    num_kv_heads, head_dim = cache_shape[3:]
+    num_heads = num_kv_heads * group
+    one = jnp.arange(1)
+    cos, sin = load_rows(cos_ref, token + one), load_rows(sin_ref, token + one)
+
+    def load_halves(heads, mask):
+        rows = 2 * (token * num_kv_heads * (group + 2) + heads)
+        return load_rows(qkv_ref, rows, mask), load_rows(qkv_ref, rows + 1, mask)
+
+    def store_halves(ref, rows, halves, mask):
+        store_rows(ref, 2 * rows, halves[0], mask)
+        store_rows(ref, 2 * rows + 1, halves[1], mask)
+
+    def norm_rope(halves, norm_ref):
+        weights = load_rows(norm_ref, one), load_rows(norm_ref, one + 1)
+        return _norm_rope(*halves, *weights, cos, sin, head_dim, eps)
+
+    n = jnp.arange(next_power_of_2(num_heads))
+    n_mask = None if n.shape[0] == num_heads else n < num_heads
+    n_heads = lax.div(n, jnp.int32(group)) * (group + 2) + lax.rem(n, jnp.int32(group))
+    q = norm_rope(load_halves(n_heads, n_mask), q_norm_ref)
+    store_halves(q_ref, token * num_heads + n, q, n_mask)
+
+    slot = slots_ref[token]
+
+    @pl.when(slot >= 0)
+    def _():
+        k = jnp.arange(next_power_of_2(num_kv_heads))
+        k_mask = None if k.shape[0] == num_kv_heads else k < num_kv_heads
+        # slot = page * S + offset, so page 0 and position `slot` name the same row.
+        rows = cache_row(cache_shape, layer_ref[0], 0, slot, k)
+        key = load_halves(k * (group + 2) + group, k_mask)
+        value = load_halves(k * (group + 2) + group + 1, k_mask)
+        store_halves(k_ref, rows, norm_rope(key, k_norm_ref), k_mask)
+        store_halves(v_ref, rows, value, k_mask)
+
+
+def _norm_rope_write_triton(
+    qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer, *, eps, interpret
+):
+    num_tokens, num_kv_heads, per_group, head_dim = qkv.shape
+    num_heads = num_kv_heads * (per_group - 2)
+    half = head_dim // 2
+    k_rows, v_rows = k_cache.reshape(-1, half), v_cache.reshape(-1, half)
+    kernel = functools.partial(_kernel, group=per_group - 2, cache_shape=k_cache.shape, eps=eps)
+    q, k_rows, v_rows = pl.pallas_call(
+        kernel,
+        grid=(num_tokens,),
+        out_shape=[
+            jax.ShapeDtypeStruct((num_tokens * num_heads * 2, half), qkv.dtype),
+            jax.ShapeDtypeStruct(k_rows.shape, k_rows.dtype),
+            jax.ShapeDtypeStruct(v_rows.shape, v_rows.dtype),
+        ],
+        input_output_aliases={7: 1, 8: 2},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="norm_rope_write",
+    )(
+        qkv.reshape(-1, half), q_norm.reshape(2, half), k_norm.reshape(2, half), cos, sin, slots,
+        jnp.reshape(layer, 1), k_rows, v_rows,
+    )  # fmt: skip
+    return (
+        q.reshape(num_tokens, num_heads, head_dim),
+        k_rows.reshape(k_cache.shape),
+        v_rows.reshape(v_cache.shape),
+    )

@@ -1,0 +1,248 @@
+"""The kernels against a dense float64 reference, and what the engine relies on besides numbers.
+
+Every cache is NaN wherever nothing was written: in the rest of a sequence's last page, in pages of
+no sequence, in all other layers. Block tables are permuted, and garbage beyond the context.
+"""
+
+import contextlib
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import norm_rope_write, paged_decode, paged_prefill
+from pallas_kernels.paged_decode import _paged_decode_triton
+
+IMPLEMENTATIONS = ("xla", "triton")
+LAYERS, LAYER = 3, 1
+# (query heads per KV head, head dim, page size, dtype)
+SHAPES = [
+    (1, 16, 16, "float32"),
+    (2, 64, 32, "float32"),
+    (3, 80, 16, "float32"),
+    (7, 128, 32, "float32"),
+    (2, 128, 64, "bfloat16"),
+]
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+each_shape = pytest.mark.parametrize("group, head_dim, page_size, dtype", SHAPES)
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+# --- Data and references, shared with tests/gpu ----------------------------------------------
+
+
+class PagedCache:
+    """Random keys and values of some sequences: dense per sequence, and paged among NaNs."""
+
+    def __init__(self, rng, contexts, *, kv_heads, head_dim, page_size, dtype, width=None):
+        needed = [-(-int(n) // page_size) for n in contexts]
+        width = width or max(needed) + 2
+        num_pages = sum(needed) + 3
+        ids = iter(rng.permutation(num_pages))
+        garbage = rng.choice(np.array([-1, num_pages, 2**31 - 1, -(2**31)]), (len(contexts), width))
+        self.tables = garbage.astype(np.int32)
+        shape = (LAYERS, num_pages, page_size, kv_heads, head_dim)
+        paged = {"k": np.full(shape, np.nan, np.float32), "v": np.full(shape, np.nan, np.float32)}
+        self.dense = {"k": [], "v": []}
+        for b, context in enumerate(contexts):
+            pages = [next(ids) for _ in range(needed[b])]
+            self.tables[b, : len(pages)] = pages
+            for name in paged:
+                x = rng.standard_normal((context, kv_heads, head_dim), np.float32)
+                x = np.asarray(jnp.asarray(x, dtype), np.float32)  # exactly what the cache holds
+                self.dense[name].append(x)
+                for i, page in enumerate(pages):
+                    part = x[i * page_size : (i + 1) * page_size]
+                    paged[name][LAYER, page, : len(part)] = part
+        self.k, self.v = jnp.asarray(paged["k"], dtype), jnp.asarray(paged["v"], dtype)
+
+    def attention(self, b, q, scale):
+        """Dense causal attention of q [M, N, H], the last M tokens of sequence b, in float64."""
+        k, v = self.dense["k"][b].astype(np.float64), self.dense["v"][b].astype(np.float64)
+        tokens, heads, head_dim = q.shape
+        group = heads // k.shape[1]
+        q = np.asarray(q, np.float64).reshape(tokens, -1, group, head_dim)
+        scores = np.einsum("mkgh,skh->kgms", q, k) * scale
+        position = len(k) - tokens + np.arange(tokens)
+        scores = np.where(np.arange(len(k)) <= position[:, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("kgms,skh->mkgh", weights, v).reshape(tokens, heads, head_dim)
+
+
+def random_array(rng, shape, dtype):
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+
+def check_decode(implementation, contexts, *, group, kv_heads, head_dim, page_size, dtype, seed=0):
+    rng = np.random.default_rng([seed, group, head_dim, page_size])
+    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    cache = PagedCache(rng, contexts, **geometry)
+    q = random_array(rng, (len(contexts), kv_heads * group, head_dim), dtype)
+    scale = head_dim**-0.5
+    tables, lens = jnp.asarray(cache.tables), jnp.asarray(contexts, jnp.int32)
+    out = paged_decode(
+        q, cache.k, cache.v, tables, lens, LAYER, scale=scale, implementation=implementation
+    )
+    assert out.shape == q.shape and out.dtype == q.dtype
+    for b, context in enumerate(contexts):
+        want = cache.attention(b, q[b][None], scale)[0] if context else 0
+        np.testing.assert_allclose(
+            np.asarray(out[b], np.float64), want, atol=TOLERANCE[dtype], err_msg=f"sequence {b}"
+        )
+
+
+def check_prefill(
+    implementation, chunks, padding, *, group, kv_heads, head_dim, page_size, dtype, seed=0
+):
+    """`chunks` has (query tokens, context) of each sequence; `padding` rows follow them."""
+    rng = np.random.default_rng([seed, group, head_dim, page_size])
+    lengths, contexts = zip(*chunks, strict=True)
+    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    cache = PagedCache(rng, contexts, **geometry)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    q = random_array(rng, (starts[-1] + padding, kv_heads * group, head_dim), dtype)
+    scale = head_dim**-0.5
+    out = paged_prefill(
+        q,
+        cache.k,
+        cache.v,
+        jnp.asarray(cache.tables),
+        jnp.asarray(starts),
+        jnp.asarray(contexts, jnp.int32),
+        LAYER,
+        scale=scale,
+        implementation=implementation,
+    )
+    assert out.shape == q.shape and out.dtype == q.dtype
+    out = np.asarray(out, np.float64)
+    for b, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if first < last:
+            want = cache.attention(b, q[first:last], scale)
+            np.testing.assert_allclose(
+                out[first:last], want, atol=TOLERANCE[dtype], err_msg=f"sequence {b}"
+            )
+    np.testing.assert_array_equal(out[starts[-1] :], 0)
+
+
+def norm_rope(x, weight, positions, inv_freq, eps):
+    """RMSNorm and rotate-half RoPE of x [T, heads, H] in float64."""
+    x = x * weight / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    angles = (positions[:, None] * inv_freq)[:, None]
+    x1, x2 = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def check_write(
+    implementation, num_tokens, *, group, kv_heads, head_dim, page_size, dtype, num_pages=9, seed=0
+):
+    rng = np.random.default_rng([seed, group, head_dim, page_size])
+    eps = 1e-6
+    qkv = random_array(rng, (num_tokens, kv_heads, group + 2, head_dim), dtype)
+    q_norm, k_norm = random_array(rng, (head_dim,), dtype), random_array(rng, (head_dim,), dtype)
+    positions = rng.integers(0, 32769, num_tokens)
+    positions[0] = 32768
+    inv_freq = 1e6 ** -(np.arange(0, head_dim, 2) / head_dim)
+    angles = positions[:, None].astype(np.float32) * inv_freq.astype(np.float32)
+    slots = rng.permutation(num_pages * page_size)[:num_tokens].astype(np.int32)
+    slots[1::3] = rng.choice(np.array([-1, -page_size, -(2**31)]), len(slots[1::3]))
+    before = rng.standard_normal((2, LAYERS, num_pages, page_size, kv_heads, head_dim), np.float32)
+    k_cache, v_cache = (jnp.asarray(x, dtype) for x in before)
+    before = [np.asarray(k_cache, np.float64), np.asarray(v_cache, np.float64)]
+    q, k_cache, v_cache = norm_rope_write(
+        qkv,
+        q_norm,
+        k_norm,
+        jnp.cos(angles),
+        jnp.sin(angles),
+        jnp.asarray(slots),
+        k_cache,
+        v_cache,
+        LAYER,
+        eps=eps,
+        implementation=implementation,
+    )
+    x, q_norm, k_norm = (np.asarray(a, np.float64) for a in (qkv, q_norm, k_norm))
+    heads = x[:, :, :-2].reshape(num_tokens, kv_heads * group, head_dim)
+    want_q = norm_rope(heads, q_norm, positions, inv_freq, eps)
+    want_k = norm_rope(x[:, :, -2], k_norm, positions, inv_freq, eps)
+    # A float32 angle of 32,768 radians is off by up to 2e-3.
+    tolerance = dict(atol=8e-3, rtol=1e-3) if dtype == "float32" else dict(atol=5e-2, rtol=2e-2)
+    np.testing.assert_allclose(np.asarray(q, np.float64), want_q, **tolerance)
+
+    pages, offsets = slots[slots >= 0] // page_size, slots[slots >= 0] % page_size
+    k_cache, v_cache = np.asarray(k_cache, np.float64), np.asarray(v_cache, np.float64)
+    written_k, written_v = k_cache[LAYER, pages, offsets], v_cache[LAYER, pages, offsets]
+    np.testing.assert_allclose(written_k, want_k[slots >= 0], **tolerance)
+    np.testing.assert_array_equal(written_v, x[:, :, -1][slots >= 0])
+    for cache, old in zip((k_cache, v_cache), before, strict=True):  # and nothing else
+        cache[LAYER, pages, offsets] = old[LAYER, pages, offsets]
+        np.testing.assert_array_equal(cache, old)
+
+
+# --- Numbers ---------------------------------------------------------------------------------
+
+
+@each_implementation
+@each_shape
+def test_decode_matches_dense_attention(implementation, group, head_dim, page_size, dtype):
+    s = page_size
+    check_decode(
+        implementation,
+        [1, s - 1, 0, s, s + 1, 2 * s],
+        group=group, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=dtype,
+    )  # fmt: skip
+
+
+@each_implementation
+@each_shape
+def test_prefill_matches_dense_attention(implementation, group, head_dim, page_size, dtype):
+    s = page_size
+    # Whole prompts around a page edge, chunks behind a prefix, one token, padding sequences.
+    chunks = [(s - 1, s - 1), (1, s + 1), (s + 1, s + 1), (0, 0), (s // 2, 2 * s), (2 * s, 3 * s)]
+    check_prefill(
+        implementation,
+        [*chunks, (0, 0)],
+        padding=7,
+        group=group, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=dtype,
+    )  # fmt: skip
+
+
+@each_implementation
+@each_shape
+def test_write_matches_float64_and_touches_nothing_else(
+    implementation, group, head_dim, page_size, dtype
+):
+    check_write(
+        implementation,
+        13,
+        group=group, kv_heads=3, head_dim=head_dim, page_size=page_size, dtype=dtype,
+    )  # fmt: skip
+
+
+@each_implementation
+def test_all_padding(implementation):
+    shape = dict(group=2, kv_heads=1, head_dim=16, page_size=16, dtype="float32")
+    check_decode(implementation, [0, 0], **shape)
+    check_prefill(implementation, [(0, 0), (0, 0)], padding=5, **shape)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 8])
+def test_splitting_the_context_changes_nothing(num_splits):
+    contexts = [0, 1, 63, 64, 200]
+    rng = np.random.default_rng(num_splits)
+    geometry = dict(kv_heads=2, head_dim=64, page_size=16, dtype="float32")
+    cache = PagedCache(rng, contexts, **geometry)
+    q = random_array(rng, (len(contexts), 4, 64), "float32")
+    out = _paged_decode_triton(
+        q, cache.k, cache.v, cache.tables, jnp.asarray(contexts, jnp.int32), LAYER,
+        scale=0.125, num_splits=num_splits, interpret=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out[0], 0)
+    for b in range(1, len(contexts)):
+        want = cache.attention(b, q[b][None], 0.125)[0]
+        np.testing.assert_allclose(out[b], want, atol=2e-5)
