@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,9 +122,18 @@ def generate(argv: Sequence[str]) -> int:
         return _print_all(llm, args.prompts, prompts, sampling)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad option like any other bad usage: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists what there is)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="nanovllm-jax", description="Generate text with a language model."
+    parser = _Parser(
+        prog="nanovllm-jax",
+        usage="%(prog)s [options] PROMPT [PROMPT ...]",
+        description="Generate text with a language model.",
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="'-' reads standard input")
     parser.add_argument(
@@ -221,7 +230,10 @@ def _flag(name: str) -> str:
 
 
 def _token_ids(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids") from None
 
 
 if __name__ == "__main__":

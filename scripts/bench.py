@@ -11,6 +11,7 @@ outside every timed part, and no timed prompt is in the prefix cache.
 
 import argparse
 import contextlib
+import functools
 import json
 import platform
 import random
@@ -36,6 +37,7 @@ MAX_TOKEN_ID = 10_000
 STANDARD = (256, 1024, 142_827, 133_966)  # requests, longest length, prompt and output tokens
 BATCHES = (1, 16, 64)
 TB = 1e12
+say = functools.partial(print, flush=True)  # progress is seen through a pipe, too
 
 # Measured by copying, in TB/s: what a kernel that does nothing but read and write reaches.
 BANDWIDTH = {"H100": 2.99, "H200": 4.3}
@@ -129,6 +131,8 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
             lengths.append(len(token_ids))
             if detokenize:
                 llm.tokenizer.decode(token_ids)
+        if not tokens:
+            continue  # nothing read back yet: its time belongs to the step that does
         before, now = now, time.perf_counter()
         if tokens > 0:
             result = replace(
@@ -142,7 +146,7 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
                 result,
                 decode_seconds=result.decode_seconds + now - before,
                 decode_tokens=result.decode_tokens - tokens,
-                decode_steps=result.decode_steps + bool(tokens),
+                decode_steps=result.decode_steps + 1,
             )
     assert sorted(lengths) == sorted(work.outputs), "outputs of a wrong length"
     return replace(result, seconds=time.perf_counter() - began)
@@ -195,7 +199,7 @@ def throughput(
         "prefill_tok_s": _rate(middle.prefill_tokens, middle.prefill_seconds),
         "decode_tok_s": _rate(middle.decode_tokens, middle.decode_seconds),
     }
-    print(
+    say(
         f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
         f"{work.output_tokens:,} output tokens"
         f"{', detokenized' if args.detokenize else ''}, {args.runs} runs\n"
@@ -208,8 +212,8 @@ def throughput(
     )
     if bandwidth:
         result |= memory_share(middle, work, traffic, bandwidth)
-        print(
-            f"  memory      {result['decode_bytes'] / TB:.3f} TB must be read: "
+        say(
+            f"  memory      {result['decode_bytes'] / TB:.4g} TB must be read: "
             f"{result['limit_tok_s']:,.0f} tok/s at {bandwidth:g} TB/s is the limit\n"
             f"              {result['share_of_limit']:.1%} of it reached over the run, "
             f"{result['decode_share_of_limit']:.1%} in the decode steps"
@@ -244,7 +248,7 @@ def latency(llm: LLM, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     def seconds(batch: int, length: int) -> float:
         return run(llm, fixed_workload(rng, batch, 128, length, vocab), args.temperature).seconds
 
-    print(f"latency: 128 prompt and {tokens} output tokens, median of {args.runs}")
+    say(f"latency: 128 prompt and {tokens} output tokens, median of {args.runs}")
     for batch in BATCHES:
         seconds(batch, tokens)  # warm-up
         whole = statistics.median(seconds(batch, tokens) for _ in range(args.runs))
@@ -254,7 +258,7 @@ def latency(llm: LLM, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
             "output_tok_s": batch * tokens / whole,
             "ttft_ms": first * 1e3,
         }
-        print(
+        say(
             f"  batch {batch:<5} {row['ms_per_token']:.2f} ms per token, "
             f"{row['output_tok_s']:,.0f} output tok/s, first token after {row['ttft_ms']:.1f} ms"
         )
@@ -272,7 +276,7 @@ def prefill(llm: LLM, args: argparse.Namespace, vocab: int) -> dict[str, Any]:
     seconds()  # warm-up
     times = [seconds() for _ in range(args.runs)]
     rates = [batch * args.max_len / s for s in times]
-    print(
+    say(
         f"prefill: {batch} x {args.max_len} tokens, median of {args.runs}\n"
         f"  input       {statistics.median(rates):,.0f} tok/s "
         f"({min(rates):,.0f} to {max(rates):,.0f}), {statistics.median(times):.3f} s"
@@ -372,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
     bandwidth = args.bandwidth or known
     name = args.random_weights or str(args.model)
-    print(
+    say(
         f"{name} on {devices} x {kind}, {model.dtype}, jax {jax.__version__}\n"
         f"start-up: {ready - START:.1f} s, of which the engine {ready - engine_start:.1f} s"
     )
