@@ -1,0 +1,1 @@
+"""The engine: the loop, the scheduler, the block manager and the model runner."""

@@ -1,0 +1,297 @@
+"""Runs batches on the devices: bucketed compiled steps, the donated cache, futures of tokens."""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.inputs import RowTable
+from nanovllm_jax.engine.scheduler import Batch
+from nanovllm_jax.engine.step import DeviceState, StepProgram
+from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.models import model_class
+from nanovllm_jax.sharding import make_sharding
+from nanovllm_jax.weights import load_weights, random_weights
+
+PROBE_BLOCKS = 8  # cache size with which a program's temporary memory is found out
+GPU_MARGIN_BYTES = 512 << 20  # for what the compiler's account leaves out, cuBLAS workspaces say
+CPU_CACHE_SHARE = 1 / 32  # of the machine's memory
+
+
+class Bucket(NamedTuple):
+    """A shape that steps are padded to: of tokens (prefill), or of rows (decode, tokens = 0)."""
+
+    num_tokens: int
+    num_rows: int
+
+
+def decode_buckets(max_num_seqs: int) -> list[Bucket]:
+    """Batch sizes: powers of two, from 64 on also the steps half-way between, up to any maximum."""
+    exponents = max_num_seqs.bit_length()
+    sizes = {1 << k for k in range(exponents)} | {3 << k for k in range(5, exponents)}
+    sizes = sorted(size for size in sizes if size < max_num_seqs)
+    return [Bucket(0, size) for size in [*sizes, max_num_seqs]]
+
+
+def prefill_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> list[Bucket]:
+    """Token counts: powers of two from 64 up to any maximum, with room for a row in 32 tokens."""
+    sizes = {1 << k for k in range(6, max_num_batched_tokens.bit_length())}
+    sizes = sorted(size for size in sizes if size < max_num_batched_tokens)
+    return [
+        Bucket(size, min(max_num_seqs, max(8, size // 32)))
+        for size in [*sizes, max_num_batched_tokens]
+    ]
+
+
+class TokenFuture:
+    """A step's sampled tokens on their way to the host."""
+
+    def __init__(self, tokens: jax.Array, num_rows: int):
+        self._tokens, self._num_rows = tokens, num_rows
+        tokens.copy_to_host_async()
+
+    def result(self) -> list[int]:
+        """Wait for the tokens, one for each row of the batch."""
+        return np.asarray(self._tokens)[: self._num_rows].tolist()
+
+
+class ModelRunner:
+    """Owns what is on the devices: weights, KV cache, last tokens, compiled programs."""
+
+    def __init__(self, config: EngineConfig, vocab_size: int):
+        # The default pool is 75% of a card. No effect once a JAX program has touched the GPU.
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+        _use_compilation_cache()
+        self.config = config
+        self.sharding = make_sharding(config.tensor_parallel_size)
+        platform = self.sharding.mesh.devices.flat[0].platform
+        self.model_config = config.model_config.over(config.tensor_parallel_size)
+        model = model_class(self.model_config.architecture)
+        backend = config.attention_backend
+        if backend == "auto":
+            backend = "triton" if platform == "gpu" else "xla"
+
+        if config.load_format == "dummy":
+            weights = random_weights(model, self.model_config, self.sharding, config.seed)
+        else:
+            weights = load_weights(model, self.model_config, self.sharding, Path(config.model))
+        self.weights, treedef = jax.tree.flatten(weights)
+        make = functools.partial(model, self.model_config, constrain=self.sharding.constrain)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+        self.program = StepProgram(
+            graph, treedef, self.sharding, backend, config.kvcache_block_size, vocab_size
+        )
+
+        self.table_width = -(-config.max_model_len // config.kvcache_block_size)
+        self.table = RowTable(config.max_num_seqs, self.table_width)
+        self.decode_buckets = decode_buckets(config.max_num_seqs)
+        self.prefill_buckets = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+        self.num_blocks = config.num_kvcache_blocks or self._size_cache(platform)
+        self.state = self._make_state(self.num_blocks)
+        self.steps: dict[Bucket, Callable] = {}
+        self.redraws: dict[int, Callable] = {}
+        if config.enforce_eager:
+            self._use_eager_steps()
+        else:
+            self._compile_all(self.num_blocks)
+
+    @property
+    def max_prefill_seqs(self) -> int:
+        return self.prefill_buckets[-1].num_rows
+
+    def dispatch(self, batch: Batch) -> TokenFuture:
+        """Start a step on the devices and return at once; its tokens come with the future."""
+        num_tokens = batch.num_tokens if batch.is_prefill else 0
+        buckets = self.prefill_buckets if batch.is_prefill else self.decode_buckets
+        bucket = next(
+            b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= len(batch.seqs)
+        )
+        rows, packed = self._pack(batch, bucket)
+        self.state, tokens, logits = self.steps[bucket](self.weights, self.state, packed)
+        if any(seq.params.filters for seq in batch.seqs):
+            self.state, tokens = self.redraws[bucket.num_rows](self.state, logits, rows)
+        return TokenFuture(tokens, len(batch.seqs))
+
+    def shut_down(self) -> None:
+        """Give all device memory back."""
+        for array in jax.tree.leaves((self.weights, self.state)):
+            if not array.is_deleted():
+                array.delete()
+        self.weights, self.steps, self.redraws = [], {}, {}
+
+    def _pack(self, batch: Batch, bucket: Bucket) -> tuple[np.ndarray, np.ndarray]:
+        """The batch's rows, and the one array that the step takes."""
+        block_size = self.config.kvcache_block_size
+        for seq, start in zip(batch.seqs, batch.starts, strict=True):
+            if batch.is_prefill:
+                self.table.fill(seq)
+            elif start % block_size == 0:
+                self.table.add_block(seq)
+        slots = [seq.slot for seq in batch.seqs]
+        rows = self.table.gather(slots, batch.starts, batch.lengths, bucket.num_rows)
+        token_ids = np.zeros(bucket.num_tokens, np.int32)
+        if batch.is_prefill:
+            end = 0
+            for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+                token_ids[end : end + length] = seq.token_ids[start : start + length]
+                end += length
+        return rows, np.concatenate([token_ids, rows.ravel()])
+
+    # --- memory ---
+
+    def _make_state(self, num_blocks: int, make=jnp.zeros) -> DeviceState:
+        """The cache and the last tokens, zeroed on the devices (or other arrays by `make`)."""
+        c, dtype = self.model_config, jnp.dtype(self.model_config.dtype)
+        shape = (c.num_layers, num_blocks, self.config.kvcache_block_size)
+        shape += (c.num_kv_heads, c.head_dim)
+        sharding = self.sharding.named(*KVCache.AXES)
+        k, v = (make(shape, dtype, device=sharding) for _ in range(2))
+        slots = (self.config.max_num_seqs + 1,)
+        return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self.sharding.replicated))
+
+    def _size_cache(self, platform: str) -> int:
+        """How many blocks of KV cache fit; prints the arithmetic.
+
+        Raises:
+            ValueError: not even one does.
+        """
+        c, config = self.model_config, self.config
+        heads = c.num_kv_heads // self.sharding.size("kv_heads")
+        token_bytes = 2 * c.num_layers * heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+        block_bytes = token_bytes * config.kvcache_block_size
+        mib = 1 << 20
+        if platform == "cpu":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            budget = int(memory * CPU_CACHE_SHARE)
+            account = f"{CPU_CACHE_SHARE:.1%} of {memory // mib} MiB memory"
+        else:
+            stats = [device.memory_stats() for device in self.sharding.mesh.devices.flat]
+            limit = min(s["bytes_limit"] for s in stats)
+            in_use = max(s["bytes_in_use"] for s in stats)
+            step = self._step_bytes()
+            usable = int(limit * config.gpu_memory_utilization)
+            budget = usable - in_use - step - GPU_MARGIN_BYTES
+            account = (
+                f"{limit // mib} MiB x {config.gpu_memory_utilization} - weights and other arrays "
+                f"{in_use // mib} - largest step {step // mib} - margin {GPU_MARGIN_BYTES // mib}"
+            )
+        useful = config.max_num_seqs * self.table_width
+        blocks = max(0, budget) // block_bytes
+        if platform == "cpu":
+            blocks = min(blocks, useful)
+        # Rounded down to five binary digits, so that the programs' shapes, and with them the
+        # compilation cache's entries, do not change with every few megabytes.
+        blocks -= blocks % (1 << max(0, blocks.bit_length() - 5))
+        account = (
+            f"KV cache: {account} = {budget // mib} MiB / {block_bytes / mib:.2f} MiB a block: "
+            f"{blocks} blocks of {config.kvcache_block_size} tokens"
+        )
+        if blocks < 1:
+            raise ValueError(
+                f"no memory for the KV cache. {account}. Raise gpu_memory_utilization, lower "
+                f"max_num_batched_tokens or max_num_seqs, or set num_kvcache_blocks"
+            )
+        print(account, flush=True)
+        return blocks
+
+    def _step_bytes(self) -> int:
+        """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
+        buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
+        with ThreadPoolExecutor() as pool:
+            steps = list(pool.map(lambda b: self._compile_step(b, PROBE_BLOCKS), buckets))
+        total = 0
+        for step in steps:
+            m = step.memory_analysis()
+            outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+            total = max(total, m.temp_size_in_bytes + 2 * outputs)  # two steps are under way
+        return total
+
+    # --- programs ---
+
+    def _compile_all(self, num_blocks: int) -> None:
+        """Compile every bucket in parallel, largest first."""
+        steps = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
+        rows = sorted({bucket.num_rows for bucket in steps}, reverse=True)
+        with (
+            ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool,
+            tqdm(total=len(steps) + len(rows), desc="Compiling", dynamic_ncols=True) as bar,
+        ):
+
+            def compile_with(compile_one: Callable, key, programs: dict) -> None:
+                programs[key] = compile_one(key, num_blocks)
+                bar.update()
+
+            jobs = [pool.submit(compile_with, self._compile_step, b, self.steps) for b in steps]
+            jobs += [pool.submit(compile_with, self._compile_redraw, n, self.redraws) for n in rows]
+            for job in jobs:
+                job.result()
+
+    def _compile_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Compiled:
+        weights = [
+            jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for w in self.weights
+        ]
+        packed = bucket.num_tokens + bucket.num_rows * self.table.rows.shape[1]
+        step = functools.partial(self.program.run, **bucket._asdict())
+        out = (self._state_sharding(), self.sharding.replicated, self._logits_sharding())
+        return (
+            jax.jit(step, donate_argnums=1, out_shardings=out)
+            .lower(weights, self._abstract_state(num_blocks), self._abstract(packed))
+            .compile()
+        )
+
+    def _compile_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Compiled:
+        logits = jax.ShapeDtypeStruct(
+            (num_rows, self.model_config.vocab_size), jnp.float32, sharding=self._logits_sharding()
+        )
+        out = (self._state_sharding(), self.sharding.replicated)
+        return (
+            jax.jit(self.program.redraw, donate_argnums=0, out_shardings=out)
+            .lower(
+                self._abstract_state(num_blocks),
+                logits,
+                self._abstract(num_rows, self.table.rows.shape[1]),
+            )
+            .compile()
+        )
+
+    def _use_eager_steps(self) -> None:
+        """Steps that run operation by operation, with the same shapes."""
+        for bucket in [*self.prefill_buckets, *self.decode_buckets]:
+            run = functools.partial(self.program.run, **bucket._asdict())
+            self.steps[bucket] = lambda weights, state, packed, run=run: run(
+                weights, state, jax.device_put(packed, self.sharding.replicated)
+            )
+            self.redraws[bucket.num_rows] = self.program.redraw
+
+    def _abstract(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.replicated)
+
+    def _abstract_state(self, num_blocks: int) -> DeviceState:
+        return self._make_state(
+            num_blocks,
+            lambda shape, dtype, device: jax.ShapeDtypeStruct(shape, dtype, sharding=device),
+        )
+
+    def _state_sharding(self) -> DeviceState:
+        cache = self.sharding.named(*KVCache.AXES)
+        return DeviceState(KVCache(cache, cache), self.sharding.replicated)
+
+    def _logits_sharding(self):
+        return self.sharding.named("rows", "vocab")
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place or none."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nanovllm_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

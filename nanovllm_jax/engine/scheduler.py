@@ -1,0 +1,206 @@
+"""Which tokens of which sequences run next: continuous batching, chunked prefill, preemption.
+
+Each round runs either a prefill batch (chunks of prompts, packed up to a token budget) or a decode
+batch (one token of every running sequence). While both kinds of work are there the rounds
+alternate, so that neither arriving prompts nor running sequences starve.
+
+The scheduler works one step ahead of what the host has read: a sequence may have a sampled token
+`in_flight`. It decides from counts alone, never from the value of such a token.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.sequence import Sequence, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The work of one step. Row i computes tokens starts[i] : starts[i] + lengths[i] of seqs[i]."""
+
+    is_prefill: bool
+    seqs: list[Sequence]
+    starts: list[int]
+    lengths: list[int]
+    samples: list[bool]  # whether the row's last token yields a new one (no: unfinished prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+class Scheduler:
+    """Queues of sequences, and the policy over them.
+
+    Args:
+        block_manager: gives and takes KV-cache blocks.
+        max_num_seqs: sequences admitted at once; each holds one slot of the runner's tables.
+        max_num_batched_tokens: tokens of one prefill batch at most.
+        max_prefill_seqs: how many sequences a prefill batch of so many tokens may hold.
+        eos_token_ids: tokens that end a sequence unless it ignores them.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prefill_seqs: int,
+        eos_token_ids: Collection[int] = (),
+    ):
+        self.block_manager = block_manager
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prefill_seqs = max_prefill_seqs
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()  # only the first may be partly computed
+        self.running: list[Sequence] = []  # in the order of admission
+        self.free_slots = list(range(max_num_seqs))[::-1]
+        self.failed: list[Sequence] = []  # finished with an error, not yet reported
+        self.decode_next = False
+
+    @property
+    def is_finished(self) -> bool:
+        return not (self.waiting or self.running or self.failed)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def schedule(self) -> Batch | None:
+        """Choose the next step's work; None if nothing can run before pending tokens are read."""
+        kinds: list[Callable[[], Batch | None]] = [self._schedule_prefill, self._schedule_decode]
+        if self.decode_next:
+            kinds.reverse()
+        for schedule in kinds:
+            if batch := schedule():
+                self.decode_next = batch.is_prefill
+                return batch
+        return None
+
+    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
+        """Take in a step's sampled tokens, one a row; returns the sequences that end with them."""
+        finished = []
+        for seq, samples, token_id in zip(batch.seqs, batch.samples, token_ids, strict=True):
+            if seq.is_finished or not samples:  # finished: ended while this row was in flight
+                continue
+            seq.in_flight -= 1
+            seq.token_ids.append(token_id)
+            self.block_manager.register(seq)
+            if self._ends(seq, token_id):
+                self.finish(seq)
+                finished.append(seq)
+        return finished
+
+    def finish(self, seq: Sequence) -> None:
+        """End a sequence, whatever its state, and free what it holds.
+
+        A row of it may still be in flight; it writes to blocks that later steps may have been
+        given. That is harmless, because the device runs steps in order.
+        """
+        if seq.is_finished:
+            return
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+        self._release(seq)
+        seq.status = Status.FINISHED
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks; it waits, first in the queue, to be computed again."""
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+            self.waiting.appendleft(seq)
+        seq.status = Status.WAITING
+        self._release(seq)
+
+    def _schedule_prefill(self) -> Batch | None:
+        batch = Batch(True, [], [], [], [])
+        budget = self.max_num_batched_tokens
+        while self.waiting and budget > 0 and len(batch.seqs) < self.max_prefill_seqs:
+            seq = self.waiting[0]
+            if not seq.block_table and not self._admit(seq):
+                if seq.is_finished:
+                    continue
+                break
+            start = seq.num_computed
+            length = min(seq.num_tokens - start, budget)
+            completes = start + length == seq.num_tokens
+            self._extend(batch, seq, start, length, completes)
+            budget -= length
+            if completes:
+                seq.status = Status.RUNNING
+                self.running.append(self.waiting.popleft())
+        return batch if batch.seqs else None
+
+    def _schedule_decode(self) -> Batch | None:
+        batch = Batch(False, [], [], [], [])
+        for seq in list(self.running):
+            if seq.status is not Status.RUNNING or not seq.wants_token:
+                continue  # preempted in this round, or its last token is in flight
+            if self._make_room(seq):
+                self._extend(batch, seq, seq.num_computed, 1, True)
+        return batch if batch.seqs else None
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give a waiting sequence a slot and blocks for all of its tokens, if there are any."""
+        if seq.in_flight or not self.free_slots:
+            return False
+        if self.block_manager.blocks_for(seq.num_tokens) > len(self.block_manager.blocks):
+            self._fail(seq)  # it has grown since it was accepted, and was preempted
+            return False
+        if not self.block_manager.allocate(seq):
+            return False
+        seq.slot = self.free_slots.pop()
+        return True
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """A block for the sequence's next token, preempting the newest others if need be."""
+        while not self.block_manager.append(seq):
+            victim = self._newest()
+            if victim is not seq:
+                self.preempt(victim)
+                continue
+            if seq is not self.running[0]:
+                self.preempt(seq)  # the older ones go on and will free blocks
+            elif not seq.in_flight:  # a token in flight may be its last: wait for it
+                self._fail(seq)
+            return False
+        return True
+
+    def _newest(self) -> Sequence:
+        """The last admitted sequence: a partly computed prompt, or else the last to run."""
+        if self.waiting and self.waiting[0].block_table:
+            return self.waiting[0]
+        return self.running[-1]
+
+    def _fail(self, seq: Sequence) -> None:
+        blocks = len(self.block_manager.blocks)
+        seq.error = (
+            f"the sequence outgrew the KV cache: {seq.num_tokens} tokens need "
+            f"{self.block_manager.blocks_for(seq.num_tokens)} blocks of "
+            f"{self.block_manager.block_size}, the pool has {blocks}; raise num_kvcache_blocks or "
+            f"gpu_memory_utilization, or lower max_tokens"
+        )
+        self.finish(seq)
+        self.failed.append(seq)
+
+    def _extend(self, batch: Batch, seq: Sequence, start: int, length: int, samples: bool) -> None:
+        batch.seqs.append(seq)
+        batch.starts.append(start)
+        batch.lengths.append(length)
+        batch.samples.append(samples)
+        seq.num_computed = start + length
+        seq.in_flight += samples
+        # Within this very step too: every layer writes keys and values before it attends.
+        self.block_manager.register(seq)
+
+    def _ends(self, seq: Sequence, token_id: int) -> bool:
+        if not seq.params.ignore_eos and token_id in self.eos_token_ids:
+            return True
+        return token_id in seq.params.stop_token_ids or not seq.wants_token
+
+    def _release(self, seq: Sequence) -> None:
+        self.block_manager.free(seq)
+        if seq.slot is not None:
+            self.free_slots.append(seq.slot)
+            seq.slot = None

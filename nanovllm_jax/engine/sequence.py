@@ -1,0 +1,60 @@
+"""One request's state, from its arrival to its end."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from nanovllm_jax.sampling_params import SamplingParams
+
+
+class Status(Enum):
+    """Where a sequence stands."""
+
+    WAITING = auto()  # in the waiting queue, its prompt not or only partly computed
+    RUNNING = auto()  # decoding
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request. Tokens that the device has sampled but the host not yet read are `in_flight`.
+
+    `num_computed` counts the tokens whose keys and values have been *scheduled*: the device runs
+    steps in order, so for every later step they are there.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int  # params.max_tokens, capped by max_model_len
+    num_prompt_tokens: int = field(init=False)
+    status: Status = Status.WAITING
+    error: str | None = None  # why the request failed, if it did
+
+    num_computed: int = 0
+    num_cached: int = 0  # tokens found in the prefix cache: computed, and never written again
+    in_flight: int = 0
+    slot: int | None = None  # row of the runner's tables while admitted
+    block_table: list[int] = field(default_factory=list)
+    prefix: list[tuple[int, int]] = field(default_factory=list)  # (hash, uid) of hashed blocks
+
+    def __post_init__(self):
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the host."""
+        return len(self.token_ids)
+
+    @property
+    def completion_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether tokens remain to be sampled after those in flight."""
+        return self.num_tokens - self.num_prompt_tokens + self.in_flight < self.max_tokens

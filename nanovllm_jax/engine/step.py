@@ -1,0 +1,83 @@
+"""One step of the engine as pure functions of arrays: the programs that the runner compiles."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from nanovllm_jax.engine.inputs import Column, floats, sampled_positions, seeds, unpack
+from nanovllm_jax.layers.attention import KVCache, PagedAttention
+from nanovllm_jax.layers.sampler import filter_logits, sample
+from nanovllm_jax.sharding import Sharding
+
+
+class DeviceState(NamedTuple):
+    """What stays on the device from step to step, donated to each and updated in place."""
+
+    cache: KVCache
+    last_tokens: Int32[Array, " slots"]  # of each slot; one more slot takes the padding rows'
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """The step of one model on one mesh; its methods are traced for each bucket."""
+
+    graph: nnx.GraphDef
+    treedef: jax.tree_util.PyTreeDef  # of the weights, which are passed as a flat list
+    sharding: Sharding
+    implementation: str
+    block_size: int
+    vocab_size: int  # without padding
+
+    def run(
+        self, weights: list[Array], state: DeviceState, packed: Int32[Array, " n"], *,
+        num_tokens: int, num_rows: int,
+    ) -> tuple[DeviceState, Int32[Array, " B"], Float[Array, "B V"]]:  # fmt: skip
+        """Compute a batch; returns the state, each row's new token, and the logits behind it.
+
+        The tokens are drawn without top-k, top-p and min-p; where a row asks for those, `redraw`
+        draws again from the logits.
+        """
+        model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
+        inputs, rows = unpack(
+            packed, state.last_tokens,
+            num_tokens=num_tokens, num_rows=num_rows, block_size=self.block_size,
+        )  # fmt: skip
+        attend = PagedAttention(inputs.batch, self.sharding, self.implementation)
+        hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache)
+        if num_tokens:
+            hidden = hidden[inputs.last_tokens]
+        logits = self.sharding.constrain(model.logits(hidden), "rows", "vocab")
+        state, tokens = self._draw(state._replace(cache=cache), logits, rows, filtered=False)
+        return state, tokens, logits
+
+    def redraw(
+        self, state: DeviceState, logits: Float[Array, "B V"], rows: Int32[Array, "B R"]
+    ) -> tuple[DeviceState, Int32[Array, " B"]]:
+        """Draw the rows' tokens again, with top-k, top-p and min-p."""
+        return self._draw(state, logits, rows, filtered=True)
+
+    def _draw(self, state, logits, rows, *, filtered: bool):
+        axis = self.sharding.rules.get("vocab")
+
+        def on_shard(logits, rows):
+            temperatures = floats(rows, Column.TEMPERATURE)
+            if filtered:
+                top_p, min_p = floats(rows, Column.TOP_P), floats(rows, Column.MIN_P)
+                logits = filter_logits(
+                    logits, temperatures, rows[:, Column.TOP_K], top_p, min_p,
+                    vocab_size=self.vocab_size, axis=axis,
+                )  # fmt: skip
+            return sample(
+                logits, temperatures, seeds(rows), sampled_positions(rows),
+                vocab_size=self.vocab_size, axis=axis,
+            )  # fmt: skip
+
+        spec = self.sharding.spec
+        tokens = self.sharding.shard_map(on_shard, (spec("rows", "vocab"), spec()), spec())(
+            logits, rows
+        )
+        last_tokens = state.last_tokens.at[rows[:, Column.SLOT]].set(tokens)
+        return state._replace(last_tokens=last_tokens), tokens

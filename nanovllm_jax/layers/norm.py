@@ -1,0 +1,24 @@
+"""RMSNorm (arXiv:1910.07467)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float):
+    """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, the product in x's type."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return weight * (x32 * scale).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its weight."""
+
+    def __init__(self, size: int, eps: float, *, axis: str = "embed", dtype):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, self.weight[...], self.eps)

@@ -1,0 +1,189 @@
+"""Qwen3 (arXiv:2505.09388): grouped-query attention with per-head q/k norm, RoPE, SwiGLU.
+
+The parameters of all layers are stacked along a leading axis [L, ...]: a step passes about a
+dozen arrays to the compiled program, however deep the model is. How a layer attends is the
+caller's choice (`attend`): the engine passes paged attention over its KV cache, a trainer dense
+causal attention.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.linear import Embedding, Linear
+from nanovllm_jax.layers.mlp import MLP
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import rope_angles
+
+Constrain = Callable[..., Array]  # (x, *logical axes) -> x; Sharding.constrain, or nothing
+
+
+class Attend(Protocol):
+    """Norm, rotate and attend: the part of a layer that differs between serving and training."""
+
+    def __call__(
+        self,
+        qkv: Float[Array, "T K G+2 H"],  # of each KV head: its G query heads, then k, then v
+        q_norm: RMSNorm,
+        k_norm: RMSNorm,
+        rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+        cache: Any,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "T N H"], Any]: ...
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with the q, k and v products in one."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        c, head = config, {"head_dim": config.head_dim}
+        # Grouped by KV head, so that a shard of KV heads brings its query heads along.
+        qkv = {"kv_heads": c.num_kv_heads, "group": c.group_size + 2, **head}
+        hidden = {"embed": c.hidden_size}
+        self.qkv_proj = Linear(qkv, hidden, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+        self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, rope, attend: Attend, cache, layer):
+        qkv = self.qkv_proj(x)
+        out, cache = attend(qkv, self.q_norm, self.k_norm, rope, cache, layer)
+        return self.o_proj(out), cache
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, rope, attend: Attend, cache, layer, constrain: Constrain):
+        attn, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, layer)
+        x = constrain(x + attn, "tokens", "embed")
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "tokens", "embed"), cache
+
+
+class Qwen3(nnx.Module):
+    """Token ids and positions in, hidden states out; `logits` turns chosen rows into scores."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, constrain: Constrain | None = None):
+        c, dtype = config, jnp.dtype(config.dtype)
+        self.config = config
+        self.constrain = constrain or (lambda x, *axes: x)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        stacked = nnx.vmap(lambda r: DecoderLayer(c, dtype=dtype, rngs=r))
+        self.layers = stacked(rngs.split(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        attend: Attend,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Run all layers over T tokens; returns normed hidden states and the updated cache."""
+        x = self.constrain(self.embed_tokens(token_ids), "tokens", "embed")
+        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        graph, stacked = nnx.split(self.layers)
+
+        def run_layer(weights, x, rope, cache, layer):
+            decoder = nnx.merge(graph, weights)
+            return decoder(x, rope, attend, cache, layer, self.constrain)
+
+        # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
+        # Eagerly it runs operation by operation, so that print and a debugger work inside it.
+        if isinstance(x, jax.core.Tracer):
+            run_layer = jax.jit(run_layer)
+        for i in range(self.config.num_layers):
+            # A static index: XLA passes the slice to the product by address, without a copy.
+            pick = functools.partial(jax.lax.index_in_dim, index=i, keepdims=False)
+            weights = jax.tree.map(pick, stacked)
+            x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Next-token scores in float32."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.logits(hidden)
+
+    @staticmethod
+    def checkpoint_tensors(
+        config: ModelConfig, parameter: str
+    ) -> tuple[list[tuple[str, tuple[int, ...]]], Callable[..., np.ndarray]]:
+        """Where a parameter comes from in a Hugging Face checkpoint.
+
+        Args:
+            config: the model; its padding and head copies are added to the published tensors.
+            parameter: dotted path in this module, e.g. "layers.self_attn.qkv_proj.weight".
+
+        Returns:
+            The (name, shape) of each source tensor, "{i}" standing for the layer's number, and
+            a function that joins them into the parameter (of one layer).
+        """
+        c, d, copies = config, config.hidden_size, config.kv_head_copies
+        k, g, h = c.num_kv_heads, c.group_size, c.head_dim
+        vocab = c.vocab_size - c.vocab_padding
+        layer = "model.layers.{i}."
+
+        def join_qkv(q, k_, v):
+            k_, v = (np.repeat(x.reshape(-1, 1, h, d), copies, axis=0) for x in (k_, v))
+            return np.concatenate([q.reshape(k, g, h, d), k_, v], axis=1)
+
+        def pad_vocab(x):
+            return np.pad(x, ((0, c.vocab_padding), (0, 0)))
+
+        def keep(x):
+            return x
+
+        attn, mlp = layer + "self_attn.", layer + "mlp."
+        table = {
+            "embed_tokens.weight": ([("model.embed_tokens.weight", (vocab, d))], pad_vocab),
+            "norm.weight": ([("model.norm.weight", (d,))], keep),
+            "lm_head.weight": ([("lm_head.weight", (vocab, d))], pad_vocab),
+            "layers.input_layernorm.weight": ([(layer + "input_layernorm.weight", (d,))], keep),
+            "layers.post_attention_layernorm.weight": (
+                [(layer + "post_attention_layernorm.weight", (d,))],
+                keep,
+            ),
+            "layers.self_attn.qkv_proj.weight": (
+                [
+                    (attn + "q_proj.weight", (k * g * h, d)),
+                    (attn + "k_proj.weight", (k // copies * h, d)),
+                    (attn + "v_proj.weight", (k // copies * h, d)),
+                ],
+                join_qkv,
+            ),
+            "layers.self_attn.q_norm.weight": ([(attn + "q_norm.weight", (h,))], keep),
+            "layers.self_attn.k_norm.weight": ([(attn + "k_norm.weight", (h,))], keep),
+            "layers.self_attn.o_proj.weight": (
+                [(attn + "o_proj.weight", (d, k * g * h))],
+                lambda o: o.reshape(d, k * g, h),
+            ),
+            "layers.mlp.gate_up_proj.weight": (
+                [
+                    (mlp + "gate_proj.weight", (c.intermediate_size, d)),
+                    (mlp + "up_proj.weight", (c.intermediate_size, d)),
+                ],
+                lambda gate, up: np.stack([gate, up]),
+            ),
+            "layers.mlp.down_proj.weight": (
+                [(mlp + "down_proj.weight", (d, c.intermediate_size))],
+                keep,
+            ),
+        }
+        return table[parameter]

@@ -1,0 +1,78 @@
+"""SamplingParams: how one request's tokens are drawn and when it ends."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Per-request sampling options, named as in vLLM; immutable and checked on construction.
+
+    Attributes:
+        temperature: softmax temperature; 0 is greedy decoding.
+        max_tokens: upper bound on generated tokens (the engine caps it at max_model_len).
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        top_k: sample among the k most likely tokens; 0 or -1 keeps all.
+        top_p: sample among the fewest tokens whose probability reaches top_p; 1 keeps all.
+        min_p: drop tokens less likely than min_p times the likeliest; 0 keeps all.
+        seed: the request's random stream; the same seed gives the same tokens in any batch.
+            None takes one from the engine's seed and the request's number.
+        stop_token_ids: further tokens that end the request (kept in the output, like EOS;
+            they end it under ignore_eos as well).
+        detokenize: decode the output into text; False leaves the text empty.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or lies out of range.
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 64
+    ignore_eos: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    detokenize: bool = True
+
+    def __post_init__(self):
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        for name in ("max_tokens", "top_k"):
+            _check_int(name, getattr(self, name))
+        if self.seed is not None:
+            _check_int("seed", self.seed)
+        for name in ("ignore_eos", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a positive number, got {self.temperature}"
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.top_k < -1:
+            raise ValueError(f"top_k must be positive, or 0 or -1 to keep all, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        stop = self.stop_token_ids if self.stop_token_ids is not None else ()
+        if isinstance(stop, str | int):
+            raise TypeError(f"stop_token_ids must be a list of token ids, got {stop!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(stop))
+        for token in self.stop_token_ids:
+            _check_int("each of stop_token_ids", token)
+
+    @property
+    def filters(self) -> bool:
+        """Whether top_k, top_p or min_p can drop a token (never under greedy decoding)."""
+        narrowed = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return narrowed and self.temperature > 0
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
