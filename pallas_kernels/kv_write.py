@@ -28,8 +28,8 @@ from pallas_kernels._common import (
 )
 def norm_rope_write(
     qkv: Float[Array, "T K G+2 H"],
-    q_norm: Float[Array, " H"],
-    k_norm: Float[Array, " H"],
+    q_norm: Float[Array, "*L H"],
+    k_norm: Float[Array, "*L H"],
     cos: Float[Array, "T H/2"],
     sin: Float[Array, "T H/2"],
     slots: Int32[Array, " T"],
@@ -47,7 +47,8 @@ def norm_rope_write(
 
     Args:
         qkv: for each token and KV head its G query heads, then the key, then the value.
-        q_norm, k_norm: weights of the per-head RMSNorm of queries and keys.
+        q_norm, k_norm: weights of the per-head RMSNorm of queries and keys: those of this layer,
+            `[H]`, or of all layers, `[L, H]`. Stacked weights save the GPU the copy of a slice.
         cos, sin: float32, of each token's position times the H/2 inverse frequencies. Computed once
             a step and not in here: a sine of 32,000 radians is slow on a GPU, and every layer needs
             the same ones.
@@ -74,11 +75,13 @@ def norm_rope_write(
         raise ValueError(f"qkv {qkv.shape} is not [T, K, G+2, H] for the cache {k_cache.shape}")
     if head_dim % 2 or not cos.shape == sin.shape == (num_tokens, head_dim // 2):
         raise ValueError(f"cos {cos.shape}, sin {sin.shape} are not [T, H/2] for qkv {qkv.shape}")
-    if not q_norm.shape == k_norm.shape == (head_dim,) or slots.shape != (num_tokens,):
-        raise ValueError(
-            f"q_norm {q_norm.shape}, k_norm {k_norm.shape} and slots {slots.shape} are not "
-            f"[H], [H] and [T] for qkv {qkv.shape}"
-        )
+    if q_norm.shape != k_norm.shape or q_norm.shape not in (
+        (head_dim,),
+        (k_cache.shape[0], head_dim),
+    ):
+        raise ValueError(f"q_norm {q_norm.shape}, k_norm {k_norm.shape} are not [H] or [L, H]")
+    if slots.shape != (num_tokens,):
+        raise ValueError(f"slots {slots.shape} are not [T] for qkv {qkv.shape}")
     operands = (qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
     if implementation == "xla":
         return _norm_rope_write_xla(*operands, eps=eps)
@@ -106,7 +109,7 @@ def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache,
 
     def norm_rope(heads, weight):  # heads [T, heads, H]
         x1, x2 = jnp.split(heads, 2, axis=-1)
-        weight1, weight2 = jnp.split(weight, 2)
+        weight1, weight2 = jnp.split(weight[layer] if weight.ndim == 2 else weight, 2)
         halves = _norm_rope(x1, x2, weight1, weight2, cos[:, None], sin[:, None], head_dim, eps)
         return jnp.concatenate(halves, axis=-1)
 
@@ -135,6 +138,7 @@ def _kernel(
     token = pl.program_id(0)
     num_kv_heads, head_dim = cache_shape[3:]
     num_heads = num_kv_heads * group
+    layer = layer_ref[0]
     one = jnp.arange(1)
     cos, sin = load_rows(cos_ref, token + one), load_rows(sin_ref, token + one)
 
@@ -147,7 +151,8 @@ def _kernel(
         store_rows(ref, 2 * rows + 1, halves[1], mask)
 
     def norm_rope(halves, norm_ref):
-        weights = load_rows(norm_ref, one), load_rows(norm_ref, one + 1)
+        row = 2 * layer + one if norm_ref.shape[0] > 2 else one  # weights of all layers, or of one
+        weights = load_rows(norm_ref, row), load_rows(norm_ref, row + 1)
         return _norm_rope(*halves, *weights, cos, sin, head_dim, eps)
 
     n = jnp.arange(next_power_of_2(num_heads))
@@ -163,7 +168,7 @@ def _kernel(
         k = jnp.arange(next_power_of_2(num_kv_heads))
         k_mask = None if k.shape[0] == num_kv_heads else k < num_kv_heads
         # slot = page * S + offset, so page 0 and position `slot` name the same row.
-        rows = cache_row(cache_shape, layer_ref[0], 0, slot, k)
+        rows = cache_row(cache_shape, layer, 0, slot, k)
         key = load_halves(k * (group + 2) + group, k_mask)
         value = load_halves(k * (group + 2) + group + 1, k_mask)
         store_halves(k_ref, rows, norm_rope(key, k_norm_ref), k_mask)
@@ -191,7 +196,7 @@ def _norm_rope_write_triton(
         interpret=interpret,
         name="norm_rope_write",
     )(
-        qkv.reshape(-1, half), q_norm.reshape(2, half), k_norm.reshape(2, half), cos, sin, slots,
+        qkv.reshape(-1, half), q_norm.reshape(-1, half), k_norm.reshape(-1, half), cos, sin, slots,
         jnp.reshape(layer, 1), k_rows, v_rows,
     )  # fmt: skip
     return (

@@ -118,7 +118,7 @@ def _paged_decode_xla(q, k_cache, v_cache, block_tables, context_lens, layer, *,
 def _choose_splits(batch: int, k_cache, table_width: int) -> int:
     """Into how many parts to cut every context: a power of two; 1 where the rows fill the GPU."""
     page_size, num_kv_heads = k_cache.shape[2:4]
-    most_blocks = table_width * page_size // kv_block_size(page_size)
+    most_blocks = table_width * page_size // kv_block_size(page_size, k_cache.dtype)
     wanted = min(_TARGET_PROGRAMS // (batch * num_kv_heads), most_blocks, _MAX_SPLITS)
     return 1 << (max(1, wanted).bit_length() - 1)
 
@@ -194,7 +194,7 @@ def _paged_decode_triton(
     batch, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[2:4]
     rows = batch * num_heads
-    block_n = kv_block_size(page_size)
+    block_n = kv_block_size(page_size, k_cache.dtype)
     kernel = functools.partial(
         _decode_kernel,
         cache_shape=k_cache.shape,

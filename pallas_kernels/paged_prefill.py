@@ -213,7 +213,7 @@ def _paged_prefill_triton(
     # float32 products run on the plain units and need many registers: smaller tiles.
     block_rows, num_warps = (128, 8) if q.dtype.itemsize == 2 else (32, 4)
     block_rows = max(block_rows, next_power_of_2(group))
-    block_n = kv_block_size(page_size)
+    block_n = kv_block_size(page_size, k_cache.dtype)
     tiles = _schedule(query_starts, context_lens, num_tokens, block_m=block_rows // group)
     kernel = functools.partial(
         _prefill_kernel,
