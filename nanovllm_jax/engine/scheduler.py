@@ -197,7 +197,9 @@ class Scheduler:
     def _ends(self, seq: Sequence, token_id: int) -> bool:
         if not seq.params.ignore_eos and token_id in self.eos_token_ids:
             return True
-        return token_id in seq.params.stop_token_ids or not seq.wants_token
+        if token_id in seq.params.stop_token_ids:
+            return True
+        return seq.num_completion_tokens >= seq.max_tokens
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.free(seq)

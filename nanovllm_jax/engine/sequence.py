@@ -51,10 +51,14 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
 
     @property
     def wants_token(self) -> bool:
         """Whether tokens remain to be sampled after those in flight."""
-        return self.num_tokens - self.num_prompt_tokens + self.in_flight < self.max_tokens
+        return self.num_completion_tokens + self.in_flight < self.max_tokens

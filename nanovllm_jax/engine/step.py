@@ -1,5 +1,6 @@
 """One step of the engine as pure functions of arrays: the programs that the runner compiles."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,6 +60,8 @@ class StepProgram:
         """Draw the rows' tokens again, with top-k, top-p and min-p."""
         return self._draw(state, logits, rows, filtered=True)
 
+    # Jitted for the eager engine's sake: a shard_map is slow to run operation by operation.
+    @functools.partial(jax.jit, static_argnames=("self", "filtered"))
     def _draw(self, state, logits, rows, *, filtered: bool):
         axis = self.sharding.rules.get("vocab")
 
