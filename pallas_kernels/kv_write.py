@@ -121,6 +121,8 @@ def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache,
     pages = jnp.where(slots >= 0, slots // page_size, num_pages)
 
     def write(cache, rows):
+        # In place when the cache is donated, except in bfloat16 on a CPU: there XLA's scatter
+        # converts the whole cache to float32 and back. (Use float32 on a CPU.)
         at = cache.at[layer, pages, slots % page_size]
         return at.set(rows.astype(cache.dtype), mode="drop")
 

@@ -5,7 +5,7 @@ no sequence, in all other layers. Block tables are permuted, and garbage beyond 
 """
 
 import contextlib
-import functools
+import itertools
 import re
 
 import jax
@@ -119,7 +119,7 @@ def check_prefill(
     )
     assert out.shape == q.shape and out.dtype == q.dtype
     out = np.asarray(out, np.float64)
-    for b, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for b, (first, last) in enumerate(itertools.pairwise(starts)):
         if first < last:
             want = cache.attention(b, q[first:last], scale)
             np.testing.assert_allclose(
@@ -246,3 +246,151 @@ def test_splitting_the_context_changes_nothing(num_splits):
     for b in range(1, len(contexts)):
         want = cache.attention(b, q[b][None], 0.125)[0]
         np.testing.assert_allclose(out[b], want, atol=2e-5)
+
+
+# --- What the engine relies on ---------------------------------------------------------------
+
+TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 16, 8, 4, 128, 4
+
+
+def two_layers(qkv, norm, cos, slots, tables, starts, lens, k_cache, v_cache, *, decode, **options):
+    """Write and attend in layers 0 and 1: the part of a step that touches the caches."""
+
+    @jax.jit
+    def run_layer(qkv, k_cache, v_cache, layer):
+        q, k_cache, v_cache = norm_rope_write(
+            qkv, norm, norm, cos, cos, slots, k_cache, v_cache, layer, eps=1e-6, **options
+        )
+        args = (lens,) if decode else (starts, lens)
+        attend = paged_decode if decode else paged_prefill
+        out = attend(q, k_cache, v_cache, tables, *args, layer, scale=0.1, **options)
+        return qkv.at[:, :, :-2].add(out.reshape(qkv[:, :, :-2].shape)), k_cache, v_cache
+
+    for layer in range(2):
+        qkv, k_cache, v_cache = run_layer(qkv, k_cache, v_cache, jnp.int32(layer))
+    return qkv, k_cache, v_cache
+
+
+def two_layers_shapes(dtype, page_size=256, num_pages=7):
+    """Abstract arguments of `two_layers`, for as many sequences as tokens."""
+    struct = jax.ShapeDtypeStruct
+    cache = struct((2, num_pages, page_size, KV_HEADS, HEAD_DIM), dtype)
+    return (
+        struct((TOKENS, KV_HEADS, HEADS // KV_HEADS + 2, HEAD_DIM), dtype),
+        struct((2, HEAD_DIM), dtype),
+        struct((TOKENS, HEAD_DIM // 2), jnp.float32),
+        struct((TOKENS,), jnp.int32),
+        struct((TOKENS, WIDTH), jnp.int32),
+        struct((TOKENS + 1,), jnp.int32),
+        struct((TOKENS,), jnp.int32),
+        cache,
+        cache,
+    )
+
+
+def gpu_lowering_context():
+    """Where jax >= 0.11 finds the GPU that a Triton kernel is lowered for, on a CPU machine."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    from jax._src.mesh import AbstractDevice
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh(
+            (1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device
+        )
+    )
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_donated_caches_are_not_copied(decode):
+    """XLA updates the caches in place, and its loops read them where they are."""
+
+    def step(*args):
+        return two_layers(*args, decode=decode, implementation="xla")
+
+    shapes = two_layers_shapes("float32", num_pages=50)  # more than the pages read at a time
+    compiled = jax.jit(step, donate_argnums=(7, 8)).lower(*shapes).compile()
+    cache = "2,50,256,4,128"
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert f"f32[{cache}]" in text
+    assert not re.findall(rf"= \w+\[{cache}\]\S* (?:copy|copy-start|convert|select)\(.*", text)
+    assert memory.alias_size_in_bytes >= 2 * shapes[7].size * 4
+    assert memory.temp_size_in_bytes < shapes[7].size * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("decode", [True, False])
+def test_kernels_lower_for_a_gpu(decode, dtype):
+    def step(*args):
+        return two_layers(*args, decode=decode, implementation="triton", interpret=False)
+
+    with gpu_lowering_context():
+        traced = jax.jit(step, donate_argnums=(7, 8)).trace(*two_layers_shapes(dtype))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r'name = "(norm_rope_write|paged_\w+)"', text)
+    assert sorted(set(kernels)) == (
+        ["norm_rope_write", "paged_decode", "paged_decode_combine"]
+        if decode
+        else ["norm_rope_write", "paged_prefill"]
+    )
+
+
+@each_implementation
+@pytest.mark.parametrize("decode", [True, False])
+def test_sharding_the_kv_heads_changes_nothing(decode, implementation):
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    rng = np.random.default_rng(decode)
+    shapes = two_layers_shapes("float32", page_size=16, num_pages=TOKENS)
+    qkv, norm, cos, *_, k_cache, v_cache = (
+        rng.standard_normal(s.shape, np.float32) for s in shapes
+    )
+    tables = rng.permutation(TOKENS).astype(np.int32)[:, None]
+    if decode:  # a sequence per token, each with a page of its own
+        slots, starts, lens = tables[:, 0] * 16 + 4, tables[:, 0], np.full(TOKENS, 5, np.int32)
+    else:  # one sequence, in one page
+        slots, tables = tables[0] * 16 + np.arange(TOKENS, dtype=np.int32), tables[:1]
+        starts, lens = np.array([0, TOKENS], np.int32), np.array([TOKENS], np.int32)
+
+    def step(*args):
+        return two_layers(*args, decode=decode, implementation=implementation)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tp",))
+    P = jax.sharding.PartitionSpec
+    heads, cache = P(None, "tp"), P(None, None, None, "tp")
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(heads, P(), P(), P(), P(), P(), P(), cache, cache),
+        out_specs=(heads, cache, cache),
+        check_vma=False,
+    )
+    args = (qkv, norm, cos, slots, tables, starts, lens, k_cache, v_cache)
+    for want, got in zip(jax.jit(step)(*args), jax.jit(sharded)(*args), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_wrong_arguments_are_refused_by_name():
+    cache = jnp.zeros((1, 2, 16, 2, 64))
+    tables, lens = jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32)
+
+    def decode(heads=4, head_dim=64, cache=cache, lens=lens, implementation="xla"):
+        q = jnp.zeros((3, heads, head_dim))
+        paged_decode(q, cache, cache, tables, lens, 0, scale=1.0, implementation=implementation)
+
+    with pytest.raises(ValueError, match=r"'mosaic'.*'triton', 'xla'"):
+        decode(implementation="mosaic")
+    with pytest.raises(ValueError, match="3 query heads are no multiple of 2 KV heads"):
+        decode(heads=3)
+    with pytest.raises(ValueError, match="head_dim 32, but the cache has 64"):
+        decode(head_dim=32)
+    with pytest.raises(ValueError, match="must be a multiple of 16, not 24"):
+        decode(cache=jnp.zeros((1, 2, 24, 2, 64)))
+    with pytest.raises(ValueError, match=r"are not .*\[B\]"):
+        decode(lens=lens[:2])
+    with pytest.raises(ValueError, match="query_starts"):
+        paged_prefill(
+            jnp.zeros((5, 4, 64)), cache, cache, tables, lens, lens, 0,
+            scale=1.0, implementation="xla",
+        )  # fmt: skip
