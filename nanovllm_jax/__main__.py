@@ -1,6 +1,7 @@
 """The command line: `python -m nanovllm_jax "PROMPT" ...`, or `nanovllm-jax "PROMPT" ...`."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -110,15 +111,15 @@ def generate(argv: Sequence[str]) -> int:
         raise UsageError("only one prompt can be '-': there is one standard input")
     sampling = _sampling_params(args)
     prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in args.prompts]
-    # How many requests there will be is known here, and fewer sequences start faster.
-    options = {"max_num_seqs": min(len(prompts), 512), **engine_options(args)}
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]
-    with _load(args.model, options) as llm:
+    with _load(args.model, len(prompts), engine_options(args)) as llm:
+        if (tokenizer := llm.tokenizer) is None:
+            raise UsageError(f"{args.model} has no tokenizer")
         if args.chat:
-            prompts = [_chat(llm.tokenizer, prompt) for prompt in prompts]
+            prompts = [_chat(tokenizer, prompt) for prompt in prompts]
         if len(prompts) == 1:
-            return _print_stream(llm, prompts[0], sampling)
+            return _print_stream(llm, TextStream(tokenizer), prompts[0], sampling)
         return _print_all(llm, args.prompts, prompts, sampling)
 
 
@@ -168,11 +169,16 @@ def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
         raise _usage_error(error) from error
 
 
-def _load(model: Path, options: dict[str, Any]) -> "LLM":
+def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
     from nanovllm_jax import LLM
+    from nanovllm_jax.config import EngineConfig
 
+    # The number of requests is known here, and smaller largest steps take less time to compile.
+    options = {"max_num_seqs": min(num_prompts, 512), **options}
     try:
-        return LLM(str(model), **options)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for what is generated
+            longest = EngineConfig.from_kwargs(str(model), **options).max_model_len
+            return LLM(str(model), **{"max_num_batched_tokens": longest, **options})
     except (AssertionError, TypeError, ValueError, OSError) as error:
         raise _usage_error(error) from error
 
@@ -187,12 +193,17 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
         raise _usage_error(error) from error
 
 
-def _print_stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> int:
-    text = TextStream(llm.tokenizer)
-    for token_ids in _refusals(llm.stream(prompt, sampling)):
-        print(text.push(token_ids), end="", flush=True)
+def _print_stream(llm: "LLM", text: TextStream, prompt: str, sampling: "SamplingParams") -> int:
+    failure = None
+    try:
+        for token_ids in _refusals(llm.stream(prompt, sampling)):
+            print(text.push(token_ids), end="", flush=True)
+    except RuntimeError as error:  # the request outgrew the cache; what it has got is good
+        failure = error
     print(text.flush(), flush=True)
-    return 0
+    if failure:
+        print(f"nanovllm-jax: failed: {failure}", file=sys.stderr)
+    return 1 if failure else 0
 
 
 def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "SamplingParams") -> int:
@@ -202,8 +213,7 @@ def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "Samp
         raise _usage_error(error) from error
     failed = 0
     for name, result in zip(names, results, strict=True):
-        print(f">>> {name}")
-        print(llm.tokenizer.decode(result["token_ids"], skip_special_tokens=True), end="\n\n")
+        print(f">>> {name}\n{result['text']}\n")
         if error := result.get("error"):
             print(f"nanovllm-jax: {name!r} failed: {error}", file=sys.stderr)
             failed = 1

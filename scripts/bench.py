@@ -130,7 +130,8 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
         for _, token_ids in finished:
             lengths.append(len(token_ids))
             if detokenize:
-                llm.tokenizer.decode(token_ids)
+                assert llm.tokenizer, "--detokenize needs a model directory with a tokenizer"
+                llm.tokenizer.decode(token_ids, skip_special_tokens=True)
         if not tokens:
             continue  # nothing read back yet: its time belongs to the step that does
         before, now = now, time.perf_counter()
@@ -348,14 +349,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model is None) == (args.random_weights is None):
         parser.error("give either MODEL_DIR or --random-weights SIZE")
+    if args.model and not (args.model / "config.json").is_file():
+        parser.error(f"{args.model} is no model directory: it has no config.json")
     for name in ("runs", "requests"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     for name in ("max_len", "latency_tokens"):
         if getattr(args, name) < 2:
             parser.error(f"--{name.replace('_', '-')} must be at least 2")
-    if args.detokenize and (args.random_weights or args.load_format == "dummy"):
-        parser.error("--detokenize needs a model with a tokenizer")
+    if args.detokenize and args.random_weights:
+        parser.error("--detokenize needs a model directory with a tokenizer")
     return args
 
 

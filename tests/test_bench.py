@@ -91,8 +91,8 @@ def test_without_a_known_bandwidth_no_share_is_printed(model_dir, capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["dir", "--random-weights", "8B"], ["--random-weights", "9B"], ["dir", "--runs", "0"],
-     ["--random-weights", "8B", "--detokenize"]],
+    [[], [str(SCRIPT.parent)], ["dir", "--random-weights", "8B"], ["--random-weights", "9B"],
+     ["--random-weights", "8B", "--runs", "0"], ["--random-weights", "8B", "--detokenize"]],
 )  # fmt: skip
 def test_a_bad_command_line_is_refused(argv):
     with pytest.raises(SystemExit) as ended:

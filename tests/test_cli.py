@@ -61,8 +61,7 @@ def expected(model_dir, prompts, **sampling):
     with nanovllm_jax.LLM(
         str(model_dir), load_format="dummy", num_kvcache_blocks=4, max_num_seqs=len(prompts)
     ) as llm:
-        results = llm.generate(prompts, params, use_tqdm=False)
-        return [llm.tokenizer.decode(r["token_ids"], skip_special_tokens=True) for r in results]
+        return [result["text"] for result in llm.generate(prompts, params, use_tqdm=False)]
 
 
 class Bytes:
