@@ -27,11 +27,11 @@ from pallas_kernels._common import (
     donate_argnames=("k_cache", "v_cache"),
 )
 def norm_rope_write(
-    qkv: Float[Array, "T K G+2 H"],
+    qkv: Float[Array, "T K G2 H"],
     q_norm: Float[Array, "*L H"],
     k_norm: Float[Array, "*L H"],
-    cos: Float[Array, "T H/2"],
-    sin: Float[Array, "T H/2"],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
     slots: Int32[Array, " T"],
     k_cache: Float[Array, "L P S K H"],
     v_cache: Float[Array, "L P S K H"],
@@ -46,7 +46,7 @@ def norm_rope_write(
     The caches are updated in place and those passed in are consumed: go on with the ones returned.
 
     Args:
-        qkv: for each token and KV head its G query heads, then the key, then the value.
+        qkv: for each token and KV head its G query heads, then the key, then the value: G2 = G + 2.
         q_norm, k_norm: weights of the per-head RMSNorm of queries and keys: those of this layer,
             `[H]`, or of all layers, `[L, H]`. Stacked weights save the GPU the copy of a slice.
         cos, sin: float32, of each token's position times the H/2 inverse frequencies. Computed once
@@ -88,15 +88,16 @@ def norm_rope_write(
     return _norm_rope_write_triton(*operands, eps=eps, interpret=use_interpreter(interpret))
 
 
-def _norm_rope(x1, x2, weight1, weight2, cos, sin, head_dim, eps):
+def _norm_rope(halves, weights, cos, sin, head_dim, eps):
     """The RMSNorm and rotation of heads given as their two halves `[..., H/2]`, as in Qwen3."""
-    dtype = x1.dtype
-    x1, x2 = x1.astype(jnp.float32), x2.astype(jnp.float32)
+    dtype = halves[0].dtype
+    x1, x2 = (x.astype(jnp.float32) for x in halves)
+    weight1, weight2 = (weight.astype(dtype) for weight in weights)
     squares = (x1 * x1).sum(axis=-1, keepdims=True) + (x2 * x2).sum(axis=-1, keepdims=True)
     inv_rms = lax.rsqrt(squares / head_dim + eps)
     # Rounded before and after the weight, because Qwen3RMSNorm is.
-    x1 = ((x1 * inv_rms).astype(dtype) * weight1.astype(dtype)).astype(jnp.float32)
-    x2 = ((x2 * inv_rms).astype(dtype) * weight2.astype(dtype)).astype(jnp.float32)
+    x1 = ((x1 * inv_rms).astype(dtype) * weight1).astype(jnp.float32)
+    x2 = ((x2 * inv_rms).astype(dtype) * weight2).astype(jnp.float32)
     return (x1 * cos - x2 * sin).astype(dtype), (x2 * cos + x1 * sin).astype(dtype)
 
 
@@ -108,9 +109,9 @@ def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache,
     num_pages, page_size = k_cache.shape[1:3]
 
     def norm_rope(heads, weight):  # heads [T, heads, H]
-        x1, x2 = jnp.split(heads, 2, axis=-1)
-        weight1, weight2 = jnp.split(weight[layer] if weight.ndim == 2 else weight, 2)
-        halves = _norm_rope(x1, x2, weight1, weight2, cos[:, None], sin[:, None], head_dim, eps)
+        halves = jnp.split(heads, 2, axis=-1)
+        weights = jnp.split(weight[layer] if weight.ndim == 2 else weight, 2)
+        halves = _norm_rope(halves, weights, cos[:, None], sin[:, None], head_dim, eps)
         return jnp.concatenate(halves, axis=-1)
 
     q = norm_rope(qkv[:, :, :-2].reshape(num_tokens, -1, head_dim), q_norm)
@@ -155,7 +156,7 @@ def _kernel(
     def norm_rope(halves, norm_ref):
         row = 2 * layer + one if norm_ref.shape[0] > 2 else one  # weights of all layers, or of one
         weights = load_rows(norm_ref, row), load_rows(norm_ref, row + 1)
-        return _norm_rope(*halves, *weights, cos, sin, head_dim, eps)
+        return _norm_rope(halves, weights, cos, sin, head_dim, eps)
 
     n = jnp.arange(next_power_of_2(num_heads))
     n_mask = None if n.shape[0] == num_heads else n < num_heads

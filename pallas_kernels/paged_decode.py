@@ -153,7 +153,7 @@ def _decode_kernel(
         rows = cache_row(cache_shape, layer, page, offset, kv_head)
         valid = position + n < end if last else None
         k, v = load_rows(k_ref, rows, valid), load_rows(v_ref, rows, valid)
-        mask = jnp.broadcast_to(valid[None, :], (g.shape[0], block_n)) if last else None
+        mask = None if valid is None else jnp.broadcast_to(valid[None, :], (g.shape[0], block_n))
         return attend(q, k, v, mask, state, scale)
 
     full_blocks = lax.div(end, jnp.int32(block_n))  # only the last block needs masks

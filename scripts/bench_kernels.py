@@ -181,7 +181,7 @@ def measure(case: Case, caches, repeats: int):
 
 def main():
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Time the attention kernels.")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--implementation", default="triton", choices=["triton", "xla"])
     parser.add_argument("--only", default="", help="cases whose name contains this")
