@@ -176,10 +176,13 @@ def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
     # The number of requests is known here, and smaller largest steps take less time to compile.
     options = {"max_num_seqs": min(num_prompts, 512), **options}
     try:
+        longest = EngineConfig.from_kwargs(str(model), **options).max_model_len
+    except (AssertionError, TypeError, ValueError) as error:
+        raise _usage_error(error) from error
+    try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for what is generated
-            longest = EngineConfig.from_kwargs(str(model), **options).max_model_len
             return LLM(str(model), **{"max_num_batched_tokens": longest, **options})
-    except (AssertionError, TypeError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # the weights do not fit config.json, or the memory
         raise _usage_error(error) from error
 
 

@@ -24,6 +24,7 @@ from nanovllm_jax.weights import load_weights, random_weights
 
 PROBE_BLOCKS = 8  # cache size with which a program's temporary memory is found out
 GPU_MARGIN_BYTES = 512 << 20  # for what the compiler's account leaves out, cuBLAS workspaces say
+COMPILER_OPTIONS = {"gpu": {}, "cpu": {}}
 CPU_CACHE_SHARE = 1 / 32  # of the machine's memory
 
 
@@ -73,12 +74,12 @@ class ModelRunner:
         _use_compilation_cache()
         self.config = config
         self.sharding = make_sharding(config.tensor_parallel_size)
-        platform = self.sharding.mesh.devices.flat[0].platform
+        self.platform = self.sharding.mesh.devices.flat[0].platform
         self.model_config = config.model_config.over(config.tensor_parallel_size)
         model = model_class(self.model_config.architecture)
         backend = config.attention_backend
         if backend == "auto":
-            backend = "triton" if platform == "gpu" else "xla"
+            backend = "triton" if self.platform == "gpu" else "xla"
 
         if config.load_format == "dummy":
             weights = random_weights(model, self.model_config, self.sharding, config.seed)
@@ -95,7 +96,7 @@ class ModelRunner:
         self.table = RowTable(config.max_num_seqs, self.table_width)
         self.decode_buckets = decode_buckets(config.max_num_seqs)
         self.prefill_buckets = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
-        self.num_blocks = config.num_kvcache_blocks or self._size_cache(platform)
+        self.num_blocks = config.num_kvcache_blocks or self._size_cache()
         self.state = self._make_state(self.num_blocks)
         self.steps: dict[Bucket, Callable] = {}
         self.redraws: dict[int, Callable] = {}
@@ -158,7 +159,7 @@ class ModelRunner:
         slots = (self.config.max_num_seqs + 1,)
         return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self.sharding.replicated))
 
-    def _size_cache(self, platform: str) -> int:
+    def _size_cache(self) -> int:
         """How many blocks of KV cache fit; prints the arithmetic.
 
         Raises:
@@ -169,7 +170,7 @@ class ModelRunner:
         token_bytes = 2 * c.num_layers * heads * c.head_dim * jnp.dtype(c.dtype).itemsize
         block_bytes = token_bytes * config.kvcache_block_size
         mib = 1 << 20
-        if platform == "cpu":
+        if self.platform == "cpu":
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             budget = int(memory * CPU_CACHE_SHARE)
             account = f"{CPU_CACHE_SHARE:.1%} of {memory // mib} MiB memory"
@@ -186,7 +187,7 @@ class ModelRunner:
             )
         useful = config.max_num_seqs * self.table_width
         blocks = max(0, budget) // block_bytes
-        if platform == "cpu":
+        if self.platform == "cpu":
             blocks = min(blocks, useful)
         # Rounded down to five binary digits, so that the programs' shapes, and with them the
         # compilation cache's entries, do not change with every few megabytes.
@@ -245,7 +246,7 @@ class ModelRunner:
         return (
             jax.jit(step, donate_argnums=1, out_shardings=out)
             .lower(weights, self._abstract_state(num_blocks), self._abstract(packed))
-            .compile()
+            .compile(COMPILER_OPTIONS[self.platform])
         )
 
     def _compile_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Compiled:
