@@ -1,0 +1,196 @@
+"""Tiny random Qwen3 checkpoints, requests for them, and ways to look into an engine."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.layers.attention import KVCache
+
+VOCAB = 131  # no multiple of 2, 4 or 8
+BLOCK = 256
+EDGES = (1, 5, 255, 256, 257, 512)  # prompt lengths around the edges of blocks
+NEW = 10  # tokens that a parity test generates
+
+# name -> the part of config.json in which the shapes differ
+SHAPES = {
+    "gqa": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16},
+    "mqa": {  # five query heads over one, tied, hidden_size unlike heads x head_dim
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "hidden_size": 40,
+        "tie_word_embeddings": True,
+    },
+    "mha": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32},
+    "eight_heads": {  # for 8 devices: four copies of each KV head
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+    },
+}
+
+
+def config_json(shape: str = "gqa", **changes) -> dict:
+    """config.json of a tiny model, as transformers 5 writes it; a change to None drops the key."""
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
+    config |= SHAPES[shape] | changes
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors, of a scale that makes greedy outputs diverse."""
+    rng = np.random.default_rng(seed)
+    d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    n, k, vocab = (
+        config[key] for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    )
+
+    def matrix(*shape):
+        return (0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+    def norm(size):
+        return (1 + 0.2 * rng.standard_normal(size)).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(vocab, d)}
+    for i in range(config["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": norm(d),
+            "self_attn.q_proj": matrix(n * h, d),
+            "self_attn.k_proj": matrix(k * h, d),
+            "self_attn.v_proj": matrix(k * h, d),
+            "self_attn.q_norm": norm(h),
+            "self_attn.k_norm": norm(h),
+            "self_attn.o_proj": matrix(d, n * h),
+            "post_attention_layernorm": norm(d),
+            "mlp.gate_proj": matrix(f, d),
+            "mlp.up_proj": matrix(f, d),
+            "mlp.down_proj": matrix(d, f),
+        }
+        tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
+    tensors["model.norm.weight"] = norm(d)
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = matrix(vocab, d)
+    return tensors
+
+
+def make_checkpoint(
+    path: Path, shape: str = "gqa", *, shards: int = 1, tokenizer: bool = False, **changes
+) -> Path:
+    """Write a checkpoint directory: config.json, safetensors in `shards` files, a tokenizer."""
+    config = config_json(shape, **changes)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    tensors = random_tensors(config)
+    if config.get("dtype", config.get("torch_dtype")) == "bfloat16":
+        tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    save_tensors(path, tensors, shards)
+    if tokenizer:
+        byte_tokenizer(VOCAB).save_pretrained(path)
+    return path
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
+    """Write tensors to one file, or to several with the index that names them."""
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[i::shards])
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of printable ASCII, one token a character, with an end token and a template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ascii_first = sorted(alphabet, key=lambda sign: (ord(sign) > 126 and sign != "Ġ", sign))
+    vocab = {sign: i for i, sign in enumerate(["<end>", *ascii_first[: size - 1]])}
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    return fast
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random token ids, the same for the same arguments."""
+    return np.random.default_rng((seed, length)).integers(0, VOCAB, length).tolist()
+
+
+def edge_prompts(seed: int = 0) -> list[list[int]]:
+    return [prompt(length, seed) for length in EDGES]
+
+
+def greedy(max_tokens: int = NEW, **options) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **options)
+
+
+def tokens(llm, prompts, params) -> list[list[int]]:
+    """What `generate` returns, the token ids alone; a request that failed fails the test."""
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert not [output["error"] for output in outputs if "error" in output]
+    return [output["token_ids"] for output in outputs]
+
+
+def poison(llm) -> None:
+    """Fill the engine's KV cache with NaN, so that whatever reads an unwritten position shows."""
+    cache = llm.runner.state.cache
+    nan = [jax.device_put(jnp.full(x.shape, jnp.nan, x.dtype), x.sharding) for x in cache]
+    llm.runner.state = llm.runner.state._replace(cache=KVCache(*nan))
+
+
+class Spy:
+    """Records the batches that an engine dispatches: (is_prefill, [(seq_id, start, length)])."""
+
+    def __init__(self, llm, monkeypatch):
+        self.batches = []
+        self.preempted = []
+        dispatch, preempt = llm.runner.dispatch, llm.scheduler.preempt
+
+        def recording_dispatch(batch):
+            rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
+            self.batches.append((batch.is_prefill, [(s.seq_id, at, n) for s, at, n in rows]))
+            return dispatch(batch)
+
+        def recording_preempt(seq):
+            self.preempted.append(seq.seq_id)
+            preempt(seq)
+
+        monkeypatch.setattr(llm.runner, "dispatch", recording_dispatch)
+        monkeypatch.setattr(llm.scheduler, "preempt", recording_preempt)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(n for is_prefill, rows in self.batches if is_prefill for _, _, n in rows)
