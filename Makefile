@@ -23,6 +23,7 @@ test: $(VENV)/.installed-test  ## install, then run the tests (PYTEST_ARGS="-k n
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed  ## nano-vLLM's benchmark on random Qwen3-0.6B weights (BENCH_ARGS=...)
