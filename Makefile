@@ -16,7 +16,8 @@ help:  ## show this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/.installed  ## install, then generate from the demo model
-	$(BIN)/python -m nanovllm_jax --chat "What is 123 + 456?" "Sort: 7 3 9 1" "Tell me a story."
+	$(BIN)/python -m nanovllm_jax --chat "What is 395 + 659?" \
+	    "Sort these numbers: 78, 31, 92, 24, 20" "Tell me a story about a fox and a lantern."
 
 test: $(VENV)/.installed-test  ## install, then run the tests (PYTEST_ARGS="-k name" selects)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

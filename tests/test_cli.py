@@ -51,7 +51,8 @@ def model_dir(tmp_path_factory):
 @pytest.fixture
 def cli(model_dir):
     """Run the command line on the tiny model and return its exit status."""
-    options = ["--model", str(model_dir), "--load-format", "dummy", "--num-kvcache-blocks", "4"]
+    options = ["--model", str(model_dir), "--load-format", "dummy", "--num-kvcache-blocks", "4",
+               "--enforce-eager"]  # fmt: skip
     return lambda *argv: main([*argv, *options])
 
 
@@ -59,7 +60,11 @@ def expected(model_dir, prompts, **sampling):
     """The text that the engine itself gives."""
     params = nanovllm_jax.SamplingParams(temperature=0, **sampling)
     with nanovllm_jax.LLM(
-        str(model_dir), load_format="dummy", num_kvcache_blocks=4, max_num_seqs=len(prompts)
+        str(model_dir),
+        load_format="dummy",
+        num_kvcache_blocks=4,
+        max_num_seqs=len(prompts),
+        enforce_eager=True,
     ) as llm:
         return [result["text"] for result in llm.generate(prompts, params, use_tqdm=False)]
 
