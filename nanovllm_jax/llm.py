@@ -18,7 +18,7 @@ class LLM(LLMEngine):
         enforce_eager: run operation by operation, without compiling the model; to debug.
         kvcache_block_size: tokens of a KV-cache block, a multiple of 256.
         num_kvcache_blocks: size of the KV cache; None fills the memory.
-        dtype: "float32" or "bfloat16"; None takes config.json's.
+        dtype: "float32" or "bfloat16"; None takes config.json's, and float32 on a CPU.
         seed: of the random streams of requests that name none.
         async_scheduling: let the device run one step ahead of the host; off only to debug.
         attention_backend: "triton" (GPU), "xla", or "auto".
