@@ -27,7 +27,7 @@ def test_prompts_around_block_edges(engine, expected, shape):
 
 
 def test_long_outputs_cross_blocks(engine, checkpoint, oracle):
-    prompts = [prompt(n, seed=1) for n in (3, 250, 500)]
+    prompts = [prompt(n, seed=3) for n in (3, 250, 500)]
     assert tokens(engine(), prompts, greedy(40)) == oracle(checkpoint(), prompts, 40)
 
 

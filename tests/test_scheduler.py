@@ -1,0 +1,488 @@
+"""The scheduler and the block manager together, without a device: policy, and a random machine.
+
+The machine's device is a dictionary from (block, offset) to the tokens that position stands for,
+written in the order in which steps are dispatched. A step may be read only after the next one was
+dispatched, as the engine does. What each row finds in the cache below its context must be its own
+sequence's tokens, and the outputs must be those of a naive loop over one sequence.
+"""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.engine.sequence import Sequence, Status
+from nanovllm_jax.sampling_params import SamplingParams
+
+EOS = 0
+BLOCK = 4
+
+
+def make_scheduler(num_blocks=8, *, max_num_seqs=4, max_tokens=32, max_prefill_seqs=4, eos=(EOS,)):
+    return Scheduler(
+        BlockManager(num_blocks, BLOCK),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        max_prefill_seqs=max_prefill_seqs,
+        eos_token_ids=eos,
+    )
+
+
+def make_seq(seq_id, token_ids, max_tokens=8, **params):
+    if isinstance(token_ids, int):
+        token_ids = range(100 * seq_id + 1, 100 * seq_id + 1 + token_ids)
+    params = SamplingParams(max_tokens=max_tokens, **params)
+    return Sequence(seq_id, list(token_ids), params, seed=seq_id, max_tokens=max_tokens)
+
+
+def add(scheduler, *args, **kwargs):
+    seq = make_seq(*args, **kwargs)
+    scheduler.add(seq)
+    return seq
+
+
+def step(scheduler, token=9):
+    """One synchronous round in which every row samples `token`; (batch, ended)."""
+    batch = scheduler.schedule()
+    return batch, scheduler.postprocess(batch, [token] * len(batch.seqs)) if batch else []
+
+
+def rows(batch):
+    return [
+        (seq.seq_id, start, length)
+        for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True)
+    ]
+
+
+# --- policy ---
+
+
+@pytest.mark.parametrize("module", ["scheduler", "block_manager", "sequence"])
+def test_no_jax_is_imported(module):
+    # A bare package in place of nanovllm_jax, whose __init__ imports the whole engine.
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('nanovllm_jax'); package.__path__ = ['nanovllm_jax']\n"
+        "sys.modules['nanovllm_jax'] = package\n"
+        f"import nanovllm_jax.engine.{module}\n"
+        "assert not {'jax', 'jaxlib', 'flax'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_prompts_are_packed_up_to_the_budget_and_cut():
+    scheduler = make_scheduler(num_blocks=20, max_tokens=10)
+    for i, n in enumerate((4, 3, 8)):
+        add(scheduler, i, n)
+    batch = scheduler.schedule()
+    assert batch.is_prefill and batch.num_tokens == 10
+    assert rows(batch) == [(0, 0, 4), (1, 0, 3), (2, 0, 3)]
+    assert batch.samples == [True, True, False]
+
+
+def test_a_cut_prompt_goes_on_where_it_stopped():
+    scheduler = make_scheduler(num_blocks=20, max_tokens=10)
+    seq = add(scheduler, 0, 25)
+    starts = []
+    while seq.status is Status.WAITING:
+        batch, _ = step(scheduler)
+        starts += rows(batch)
+    assert starts == [(0, 0, 10), (0, 10, 10), (0, 20, 5)]
+    assert seq.completion_token_ids == [9]
+
+
+def test_decode_takes_every_running_sequence():
+    scheduler = make_scheduler()
+    for i in range(3):
+        add(scheduler, i, 3)
+    step(scheduler)
+    batch, _ = step(scheduler)
+    assert not batch.is_prefill
+    assert rows(batch) == [(0, 3, 1), (1, 3, 1), (2, 3, 1)]
+
+
+def test_prefill_and_decode_alternate_while_both_wait():
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=20, max_tokens=4)
+    for i in range(8):
+        add(scheduler, i, 4, max_tokens=16)
+    kinds = [step(scheduler)[0].is_prefill for _ in range(14)]
+    assert kinds == [True, False] * 7
+
+
+def test_no_more_than_max_num_seqs_are_admitted_in_order():
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=2)
+    seqs = [add(scheduler, i, 3, max_tokens=2) for i in range(4)]
+    assert [seq.seq_id for seq in step(scheduler)[0].seqs] == [0, 1]
+    _, finished = step(scheduler)
+    assert finished == seqs[:2]
+    assert [seq.seq_id for seq in step(scheduler)[0].seqs] == [2, 3]
+
+
+def test_a_prefill_batch_holds_no_more_than_max_prefill_seqs():
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=20, max_prefill_seqs=3)
+    for i in range(5):
+        add(scheduler, i, 2)
+    assert len(scheduler.schedule().seqs) == 3
+
+
+def test_the_newest_is_preempted_and_the_oldest_goes_on():
+    scheduler = make_scheduler(num_blocks=2)
+    old, new = add(scheduler, 0, 4), add(scheduler, 1, 3)
+    step(scheduler)
+    batch, _ = step(scheduler)  # old needs its second block
+    assert batch.seqs == [old]
+    assert new.status is Status.WAITING and not new.block_table and new.slot is None
+    assert new.num_tokens == 4  # it keeps the token that it had
+
+
+def test_a_preempted_sequence_waits_first_and_resumes_with_its_tokens():
+    scheduler = make_scheduler(num_blocks=2)
+    old, new = add(scheduler, 0, 4, max_tokens=3), add(scheduler, 1, 3)
+    add(scheduler, 2, 3)
+    step(scheduler)
+    while not old.is_finished:
+        step(scheduler)
+    assert scheduler.waiting[0] is new
+    batch, _ = step(scheduler)
+    assert batch.is_prefill and rows(batch)[0] == (1, 0, 4)
+    assert new.completion_token_ids == [9, 9]
+
+
+def test_a_sequence_that_outgrows_the_pool_fails_alone():
+    scheduler = make_scheduler(num_blocks=2)
+    big, small = add(scheduler, 0, 7, max_tokens=20), add(scheduler, 1, 2, max_tokens=3)
+    while not scheduler.is_finished:
+        _, finished = step(scheduler)
+        for seq in finished:
+            assert seq is small
+        if scheduler.failed:
+            assert scheduler.failed == [big]
+            scheduler.failed = []
+    assert "9 tokens need 3 blocks of 4, the pool has 2" in big.error
+    assert small.error is None and small.completion_token_ids == [9] * 3
+    scheduler.block_manager.check([])
+
+
+def test_a_token_in_flight_may_be_the_last_that_fits():
+    """Reading a step late must not fail a sequence that ends with the unread token."""
+    scheduler = make_scheduler(num_blocks=1)
+    seq = add(scheduler, 0, 3, max_tokens=2)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert scheduler.schedule() is None
+    scheduler.postprocess(first, [9])
+    assert scheduler.postprocess(second, [9]) == [seq]
+    assert seq.error is None and scheduler.is_finished
+
+
+def test_a_token_in_flight_may_be_eos_and_save_the_sequence():
+    scheduler = make_scheduler(num_blocks=1)
+    seq = add(scheduler, 0, 3, max_tokens=8)
+    first = scheduler.schedule()
+    second = scheduler.schedule()  # position 3, the last of the pool
+    scheduler.postprocess(first, [9])
+    assert scheduler.schedule() is None and not scheduler.failed
+    assert scheduler.postprocess(second, [EOS]) == [seq]
+    assert seq.error is None
+
+
+def test_a_row_of_a_sequence_that_has_ended_is_dropped():
+    scheduler = make_scheduler()
+    seq, other = add(scheduler, 0, 3), add(scheduler, 1, 3)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert scheduler.postprocess(first, [EOS, 9]) == [seq]
+    assert scheduler.postprocess(second, [8, 8]) == []
+    assert seq.completion_token_ids == [EOS]
+    assert other.completion_token_ids == [9, 8]
+
+
+@pytest.mark.parametrize(
+    ("params", "sampled", "length"),
+    [
+        ({}, [5, EOS, 5], 2),
+        ({"ignore_eos": True}, [5, EOS, 5, 5], 4),
+        ({"stop_token_ids": [7]}, [5, 7, 5], 2),
+        ({"stop_token_ids": [7], "ignore_eos": True}, [EOS, 7, 5], 2),
+        ({"max_tokens": 1}, [5], 1),
+    ],
+)
+def test_where_a_sequence_ends(params, sampled, length):
+    scheduler = make_scheduler()
+    seq = add(scheduler, 0, 3, **({"max_tokens": 4} | params))
+    for token in sampled[:length]:
+        assert not seq.is_finished
+        step(scheduler, token)
+    assert seq.is_finished and seq.completion_token_ids == sampled[:length]
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_abort_frees_everything_whatever_the_state(rounds):
+    scheduler = make_scheduler(num_blocks=4, max_tokens=8)
+    seq, other = add(scheduler, 0, 9), add(scheduler, 1, 3)
+    for _ in range(rounds):
+        step(scheduler)
+    scheduler.finish(seq)
+    scheduler.finish(seq)
+    scheduler.block_manager.check([other])
+    while not scheduler.is_finished:
+        step(scheduler)
+    assert len(other.completion_token_ids) == 8
+    assert sorted(scheduler.free_slots) == list(range(4))
+
+
+# --- a random machine ---
+
+
+def next_token(prefix, vocab):
+    """What the naive model says after these tokens; EOS now and then."""
+    state = 17
+    for token in prefix:
+        state = (state * 1103515245 + token * 12345 + 6789) % 2**31
+    return (state >> 7) % vocab
+
+
+def naive(prompt, seq, vocab):
+    """The completion that a loop over this one sequence gives."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < seq.max_tokens:
+        tokens.append(next_token(tokens, vocab))
+        if tokens[-1] in seq.params.stop_token_ids:
+            break
+        if tokens[-1] == EOS and not seq.params.ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random requests, steps read late or at once, aborts and resets."""
+
+    @initialize(
+        num_blocks=st.integers(2, 9),
+        max_num_seqs=st.integers(1, 4),
+        max_tokens=st.integers(5, 24),
+        max_prefill_seqs=st.integers(1, 4),
+        vocab=st.sampled_from([2, 3, 20]),
+    )
+    def start(self, num_blocks, max_num_seqs, max_tokens, max_prefill_seqs, vocab):
+        self.scheduler = make_scheduler(
+            num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_tokens=max_tokens,
+            max_prefill_seqs=max_prefill_seqs,
+        )
+        self.books = self.scheduler.block_manager
+        self.max_num_seqs, self.vocab = max_num_seqs, vocab
+        self.seqs, self.prompts, self.ended, self.aborted = [], {}, [], set()
+        self.in_flight = []  # dispatched and not yet read: (batch, tokens)
+        self.cache = {}  # (block, offset) -> the tokens up to and with that position
+        self.last_token = {}  # slot -> token, on the device
+        self.known = {}  # seq -> its tokens, as the device knows them
+        self.computed = {}  # seq -> tokens computed in this life
+        self.sound = True  # no assertion has failed
+        self.after_prefill = False
+        self.preempted = []
+        preempt = self.scheduler.preempt
+
+        def recording(seq):
+            self.preempted.append(seq)
+            self.computed.pop(seq, None)
+            preempt(seq)
+
+        self.scheduler.preempt = recording
+
+    # Prompts that share prefixes: a few base texts over few tokens, cut and continued.
+    @rule(
+        base=st.integers(0, 2),
+        length=st.integers(1, 17),
+        tail=st.lists(st.integers(1, 3), max_size=3),
+        max_tokens=st.integers(1, 14),
+        ignore_eos=st.booleans(),
+        stop=st.sampled_from([(), (1,)]),
+    )
+    def add(self, base, length, tail, max_tokens, ignore_eos, stop):
+        prompt = [1 + (base * (i % 5 + 1) + i) % 3 for i in range(length)] + tail
+        prompt = prompt[: len(self.books.blocks) * BLOCK]  # the engine refuses longer ones
+        seq = make_seq(
+            len(self.seqs), prompt, max_tokens, ignore_eos=ignore_eos, stop_token_ids=stop
+        )
+        self.prompts[seq], self.known[seq] = prompt, list(prompt)
+        self.seqs.append(seq)
+        self.scheduler.add(seq)
+
+    @precondition(lambda self: len(self.in_flight) < 2)
+    @rule()
+    def dispatch(self):
+        scheduler, self.sound = self.scheduler, False
+        decodable = [seq for seq in scheduler.running if seq.wants_token]
+        half_done = bool(scheduler.waiting and scheduler.waiting[0].block_table)
+        self.preempted = []
+        batch = scheduler.schedule()
+        self.collect(scheduler.failed)
+        scheduler.failed = []
+        if batch is None:
+            self.sound = True
+            return
+        if not batch.is_prefill or self.after_prefill:
+            self.check_all_decode(decodable, batch)
+        if half_done and not self.after_prefill:
+            assert batch.is_prefill, "prefill starves"
+        self.after_prefill = batch.is_prefill
+        self.check_limits(batch)
+        self.in_flight.append((batch, self.execute(batch)))
+        self.sound = True
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def read(self):
+        self.collect(self.scheduler.postprocess(*self.in_flight.pop(0)))
+
+    @rule(rounds=st.integers(1, 6))
+    def run_one_ahead(self, rounds):
+        for _ in range(rounds):
+            while len(self.in_flight) < 2:
+                before = len(self.in_flight)
+                self.dispatch()
+                if len(self.in_flight) == before:
+                    break
+            if self.in_flight:
+                self.read()
+
+    @precondition(lambda self: self.seqs)
+    @rule(data=st.data())
+    def abort(self, data):
+        seq = data.draw(st.sampled_from(self.seqs))
+        if not seq.is_finished:
+            self.aborted.add(seq)
+        self.scheduler.finish(seq)
+
+    @rule()
+    def reset_prefix_cache(self):
+        self.books.reset_prefix_cache()
+
+    @invariant()
+    def books_balance(self):
+        if self.seqs:
+            self.books.check([seq for seq in self.seqs if seq.block_table])
+            for block in self.books.cached.values():
+                held = [self.cache[block.block_id, i] for i in range(BLOCK)]
+                assert list(block.tokens) == self.tokens_bytes(held), "cached before it is written"
+
+    def teardown(self):
+        if not getattr(self, "sound", False):
+            return
+        for _ in range(3000):
+            if self.scheduler.is_finished and not self.in_flight:
+                break
+            self.run_one_ahead(1)
+            self.books_balance()
+        assert self.scheduler.is_finished, "the machine does not come to an end"
+        assert sorted(map(id, self.ended)) == sorted(
+            id(seq) for seq in self.seqs if seq not in self.aborted
+        ), "a sequence is reported never or twice"
+        for seq in self.ended:
+            want = naive(self.prompts[seq], seq, self.vocab)
+            if seq.error:
+                assert seq.completion_token_ids == want[: seq.num_completion_tokens]
+            else:
+                assert seq.completion_token_ids == want
+        self.books.check([])
+        assert self.books.num_free_blocks == len(self.books.blocks)
+        assert sorted(self.scheduler.free_slots) == list(range(self.max_num_seqs))
+
+    # The parts of a step.
+
+    def execute(self, batch):
+        """Run a batch on the device that is a dictionary; returns each row's token."""
+        work = []
+        for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+            if seq in self.computed:
+                assert start == self.computed[seq], "a gap or a token computed twice"
+            else:  # a new life begins
+                assert start == min(seq.num_cached, seq.num_tokens - 1)
+            self.computed[seq] = start + length
+            known = self.known[seq]
+            if batch.is_prefill:
+                row = seq.token_ids[start : start + length]
+            else:
+                row = [self.last_token[seq.slot]]
+            assert row == known[start : start + length], "not the sequence's own tokens"
+            work.append((seq, start, start + length, known))
+        for seq, start, end, known in work:  # every layer writes before it attends
+            for position in range(max(start, seq.num_cached), end):
+                self.cache[self.place(seq, position)] = tuple(known[: position + 1])
+        tokens = []
+        for (seq, _, end, known), samples in zip(work, batch.samples, strict=True):
+            for position in range(end):
+                found = self.cache.get(self.place(seq, position))
+                assert found == tuple(known[: position + 1]), "another's keys and values"
+            token = next_token(known[:end], self.vocab)
+            tokens.append(token)
+            self.last_token[seq.slot] = token
+            if samples:
+                assert len(known) == end, "a token sampled twice"
+                known.append(token)
+            else:
+                assert end < seq.num_tokens
+        return tokens
+
+    @staticmethod
+    def place(seq, position):
+        return seq.block_table[position // BLOCK], position % BLOCK
+
+    @staticmethod
+    def tokens_bytes(held):
+        from array import array
+
+        return list(array("i", [prefix[-1] for prefix in held]).tobytes())
+
+    def check_limits(self, batch):
+        assert batch.seqs and all(n > 0 for n in batch.lengths)
+        assert len({id(seq) for seq in batch.seqs}) == len(batch.seqs)
+        if batch.is_prefill:
+            assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
+            assert len(batch.seqs) <= self.scheduler.max_prefill_seqs
+        else:
+            assert batch.lengths == [1] * len(batch.seqs) and all(batch.samples)
+        slots = [seq.slot for seq in self.seqs if seq.slot is not None]
+        assert len(set(slots)) == len(slots) <= self.max_num_seqs
+        assert all(0 <= slot < self.max_num_seqs for slot in slots)
+        assert all(seq.slot is not None for seq in batch.seqs)
+        for seq, end in zip(batch.seqs, map(sum, zip(batch.starts, batch.lengths, strict=True))):
+            assert len(seq.block_table) >= self.books.blocks_for(end)
+
+    def check_all_decode(self, decodable, batch):
+        """A running sequence sits out its turn only for want of a block."""
+        decoding = [] if batch.is_prefill else batch.seqs
+        for seq in decodable:
+            waits = self.books.num_free_blocks == 0 and seq.in_flight > 0
+            no_block = waits or seq.error or seq in self.preempted
+            assert seq in decoding or no_block, "decode starves"
+
+    def collect(self, finished):
+        for seq in finished:
+            assert seq.is_finished and seq not in self.aborted
+            self.ended.append(seq)
+            if seq.error:
+                assert self.books.blocks_for(len(self.known[seq])) > len(self.books.blocks)
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=500,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+TestEngineMachine = EngineMachine.TestCase
