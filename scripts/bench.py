@@ -369,11 +369,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.random_weights:
         options["load_format"] = "dummy"
     with model_directory(args) as path:
-        model = ModelConfig.from_directory(path)
-        model = replace(model, dtype=args.dtype or model.dtype)
         engine_start = time.perf_counter()
         llm = LLM(str(path), **options)
     ready = time.perf_counter()
+    assert llm.runner
+    model = llm.runner.model_config  # as it lies on the devices
     devices = options.get("tensor_parallel_size", 1)
     kind = jax.devices()[0].device_kind
     known = next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
@@ -399,11 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.all or not (args.latency or args.prefill):
             total = bandwidth and bandwidth * devices
             traffic = Traffic.of(model)
-            result["throughput"] = throughput(llm, args, traffic, total, model.vocab_size)
+            result["throughput"] = throughput(llm, args, traffic, total, llm.vocab_size)
         if args.all or args.latency:
-            result["latency"] = latency(llm, args, model.vocab_size)
+            result["latency"] = latency(llm, args, llm.vocab_size)
         if args.all or args.prefill:
-            result["prefill"] = prefill(llm, args, model.vocab_size)
+            result["prefill"] = prefill(llm, args, llm.vocab_size)
     if args.json:
         with args.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
