@@ -494,6 +494,12 @@ def _pronouns(female: bool, prefix: str) -> dict[str, str]:
     return lower | upper
 
 
+def _adjective(rng: random.Random, kind: str, without: str) -> str:
+    """An adjective for such a person or animal that does not occur in `without`."""
+    adjectives = YOUNG if kind in ANIMALS + CHILDREN else GROWN
+    return rng.choice([word for word in adjectives if word not in without])
+
+
 def _cast(rng: random.Random, subject: Subject) -> dict[str, str]:
     """The slots that the sentences below fill in."""
     hero = subject.hero or rng.choice(KINDS)
@@ -506,16 +512,14 @@ def _cast(rng: random.Random, subject: Subject) -> dict[str, str]:
     if friend_female == female and friend not in FEMALE_PEOPLE + MALE_PEOPLE + ("hen", "cow"):
         friend_female = rng.random() < 0.2 if female else rng.random() >= 0.2
     name = subject.name or rng.choice(GIRLS if female else BOYS)
-    adjective = rng.choice(YOUNG if hero in ANIMALS + CHILDREN else GROWN)
-    friend_adjective = adjective
-    while friend_adjective == adjective:
-        friend_adjective = rng.choice(YOUNG if friend in ANIMALS + CHILDREN else GROWN)
+    home = rng.choice(CASTLES if hero in ROYALS else HOMES)
+    adjective = _adjective(rng, hero, without=home)
+    friend_adjective = _adjective(rng, friend, without=adjective)
     friend_name = name
     while friend_name == name:
         friend_name = rng.choice(GIRLS if friend_female else BOYS)
     item = subject.item or rng.choice(tuple(OBJECTS))
     looks, damage, mend = MATERIALS[OBJECTS[item]]
-    home = rng.choice(CASTLES if hero in ROYALS else HOMES)
     spots = rng.sample(SPOTS, 3)
     return {
         "N": name,
@@ -843,7 +847,7 @@ LEARN = Plot(
         ('"Nobody can do it the first time," said {F}. "You must practice a little every day."',
          '"I could not do it either, at first," said {F}. "Let me show you how."'),
         ("Then {fhe} gave {N} a~{oa} {o}. \"Look at it when you feel like giving up,\" {fhe} said.",
-         '"Here, take my {oa} {o}," said {F}. "It has always brought me luck."'),
+         'And {fhe} gave {N} {fhis} {oa} {o}. "It has always brought me luck," {fhe} said.'),
         ("¶So {N} practiced in the morning, and {he} practiced at night.",
          "¶Day after day, {N} tried again. Slowly, it became easier."),
         ("And one fine day, it worked! {N} could hardly believe it.",
@@ -1025,7 +1029,7 @@ GROW = Plot(
         ("Then one morning, there was a small green leaf, and then another.",
          "After a week, something green came out of the ground."),
         ("In autumn, there was so much to pick that they filled a whole [cart|barrel].",
-         "By the end of the summer, it was taller than {N}."),
+         "By the end of the summer, the leaves were higher than {N}'s head."),
         ("They took it to the market. There, they [traded it for|bought] a~{oa} {o}.",
          "Everyone in the village came to look, and the mayor gave them a~{oa} {o} as a prize."),
         ('"It was worth the wait," said {N}.',
@@ -1125,7 +1129,7 @@ _TROUBLE = {
         ("{N} was cold too, but {he} took {his} {o} and put it around {F}.",
          '"Take my {o}," said {N}. "It will keep you warm."'),
         ("Then they sat close together and waited until the sun came up.",
-         "Soon {F} felt warm again, and they walked home together."),
+         "Soon {F} felt warm again, and {fhe} began to smile."),
     ),
     "rain": (
         ("¶One day, the two went for a long walk. Suddenly, it began to rain.",
