@@ -1,6 +1,7 @@
 """LLMEngine: requests in, tokens out; the loop that keeps the device one step ahead of the host."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -37,7 +38,7 @@ class LLMEngine:
             eos_token_ids=self._eos_token_ids(),
         )
         self.next_seq_id = 0
-        self.in_flight: tuple[Batch, TokenFuture] | None = None
+        self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
         self.unclaimed: list[Sequence] = []  # finished during somebody else's generate()
 
     # --- the loop ---
@@ -67,24 +68,27 @@ class LLMEngine:
 
     def _step(self) -> tuple[list[Sequence], int]:
         """Dispatch the next batch, then read the one before it."""
-        if self.in_flight is None:
-            self.in_flight = self._dispatch()
-        current, self.in_flight = self.in_flight, None
-        if self.config.async_scheduling and current is not None:
-            self.in_flight = self._dispatch()
-        failed, self.scheduler.failed = self.scheduler.failed, []
-        if current is None:
+        while len(self.in_flight) < (2 if self.config.async_scheduling else 1):
+            runner = self._live_runner()
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            self.in_flight.append((batch, runner.dispatch(batch)))
+        if not self.in_flight:
+            failed = self._take_failed()
             assert failed or self.scheduler.is_finished, "requests are left, but none can run"
             return failed, 0
-        batch, tokens = current
-        finished = failed + self.scheduler.postprocess(batch, tokens.result())
+        batch, tokens = self.in_flight[0]
+        token_ids = tokens.result()  # the wait of each round: an interruption here loses nothing
+        self.in_flight.popleft()
+        finished = self._take_failed() + self.scheduler.postprocess(batch, token_ids)
         if self.scheduler.is_finished:
-            self.in_flight = None  # only rows of finished sequences are left in it
+            self.in_flight.clear()  # only rows of finished sequences are left in it
         return finished, batch.num_tokens if batch.is_prefill else -len(batch.seqs)
 
-    def _dispatch(self) -> tuple[Batch, TokenFuture] | None:
-        batch = self.scheduler.schedule()
-        return (batch, self._live_runner().dispatch(batch)) if batch else None
+    def _take_failed(self) -> list[Sequence]:
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        return failed
 
     # --- whole requests ---
 
@@ -144,11 +148,13 @@ class LLMEngine:
             while not seq.is_finished:
                 finished, _ = self._step()
                 self.unclaimed += [other for other in finished if other is not seq]
-                if seq.num_tokens > seen:
-                    yield seq.token_ids[seen:]
-                    seen = seq.num_tokens
+                while seen < seq.num_tokens:  # it may also advance while this waits in the yield
+                    new, seen = seq.token_ids[seen:], seq.num_tokens
+                    yield new
         finally:
             self.scheduler.finish(seq)
+            if seq in self.unclaimed:
+                self.unclaimed.remove(seq)
         if seq.error:
             raise RuntimeError(seq.error)
 
@@ -159,7 +165,7 @@ class LLMEngine:
     def exit(self) -> None:
         """Free all device memory; the engine cannot be used after it. May be called twice."""
         if self.runner is not None:
-            self.in_flight = None
+            self.in_flight.clear()
             self.runner.shut_down()
             self.runner = None
 
