@@ -19,7 +19,7 @@ from nanovllm_jax import LLM, SamplingParams
 
 def main() -> None:
     """Run the same prompts through each backend and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Compare two attention backends.")
     parser.add_argument("model", type=Path, nargs="?", metavar="MODEL_DIR")
     parser.add_argument("--random-weights", choices=QWEN3, metavar="SIZE")
     parser.add_argument("--backends", nargs=2, default=["xla", "triton"])

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.scheduler import Scheduler
-from nanovllm_jax.engine.sequence import Sequence, Status
+from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.sampling_params import SamplingParams
 
 EOS = 0
@@ -142,7 +142,7 @@ def test_the_newest_is_preempted_and_the_oldest_goes_on():
     step(scheduler)
     batch, _ = step(scheduler)  # old needs its second block
     assert batch.seqs == [old]
-    assert new.status is Status.WAITING and not new.block_table and new.slot is None
+    assert new.status is Status.WAITING and not new.block_table and new.slot == NO_SLOT
     assert new.num_tokens == 4  # it keeps the token that it had
 
 
@@ -376,7 +376,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.books.check([seq for seq in self.seqs if seq.block_table])
             for block in self.books.cached.values():
                 held = [self.cache[block.block_id, i] for i in range(BLOCK)]
-                assert list(block.tokens) == self.tokens_bytes(held), "cached before it is written"
+                assert list(block.content.tokens) == self.tokens_bytes(held), (
+                    "cached before it is written"
+                )
 
     def teardown(self):
         if not getattr(self, "sound", False):
@@ -454,10 +456,10 @@ class EngineMachine(RuleBasedStateMachine):
             assert len(batch.seqs) <= self.scheduler.max_prefill_seqs
         else:
             assert batch.lengths == [1] * len(batch.seqs) and all(batch.samples)
-        slots = [seq.slot for seq in self.seqs if seq.slot is not None]
+        slots = [seq.slot for seq in self.seqs if seq.slot != NO_SLOT]
         assert len(set(slots)) == len(slots) <= self.max_num_seqs
         assert all(0 <= slot < self.max_num_seqs for slot in slots)
-        assert all(seq.slot is not None for seq in batch.seqs)
+        assert all(seq.slot != NO_SLOT for seq in batch.seqs)
         for seq, end in zip(batch.seqs, map(sum, zip(batch.starts, batch.lengths, strict=True))):
             assert len(seq.block_table) >= self.books.blocks_for(end)
 

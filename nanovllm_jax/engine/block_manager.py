@@ -18,16 +18,27 @@ from nanovllm_jax.engine.sequence import Sequence
 ROOT = 0  # hash and uid of the empty prefix
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a full block holds: its tokens, behind the prefix that `parent_uid` stands for."""
+
+    hash: int
+    uid: int  # of this content and all before it
+    parent_uid: int
+    tokens: bytes
+
+    def is_for(self, parent_uid: int, tokens: bytes) -> bool:
+        """Whether it is this content, and not another with the same hash."""
+        return self.parent_uid == parent_uid and self.tokens == tokens
+
+
 @dataclass(slots=True)
 class Block:
-    """One block; `uid` is the number of its registration in the prefix cache, None if it is not."""
+    """One block; `content` is what the prefix cache knows to be in it."""
 
     block_id: int
     ref_count: int = 0
-    hash: int | None = None
-    uid: int | None = None
-    parent_uid: int | None = None
-    tokens: bytes = b""
+    content: Content | None = None
 
 
 def hash_block(parent_hash: int, tokens: bytes) -> int:
@@ -44,7 +55,7 @@ class BlockManager:
         # Blocks that nobody holds, the next to be taken first: those without cached content,
         # then the least recently used.
         self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self.cached: dict[int, Block] = {}  # hash -> block
+        self.cached: dict[int, Block] = {}  # hash of the content -> block
         self.next_uid = ROOT + 1
 
     @property
@@ -73,7 +84,7 @@ class BlockManager:
                 del self.free_blocks[block.block_id]
             block.ref_count += 1
             seq.block_table.append(block.block_id)
-        seq.prefix = [(block.hash, block.uid) for block in hits]
+        seq.prefix = [(c.hash, c.uid) for block in hits if (c := block.content)]
         for _ in range(num_new):
             seq.block_table.append(self._take_free_block())
         seq.num_cached = len(hits) * self.block_size
@@ -96,7 +107,7 @@ class BlockManager:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self.free_blocks[block_id] = None
-                if block.uid is None:
+                if block.content is None:
                     self.free_blocks.move_to_end(block_id, last=False)
         seq.block_table = []
         seq.prefix = []
@@ -115,21 +126,20 @@ class BlockManager:
             parent_hash, parent_uid = seq.prefix[-1] if seq.prefix else (ROOT, ROOT)
             tokens = self._tokens(seq, index)
             key = hash_block(parent_hash, tokens)
-            known = self.cached.get(key)
-            if known is None:
-                known = self.blocks[seq.block_table[index]]
-                known.hash, known.uid, known.parent_uid = key, self.next_uid, parent_uid
-                known.tokens = tokens
-                self.cached[key] = known
+            if content := self._cached_content(key):
+                if not content.is_for(parent_uid, tokens):
+                    return  # a hash collision: this prefix stays private
+            else:
+                content = Content(key, self.next_uid, parent_uid, tokens)
                 self.next_uid += 1
-            elif known.tokens != tokens or known.parent_uid != parent_uid:
-                return  # a hash collision: this prefix stays private
-            seq.prefix.append((key, known.uid))
+                block = self.cached[key] = self.blocks[seq.block_table[index]]
+                block.content = content
+            seq.prefix.append((key, content.uid))
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached content. Running sequences keep their blocks."""
         for block in self.cached.values():
-            self._forget(block)
+            block.content = None
         self.cached.clear()
 
     def check(self, seqs: list[Sequence]) -> None:
@@ -138,13 +148,15 @@ class BlockManager:
         for block in self.blocks:
             assert block.ref_count == held.count(block.block_id), block
             assert (block.ref_count == 0) == (block.block_id in self.free_blocks), block
-            assert (block.uid is None) == (self.cached.get(block.hash) is not block), block
+            if block.content is not None:
+                assert self.cached[block.content.hash] is block, block
         for seq in seqs:
             assert len(seq.block_table) == len(set(seq.block_table)), seq
         used = sum(block.ref_count > 0 for block in self.blocks)
-        cached = sum(block.ref_count == 0 and block.uid is not None for block in self.blocks)
-        free = sum(block.ref_count == 0 and block.uid is None for block in self.blocks)
+        cached = sum(b.ref_count == 0 and b.content is not None for b in self.blocks)
+        free = sum(b.ref_count == 0 and b.content is None for b in self.blocks)
         assert free + cached == self.num_free_blocks
+        assert sum(b.content is not None for b in self.blocks) == len(self.cached)
         assert free + cached + used == len(self.blocks)
 
     def _match(self, seq: Sequence) -> list[Block]:
@@ -153,12 +165,17 @@ class BlockManager:
         parent_hash, parent_uid = ROOT, ROOT
         for index in range(seq.num_tokens // self.block_size):
             tokens = self._tokens(seq, index)
-            block = self.cached.get(hash_block(parent_hash, tokens))
-            if block is None or block.tokens != tokens or block.parent_uid != parent_uid:
+            key = hash_block(parent_hash, tokens)
+            content = self._cached_content(key)
+            if content is None or not content.is_for(parent_uid, tokens):
                 break
-            hits.append(block)
-            parent_hash, parent_uid = block.hash, block.uid
+            hits.append(self.cached[key])
+            parent_hash, parent_uid = key, content.uid
         return hits
+
+    def _cached_content(self, key: int) -> Content | None:
+        block = self.cached.get(key)
+        return block.content if block else None
 
     def _tokens(self, seq: Sequence, index: int) -> bytes:
         start = index * self.block_size
@@ -167,13 +184,8 @@ class BlockManager:
     def _take_free_block(self) -> int:
         block_id, _ = self.free_blocks.popitem(last=False)
         block = self.blocks[block_id]
-        if block.uid is not None:
-            del self.cached[block.hash]
-            self._forget(block)
+        if block.content is not None:
+            del self.cached[block.content.hash]
+            block.content = None
         block.ref_count = 1
         return block_id
-
-    @staticmethod
-    def _forget(block: Block) -> None:
-        block.hash = block.uid = block.parent_uid = None
-        block.tokens = b""

@@ -234,13 +234,13 @@ class LLMEngine:
     def _text(self, seq: Sequence) -> str:
         if self.tokenizer is None or not seq.params.detokenize:
             return ""
-        return self.tokenizer.decode(seq.completion_token_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(seq.completion_token_ids, skip_special_tokens=True))
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """What the model's files name; the tokenizer's own where they name none."""
         named = self.config.model_config.eos_token_ids
         if not named and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            return (self.tokenizer.eos_token_id,)
+            return (int(self.tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
         return named
 
     def _live_runner(self) -> ModelRunner:

@@ -215,6 +215,7 @@ class ModelRunner:
         total = 0
         for step in steps:
             m = step.memory_analysis()
+            assert m is not None
             outputs = m.output_size_in_bytes - m.alias_size_in_bytes
             total = max(total, m.temp_size_in_bytes + 2 * outputs)  # two steps are under way
         return total
@@ -267,7 +268,7 @@ class ModelRunner:
             .compile()
         )
 
-    def _compiler_options(self, bucket: Bucket) -> dict[str, bool | int]:
+    def _compiler_options(self, bucket: Bucket) -> dict[str, bool | str]:
         """Matrix products by cuBLAS with its own choice of algorithm.
 
         XLA's Triton products, tuned over dozens of candidates each, made these steps 7% slower and
@@ -277,7 +278,7 @@ class ModelRunner:
         """
         if self.platform != "gpu" or bucket == Bucket(0, 1):
             return {}
-        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}
 
     def _use_eager_steps(self) -> None:
         """Steps that run operation by operation, with the same shapes."""
@@ -298,8 +299,8 @@ class ModelRunner:
         )
 
     def _state_sharding(self) -> DeviceState:
-        cache = self.sharding.named(*KVCache.AXES)
-        return DeviceState(KVCache(cache, cache), self.sharding.replicated)
+        """The layout of the state, in its own structure."""
+        return jax.tree.map(lambda x: x.sharding, self._abstract_state(PROBE_BLOCKS))
 
     def _logits_sharding(self):
         return self.sharding.named("rows", "vocab")
@@ -307,7 +308,7 @@ class ModelRunner:
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user has chosen a place or none."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nanovllm_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

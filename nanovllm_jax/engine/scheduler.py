@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.sequence import Sequence, Status
+from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,6 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.block_manager.free(seq)
-        if seq.slot is not None:
+        if seq.slot != NO_SLOT:
             self.free_slots.append(seq.slot)
-            seq.slot = None
+            seq.slot = NO_SLOT

@@ -5,6 +5,8 @@ from enum import Enum, auto
 
 from nanovllm_jax.sampling_params import SamplingParams
 
+NO_SLOT = -1
+
 
 class Status(Enum):
     """Where a sequence stands."""
@@ -34,7 +36,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache: computed, and never written again
     in_flight: int = 0
-    slot: int | None = None  # row of the runner's tables while admitted
+    slot: int = NO_SLOT  # row of the runner's tables while admitted
     block_table: list[int] = field(default_factory=list)
     prefix: list[tuple[int, int]] = field(default_factory=list)  # (hash, uid) of hashed blocks
 

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -25,8 +25,8 @@ class DeviceState(NamedTuple):
 class StepProgram:
     """The step of one model on one mesh; its methods are traced for each bucket."""
 
-    graph: nnx.GraphDef
-    treedef: jax.tree_util.PyTreeDef  # of the weights, which are passed as a flat list
+    graph: Any  # nnx.GraphDef
+    treedef: Any  # PyTreeDef of the weights, which are passed as a flat list
     sharding: Sharding
     implementation: str
     block_size: int

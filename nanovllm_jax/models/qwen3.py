@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
@@ -107,7 +108,7 @@ class Qwen3(nnx.Module):
 
         # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
         # Eagerly it runs operation by operation, so that print and a debugger work inside it.
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             run_layer = jax.jit(run_layer)
         for i in range(self.config.num_layers):
             # A static index: XLA passes the slice to the product by address, without a copy.
