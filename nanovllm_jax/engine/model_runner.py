@@ -308,7 +308,7 @@ class ModelRunner:
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user has chosen a place or none."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "nanovllm_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
