@@ -18,9 +18,11 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
 # Programs compiled once a session, in subprocesses too, and never taken from an earlier one.
-_CACHE = tempfile.mkdtemp(prefix="nanovllm_jax-tests-") if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-) else None
+_CACHE = (
+    tempfile.mkdtemp(prefix="nanovllm_jax-tests-")
+    if ("JAX_COMPILATION_CACHE_DIR" not in os.environ)
+    else None
+)
 if _CACHE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

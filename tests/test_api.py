@@ -136,7 +136,11 @@ def test_sampling_params_defaults():
     assert params.detokenize and params.seed is None and params.stop_token_ids == ()
     assert not params.filters
     positional = SamplingParams(0.6, 256, True)
-    assert (positional.temperature, positional.max_tokens, positional.ignore_eos) == (0.6, 256, True)
+    assert (positional.temperature, positional.max_tokens, positional.ignore_eos) == (
+        0.6,
+        256,
+        True,
+    )
 
 
 @pytest.mark.parametrize(

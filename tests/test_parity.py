@@ -137,7 +137,7 @@ def test_asynchronous_equals_synchronous_with_eos(engine, monkeypatch):
 
 def test_bfloat16_agrees_mostly(engine, checkpoint, oracle):
     """Rounding flips near ties, and what follows a flip differs: compare first tokens alone."""
-    llm = engine("mqa", dtype=None, checkpoint={"dtype": "bfloat16"})
+    llm = engine("mqa", dtype="bfloat16", checkpoint={"dtype": "bfloat16"})
     assert {str(x.dtype) for x in [*llm.runner.weights, *llm.runner.state.cache]} == {"bfloat16"}
     got = tokens(llm, edge_prompts(), greedy())
     want = oracle(checkpoint("mqa", dtype="bfloat16"), edge_prompts(), NEW)
@@ -150,3 +150,8 @@ def test_bfloat16_checkpoint_cast_to_float32(engine, checkpoint, oracle):
     llm = engine("mqa", checkpoint={"dtype": "bfloat16"})  # the fixture asks for float32
     want = oracle(checkpoint("mqa", dtype="bfloat16"), edge_prompts(), NEW)
     assert tokens(llm, edge_prompts(), greedy()) == want
+
+
+def test_without_a_named_dtype_a_cpu_computes_in_float32(engine):
+    llm = engine("mqa", dtype=None, checkpoint={"dtype": "bfloat16"})
+    assert {str(x.dtype) for x in [*llm.runner.weights, *llm.runner.state.cache]} == {"float32"}
