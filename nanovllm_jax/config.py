@@ -81,7 +81,7 @@ class ModelConfig:
     @classmethod
     def from_directory(cls, path: Path) -> "ModelConfig":
         """Read config.json and, for the end-of-sequence ids, generation_config.json."""
-        raw = _read_json(path / "config.json")
+        raw = read_json(path / "config.json")
         architectures = raw.get("architectures") or ["(none)"]
         hidden, heads = _require(raw, "hidden_size"), _require(raw, "num_attention_heads")
         for flag in ("attention_bias", "mlp_bias", "use_sliding_window"):
@@ -206,7 +206,8 @@ class EngineConfig:
             check(getattr(self, name) in valid, name, f"one of {valid}")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON file's content; ValueError names the file that holds none."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -232,7 +233,7 @@ def _eos_token_ids(path: Path, raw: dict) -> tuple[int, ...]:
     """End-of-sequence ids; generation_config.json's list wins over config.json's single id."""
     eos = None
     if (generation := path / "generation_config.json").is_file():
-        eos = _read_json(generation).get("eos_token_id")
+        eos = read_json(generation).get("eos_token_id")
     if eos is None:
         eos = raw.get("eos_token_id")
     if eos is None:

@@ -1,7 +1,6 @@
 """Checkpoints into sharded arrays: safetensors only, one layer's tensors on the host at a time."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
-from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.models import Qwen3
 from nanovllm_jax.sharding import Sharding
 
@@ -70,7 +69,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         if (directory / INDEX).is_file():
-            names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+            names = set(read_json(directory / INDEX)["weight_map"].values())
             files = [directory / name for name in sorted(names)]
         else:
             files = sorted(directory.glob("*.safetensors"))
