@@ -1,0 +1,213 @@
+"""Sampling against a NumPy reference in float64, over one device and over several."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from scipy import stats
+
+from nanovllm_jax.layers.sampler import filter_logits, gumbel_noise, sample
+from nanovllm_jax.sharding import make_sharding
+
+V = 200
+
+
+def logits_of(kind: str, rows: int = 24, vocab: int = V) -> np.ndarray:
+    rng = np.random.default_rng(len(kind))
+    x = rng.standard_normal((rows, vocab)).astype(np.float32) * 3
+    if kind == "ties":
+        x = np.round(x)
+    elif kind == "masked":
+        x[rng.random(x.shape) < 0.6] = -np.inf
+        x[:, 17] = 1.0
+    elif kind == "zeros":
+        x[rng.random(x.shape) < 0.3] = 0.0
+        x[rng.random(x.shape) < 0.3] = -0.0
+    elif kind == "huge":
+        x *= 1e4
+    return x
+
+
+def options(rows: int, **fixed):
+    """Per-row options that mix all filters."""
+    rng = np.random.default_rng(5)
+    mixed = {
+        "temperature": rng.choice([0.0, 0.3, 1.0, 2.5], rows).astype(np.float32),
+        "top_k": rng.choice([0, -1, 1, 2, 7, 50, V, V + 9, 2**31 - 1], rows).astype(np.int32),
+        "top_p": rng.choice([1.0, 0.99, 0.9, 0.5, 0.1, 1e-6], rows).astype(np.float32),
+        "min_p": rng.choice([0.0, 0.01, 0.2, 1.0], rows).astype(np.float32),
+    }
+    for name, value in fixed.items():
+        mixed[name] = np.full(rows, value, mixed[name].dtype)
+    return mixed
+
+
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+def reference(row, temperature, top_k, top_p, min_p):
+    """(kept for sure, kept perhaps): masks; the second allows for rounding at top_p's edge."""
+    x = row.astype(np.float64)
+    scale = 1 / max(float(temperature), 1e-6)
+    weights = np.exp((x - x.max()) * scale)
+    keep = weights >= float(min_p) * (1 - 1e-6)
+    surely = weights >= float(min_p) * (1 + 1e-6)
+    if float(min_p) in (0.0, 1.0):
+        surely = keep
+    if 0 < top_k < len(x):
+        kth = np.sort(x)[::-1][top_k - 1]
+        keep &= x >= kth
+        surely &= x >= kth
+    if top_p < 1:
+        kept = np.where(keep, weights, 0)
+        order = np.argsort(-x, kind="stable")
+        before = np.cumsum(kept[order]) - kept[order]  # the mass of what is likelier
+        mass = float(top_p) * kept.sum()
+
+        def reached(slack):
+            last = order[np.nonzero(before < mass * (1 + slack) + 1e-300)[0][-1]]
+            return x >= x[last]  # all that equal the threshold are kept
+
+        keep &= reached(1e-4)
+        surely &= reached(-1e-4)
+    return surely & (x > -np.inf), keep & (x > -np.inf)
+
+
+def apply(logits, opts, **kwargs):
+    return filter_logits(
+        logits, opts["temperature"], opts["top_k"], opts["top_p"], opts["min_p"], **kwargs
+    )
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "zeros", "huge"])
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {},
+        OFF,
+        OFF | {"top_k": 1},
+        OFF | {"top_k": 13},
+        OFF | {"top_k": V + 1},
+        OFF | {"top_p": 0.7},
+        OFF | {"top_p": 1e-6},
+        OFF | {"min_p": 0.05},
+        OFF | {"top_k": 20, "top_p": 0.8, "min_p": 0.01, "temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_filters_keep_what_the_reference_keeps(kind, fixed):
+    logits = logits_of(kind)
+    opts = options(len(logits), **fixed)
+    got = np.asarray(apply(logits, opts, vocab_size=V))
+    kept = got > -np.inf
+    np.testing.assert_array_equal(got[kept], logits[kept])
+    for i, row in enumerate(logits):
+        surely, perhaps = reference(row, *(opts[name][i] for name in OFF))
+        assert np.all(kept[i] >= surely) and np.all(kept[i] <= perhaps), (i, opts)
+        assert kept[i, row.argmax()]
+
+
+def test_filters_off_change_nothing():
+    logits = logits_of("masked")
+    np.testing.assert_array_equal(apply(logits, options(24, **OFF), vocab_size=V), logits)
+
+
+@pytest.mark.parametrize("k", [1, 5, 199, 200, 201, 2**31 - 1])
+def test_top_k_keeps_exactly_k_without_ties(k):
+    got = np.asarray(apply(logits_of("normal"), options(24, **OFF | {"top_k": k}), vocab_size=V))
+    assert np.all((got > -np.inf).sum(axis=1) == min(k, V))
+
+
+def test_a_tiny_top_p_keeps_the_likeliest_alone():
+    logits = logits_of("normal")
+    got = np.asarray(apply(logits, options(24, **OFF | {"top_p": 1e-7}), vocab_size=V))
+    assert np.all((got > -np.inf).sum(axis=1) == 1)
+    np.testing.assert_array_equal(got.argmax(axis=1), logits.argmax(axis=1))
+
+
+def test_padding_is_never_kept_nor_drawn():
+    logits = logits_of("normal")
+    logits[:, 190:] = 1e6
+    for opts in (options(24), options(24, **OFF)):
+        got = np.asarray(apply(logits, opts, vocab_size=190))
+        assert np.all(got[:, 190:] == -np.inf)
+    rows = np.arange(24)
+    drawn = sample(
+        logits, np.ones(24, np.float32), rows.astype(np.uint32), rows, vocab_size=190
+    )
+    assert np.all(np.asarray(drawn) < 190)
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    logits = logits_of("ties")
+    rows = np.arange(24)
+    zeros = np.zeros(24, np.float32)
+    got = sample(logits, zeros, rows.astype(np.uint32), rows, vocab_size=V)
+    np.testing.assert_array_equal(got, logits.argmax(axis=1))
+
+
+def test_greedy_ignores_the_filters():
+    logits = logits_of("ties")
+    rows = np.arange(24)
+    kept = apply(logits, options(24, temperature=0.0), vocab_size=V)
+    got = sample(kept, np.zeros(24, np.float32), rows.astype(np.uint32), rows, vocab_size=V)
+    np.testing.assert_array_equal(got, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked"])
+def test_a_sharded_vocabulary_gives_the_same(devices, kind):
+    sharding = make_sharding(devices)
+    vocab = V - 5  # the last shard is partly padding
+    logits, opts = logits_of(kind), options(24)
+    seeds, positions = np.arange(24, dtype=np.uint32), np.arange(24, dtype=np.int32) * 7
+
+    def run(logits, axis=None):
+        kept = apply(logits, opts, vocab_size=vocab, axis=axis)
+        draw = functools.partial(sample, vocab_size=vocab, axis=axis)
+        plain = draw(logits, opts["temperature"], seeds, positions)
+        return kept, plain, draw(kept, opts["temperature"], seeds, positions)
+
+    over_devices = jax.jit(
+        sharding.shard_map(
+            functools.partial(run, axis="tensor"), (P(None, "tensor"),), (P(None, "tensor"), P(), P())
+        )
+    )
+    for one, many in zip(jax.jit(run)(logits), over_devices(logits), strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_noise_is_standard_gumbel_in_each_direction():
+    """Over the vocabulary, over positions and over seeds."""
+    n = 20_000
+    one = {"seeds": np.array([3], np.uint32), "positions": np.array([5]), "ids": np.array([7])}
+    for many in ("ids", "positions", "seeds"):
+        args = one | {many: np.arange(n).astype(one[many].dtype)}
+        if many != "ids":
+            other = "positions" if many == "seeds" else "seeds"
+            args[other] = np.full(n, one[other][0])
+        noise = np.asarray(gumbel_noise(args["seeds"], args["positions"], jnp.asarray(args["ids"])))
+        assert np.all(np.isfinite(noise))
+        assert stats.kstest(noise.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3, many
+
+
+def test_noise_of_neighbours_is_uncorrelated():
+    rows = np.arange(64)
+    ids = jnp.arange(4096)
+    by_position = np.asarray(gumbel_noise(np.full(64, 9, np.uint32), rows, ids))
+    by_seed = np.asarray(gumbel_noise(rows.astype(np.uint32), np.full(64, 9), ids))
+    for noise in (by_position, by_seed):
+        correlation = np.corrcoef(noise)[~np.eye(64, dtype=bool)]
+        assert np.abs(correlation).max() < 5.5 / np.sqrt(4096)
+        shifted = [np.corrcoef(noise[i, 1:], noise[i + 1, :-1])[0, 1] for i in range(63)]
+        assert np.abs(shifted).max() < 5.5 / np.sqrt(4096)
+
+
+def test_seed_and_position_are_not_interchangeable():
+    ids = jnp.arange(64)
+    a = gumbel_noise(np.array([1], np.uint32), np.array([2]), ids)
+    b = gumbel_noise(np.array([2], np.uint32), np.array([1]), ids)
+    assert not np.any(np.asarray(a) == np.asarray(b))
