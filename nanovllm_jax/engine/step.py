@@ -51,18 +51,20 @@ class StepProgram:
         if num_tokens:
             hidden = hidden[inputs.last_tokens]
         logits = self.sharding.constrain(model.logits(hidden), "rows", "vocab")
-        state, tokens = self._draw(state._replace(cache=cache), logits, rows, filtered=False)
-        return state, tokens, logits
+        last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=False)
+        return DeviceState(cache, last_tokens), tokens, logits
 
     def redraw(
         self, state: DeviceState, logits: Float[Array, "B V"], rows: Int32[Array, "B R"]
     ) -> tuple[DeviceState, Int32[Array, " B"]]:
         """Draw the rows' tokens again, with top-k, top-p and min-p."""
-        return self._draw(state, logits, rows, filtered=True)
+        last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=True)
+        return state._replace(last_tokens=last_tokens), tokens
 
-    # Jitted for the eager engine's sake: a shard_map is slow to run operation by operation.
+    # Jitted for the eager engine's sake: a shard_map is slow to run operation by operation. The
+    # cache stays out of it, since what passes through a jitted function undonated is copied.
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
-    def _draw(self, state, logits, rows, *, filtered: bool):
+    def _draw(self, last_tokens, logits, rows, *, filtered: bool):
         axis = self.sharding.rules.get("vocab")
 
         def on_shard(logits, rows):
@@ -82,5 +84,4 @@ class StepProgram:
         tokens = self.sharding.shard_map(on_shard, (spec("rows", "vocab"), spec()), spec())(
             logits, rows
         )
-        last_tokens = state.last_tokens.at[rows[:, Column.SLOT]].set(tokens)
-        return state._replace(last_tokens=last_tokens), tokens
+        return last_tokens.at[rows[:, Column.SLOT]].set(tokens), tokens
