@@ -130,7 +130,7 @@ def oracle(pytestconfig):
 
     def tokens(path, prompts, max_tokens):
         digest = hashlib.sha256(json.dumps([prompts, max_tokens]).encode())
-        for file in sorted(path.glob("*.safetensors")) + [path / "config.json"]:
+        for file in [*sorted(path.glob("*.safetensors")), path / "config.json"]:
             digest.update(file.read_bytes())
         key = f"nanovllm_jax/oracle/{digest.hexdigest()}"
         found = pytestconfig.cache.get(key, None)

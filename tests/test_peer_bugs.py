@@ -59,9 +59,9 @@ def test_01_a_sequence_that_outgrows_the_pool_fails_and_the_rest_finish(engine, 
 def test_02_what_can_never_run_is_refused_at_add_request(engine):
     """#106: accepted, and then never scheduled."""
     llm = engine(num_kvcache_blocks=2)
-    with pytest.raises(ValueError, match="900 tokens.*max_model_len=768"):
+    with pytest.raises(ValueError, match=r"900 tokens.*max_model_len=768"):
         llm.add_request(prompt(900), greedy())
-    with pytest.raises(ValueError, match="600 tokens and needs 3 blocks of 256.* has 2"):
+    with pytest.raises(ValueError, match=r"600 tokens and needs 3 blocks of 256.* has 2"):
         llm.add_request(prompt(600), greedy())
     assert llm.is_finished()
     (out,) = tokens(engine(), [prompt(760)], greedy(100))
@@ -296,7 +296,7 @@ def test_14_decode_is_not_starved_by_arriving_prompts(engine, monkeypatch):
 
 
 def test_15_unknown_options_are_not_dropped(checkpoint):
-    with pytest.raises(TypeError, match="max_seqs.*did you mean 'max_num_seqs'"):
+    with pytest.raises(TypeError, match=r"max_seqs.*did you mean 'max_num_seqs'"):
         LLM(str(checkpoint()), max_seqs=3)
 
 

@@ -135,9 +135,7 @@ def test_padding_is_never_kept_nor_drawn():
         got = np.asarray(apply(logits, opts, vocab_size=190))
         assert np.all(got[:, 190:] == -np.inf)
     rows = np.arange(24)
-    drawn = sample(
-        logits, np.ones(24, np.float32), rows.astype(np.uint32), rows, vocab_size=190
-    )
+    drawn = sample(logits, np.ones(24, np.float32), rows.astype(np.uint32), rows, vocab_size=190)
     assert np.all(np.asarray(drawn) < 190)
 
 
@@ -173,7 +171,9 @@ def test_a_sharded_vocabulary_gives_the_same(devices, kind):
 
     over_devices = jax.jit(
         sharding.shard_map(
-            functools.partial(run, axis="tensor"), (P(None, "tensor"),), (P(None, "tensor"), P(), P())
+            functools.partial(run, axis="tensor"),
+            (P(None, "tensor"),),
+            (P(None, "tensor"), P(), P()),
         )
     )
     for one, many in zip(jax.jit(run)(logits), over_devices(logits), strict=True):

@@ -460,8 +460,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert len(set(slots)) == len(slots) <= self.max_num_seqs
         assert all(0 <= slot < self.max_num_seqs for slot in slots)
         assert all(seq.slot != NO_SLOT for seq in batch.seqs)
-        for seq, end in zip(batch.seqs, map(sum, zip(batch.starts, batch.lengths, strict=True))):
-            assert len(seq.block_table) >= self.books.blocks_for(end)
+        for seq, start, n in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+            assert len(seq.block_table) >= self.books.blocks_for(start + n)
 
     def check_all_decode(self, decodable, batch):
         """A running sequence sits out its turn only for want of a block."""

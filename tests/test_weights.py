@@ -166,7 +166,9 @@ def test_wrongly_shaped_weights_are_named_with_both_shapes(model_dir):
         tensors[QUERY] = np.ascontiguousarray(tensors[QUERY].T)
 
     edit_tensors(model_dir, transpose)
-    with pytest.raises(ValueError, match=rf"{QUERY} has \(48, 96\), config.json implies \(96, 48\)"):
+    with pytest.raises(
+        ValueError, match=rf"{QUERY} has \(48, 96\), config.json implies \(96, 48\)"
+    ):
         LLM(str(model_dir))
 
 
@@ -195,7 +197,7 @@ def test_a_truncated_file_is_named(model_dir, keep):
 def test_a_file_that_the_index_names_and_is_not_there(model_dir):
     edit_tensors(model_dir, lambda tensors: None, shards=3)
     (model_dir / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="names model-00002-of-00003.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00003.safetensors"):
         LLM(str(model_dir))
 
 
@@ -213,7 +215,7 @@ def test_pickled_weights_are_never_loaded(model_dir):
 
 def test_an_unknown_architecture_is_named(model_dir):
     edit_config(model_dir, architectures=["LlamaForCausalLM"])
-    with pytest.raises(ValueError, match="'LlamaForCausalLM'.*Qwen3ForCausalLM"):
+    with pytest.raises(ValueError, match=r"'LlamaForCausalLM'.*Qwen3ForCausalLM"):
         LLM(str(model_dir))
 
 
