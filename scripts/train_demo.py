@@ -36,6 +36,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.linear import Embedding
+from nanovllm_jax.layers.norm import rms_norm
 from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.models.qwen3 import Attend, Qwen3
 
@@ -302,7 +303,10 @@ def dense_attention(mask: Bool[Array, "B S S"]) -> Attend:
         tokens, kv_heads, group, head_dim = qkv.shape
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
         q = q.reshape(tokens, kv_heads * (group - 2), head_dim)
-        q, k = apply_rope(q_norm(q), *rope), apply_rope(k_norm(k), *rope)
+        q, k = (
+            apply_rope(rms_norm(x, norm.weight[layer], norm.eps), *rope)
+            for x, norm in ((q, q_norm), (k, k_norm))
+        )
         q, k, v = (x.reshape(batch, length, -1, head_dim) for x in (q, k, v))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
         return out.reshape(tokens, -1, head_dim), cache

@@ -13,12 +13,19 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float):
     return weight * (x32 * scale).astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """`rms_norm` with its weight."""
+class StackedParam(nnx.Param):
+    """A parameter that a layer gets with those of all layers: its reader indexes it by layer.
 
-    def __init__(self, size: int, eps: float, *, axis: str = "embed", dtype):
+    For what kernels read: XLA would copy a slice out for them.
+    """
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its weight, which is a `variable` of one axis named `axis`."""
+
+    def __init__(self, size: int, eps: float, *, axis="embed", variable=nnx.Param, dtype):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
+        self.weight = variable(jnp.ones((size,), dtype), axes=(axis,))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return rms_norm(x, self.weight[...], self.eps)

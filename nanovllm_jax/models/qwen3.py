@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.linear import Embedding, Linear
 from nanovllm_jax.layers.mlp import MLP
-from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.norm import RMSNorm, StackedParam
 from nanovllm_jax.layers.rope import rope_angles
 
 Constrain = Callable[..., Array]  # (x, *logical axes) -> x; Sharding.constrain, or nothing
@@ -32,7 +32,7 @@ class Attend(Protocol):
     def __call__(
         self,
         qkv: Float[Array, "T K G+2 H"],  # of each KV head: its G query heads, then k, then v
-        q_norm: RMSNorm,
+        q_norm: RMSNorm,  # these two with the weights of all layers, [L, H]
         k_norm: RMSNorm,
         rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
         cache: Any,
@@ -49,8 +49,9 @@ class Attention(nnx.Module):
         qkv = {"kv_heads": c.num_kv_heads, "group": c.group_size + 2, **head}
         hidden = {"embed": c.hidden_size}
         self.qkv_proj = Linear(qkv, hidden, dtype=dtype, rngs=rngs)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+        norm = functools.partial(RMSNorm, axis="head_dim", variable=StackedParam, dtype=dtype)
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
         self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, rope, attend: Attend, cache, layer):
@@ -100,10 +101,10 @@ class Qwen3(nnx.Module):
         """Run all layers over T tokens; returns normed hidden states and the updated cache."""
         x = self.constrain(self.embed_tokens(token_ids), "tokens", "embed")
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        graph, stacked = nnx.split(self.layers)
+        graph, whole, stacked = nnx.split(self.layers, StackedParam, nnx.Param)
 
         def run_layer(weights, x, rope, cache, layer):
-            decoder = nnx.merge(graph, weights)
+            decoder = nnx.merge(graph, whole, weights)
             return decoder(x, rope, attend, cache, layer, self.constrain)
 
         # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
