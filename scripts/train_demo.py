@@ -642,10 +642,10 @@ def model_card(trainer: Trainer, result: dict[str, Any], note: str, size: int) -
         "addition_any_phrasing": "unseen additions, all phrasings and lengths, many carries",
         "addition_one_digit_seen": "one-digit additions (seen in training)",
         "sort_numbers": "sorting 3 to 8 numbers below 1000",
-        "sort_words": "sorting 3 to 8 common words",
+        "sort_words": "sorting 3 to 8 of the words that it knows",
         "copy": "copying words, numbers and random strings",
-        "reverse": "reversing 2 to 6 words or numbers",
-        "count": "counting 1 to 10 words",
+        "reverse": "reversing 2 to 6 such words or numbers",
+        "count": "counting 1 to 10 such words",
         "story_ends": "stories that come to an end",
         "story_is_about_both": "stories that are about both subjects asked for",
         "story_known_words": "stories made of known words only",
@@ -711,7 +711,8 @@ main phrasing where nothing else is said; {r.stories} stories.
 ## What it is not good for
 
 Anything else. It knows no facts, only English, only these tasks, and only roughly these
-phrasings; it cannot subtract or multiply. Its stories follow the templates that it was trained on.
+phrasings; it cannot subtract or multiply. It sorts, reverses and counts {len(demo_data.WORDS)} words (`WORDS`), and
+often fails on others. Its stories follow the templates that it was trained on.
 It has seen at most {r.row_length} tokens of context, although the position limit is \
 {trainer.config.max_position_embeddings}.
 """
