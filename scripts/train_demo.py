@@ -711,7 +711,8 @@ main phrasing where nothing else is said; {r.stories} stories.
 ## What it is not good for
 
 Anything else. It knows no facts, only English, only these tasks, and only roughly these
-phrasings; it cannot subtract or multiply. It sorts, reverses and counts {len(demo_data.WORDS)} words (`WORDS`), and
+phrasings; it cannot subtract or multiply. It sorts, reverses and counts \
+{len(demo_data.WORDS)} words (`WORDS`), and
 often fails on others. Its stories follow the templates that it was trained on.
 It has seen at most {r.row_length} tokens of context, although the position limit is \
 {trainer.config.max_position_embeddings}.
