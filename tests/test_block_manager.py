@@ -156,11 +156,12 @@ def test_the_same_text_computed_twice_is_cached_once(books):
 
 
 def test_blocks_without_content_are_taken_before_cached_ones(books):
-    a, _ = admit(books, range(9))  # two full blocks, one that is not
-    books.free(a)
-    b, _ = admit(books, range(100, 116))  # four blocks: all that hold nothing
-    books.free(b)
-    assert admit(books, range(9))[1] == 8
+    full, _ = admit(books, range(4))
+    part, _ = admit(books, range(50, 53))
+    books.free(full)
+    books.free(part)  # the last to be freed, but there is nothing to be found in it
+    books.free(admit(books, range(100, 119))[0])  # five blocks: all that hold nothing
+    assert admit(books, range(5))[1] == 4
 
 
 def test_the_least_recently_used_prefix_is_evicted_first(books):
@@ -208,6 +209,15 @@ def test_content_decides_when_hashes_collide(books, monkeypatch):
     assert cached == 0 and not set(a.block_table) & set(b.block_table)
     c, cached = admit(books, range(4))
     assert cached == 4
+    books.check([a, b, c])
+
+
+def test_the_parent_decides_when_the_hash_forgets_it(books, monkeypatch):
+    monkeypatch.setattr(block_manager, "hash_block", lambda parent, tokens: 1 + tokens[0])
+    a, _ = admit(books, [1, 1, 1, 1, 3, 3, 3, 3])
+    b, _ = admit(books, [2, 2, 2, 2])
+    c, cached = admit(books, [2, 2, 2, 2, 3, 3, 3, 3])
+    assert cached == 4 and c.block_table[1] not in a.block_table
     books.check([a, b, c])
 
 

@@ -455,11 +455,14 @@ def test_19_requests_without_a_seed_differ(engine):
         lambda parent, content: 42,
         lambda parent, content: (parent + 1) % 2**64,
         lambda parent, content: 1 + content[0],
+        lambda parent, content: int.from_bytes(content[:4], "little") + 1,
     ],
-    ids=["constant", "of the parent alone", "of the first token"],
+    ids=["constant", "of the parent alone", "of a few tokens", "of no parent"],
 )
 def test_20_a_hash_collision_gives_nobody_anothers_cache(engine, reference, monkeypatch, collide):
     prompts = [prompt(n, seed=s) for s in (8, 9) for n in (600, 256, 257, 512)]
+    shared = prompt(BLOCK, seed=10)  # the same block behind two others
+    prompts += [prompt(BLOCK, seed=s) + shared + [5] for s in (11, 12)]
     want = reference(prompts, greedy(4))
     monkeypatch.setattr(block_manager, "hash_block", collide)
     llm = engine()

@@ -476,7 +476,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert seq.is_finished and seq not in self.aborted
             self.ended.append(seq)
             if seq.error:
-                assert self.books.blocks_for(len(self.known[seq])) > len(self.books.blocks)
+                assert self.books.blocks_for(seq.num_tokens) > len(self.books.blocks)
 
 
 EngineMachine.TestCase.settings = settings(
