@@ -211,7 +211,7 @@ def _paged_prefill_triton(
     page_size, num_kv_heads = k_cache.shape[2:4]
     group = num_heads // num_kv_heads
     # float32 products run on the plain units and need many registers: smaller tiles.
-    block_rows, num_warps = (128, 8) if q.dtype.itemsize == 2 else (32, 4)
+    block_rows = 128 if q.dtype.itemsize == 2 else 32
     block_rows = max(block_rows, next_power_of_2(group))
     block_n = kv_block_size(page_size, k_cache.dtype)
     tiles = _schedule(query_starts, context_lens, num_tokens, block_m=block_rows // group)
@@ -228,7 +228,7 @@ def _paged_prefill_triton(
         grid=(num_kv_heads, tiles.shape[0]),
         out_shape=jax.ShapeDtypeStruct((num_tokens * num_heads, head_dim), q.dtype),
         compiler_params=plgpu.CompilerParams(
-            num_warps=num_warps,
+            num_warps=4,  # 8 are 12% slower on an H100
             num_stages=num_stages(block_n, k_cache.shape, k_cache.dtype, most=3),
         ),
         interpret=interpret,
