@@ -44,11 +44,15 @@ def decode_buckets(max_num_seqs: int) -> list[Bucket]:
 
 
 def prefill_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> list[Bucket]:
-    """Token counts: powers of two from 64 up to any maximum, with room for a row in 32 tokens."""
+    """Token counts: powers of two from 64 up to any maximum, with room for a row in 8 tokens.
+
+    So a batch of short rests behind cached prefixes needs no long bucket, and the logits of the
+    rows stay a small part of the step.
+    """
     sizes = {1 << k for k in range(6, max_num_batched_tokens.bit_length())}
     sizes = sorted(size for size in sizes if size < max_num_batched_tokens)
     return [
-        Bucket(size, max(8, min(max_num_seqs, size // 32)))
+        Bucket(size, max(8, min(max_num_seqs, size // 8)))
         for size in [*sizes, max_num_batched_tokens]
     ]
 
@@ -69,8 +73,7 @@ class ModelRunner:
     """Owns what is on the devices: weights, KV cache, last tokens, compiled programs."""
 
     def __init__(self, config: EngineConfig, vocab_size: int):
-        # The default pool is 75% of a card. No effect once a JAX program has touched the GPU.
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+        _claim_gpu_memory()
         _use_compilation_cache()
         self.config = config
         self.sharding = make_sharding(config.tensor_parallel_size)
@@ -188,10 +191,9 @@ class ModelRunner:
                 f"{limit // mib} MiB x {config.gpu_memory_utilization} - weights and other arrays "
                 f"{in_use // mib} - largest step {step // mib} - margin {GPU_MARGIN_BYTES // mib}"
             )
-        useful = config.max_num_seqs * self.table_width
         blocks = max(0, budget) // block_bytes
         if self.platform == "cpu":
-            blocks = min(blocks, useful)
+            blocks = min(blocks, config.max_num_seqs * self.table_width)
         # Rounded down to five binary digits, so that the programs' shapes, and with them the
         # compilation cache's entries, do not change with every few megabytes.
         blocks -= blocks % (1 << max(0, blocks.bit_length() - 5))
@@ -304,6 +306,19 @@ class ModelRunner:
 
     def _logits_sharding(self):
         return self.sharding.named("rows", "vocab")
+
+
+def _claim_gpu_memory() -> None:
+    """Let JAX's pool take 95% of each GPU, unless the user has chosen a share.
+
+    The default is 75%. No effect once a JAX program has touched the GPU.
+    """
+    names = (
+        "XLA_CLIENT_MEM_FRACTION",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    )  # JAX refuses both at once
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "0.95"
 
 
 def _use_compilation_cache() -> None:
