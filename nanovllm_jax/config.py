@@ -8,6 +8,7 @@ from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "triton", "xla")
+KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -130,6 +131,7 @@ class EngineConfig:
     kvcache_block_size: int = 256
     num_kvcache_blocks: int | None = None
     dtype: str | None = None
+    kv_cache_dtype: str = "auto"
     seed: int = 0
     async_scheduling: bool = True
     attention_backend: str = "auto"
@@ -201,6 +203,7 @@ class EngineConfig:
             )
         for name, valid in (
             ("attention_backend", ATTENTION_BACKENDS),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("load_format", LOAD_FORMATS),
         ):
             check(getattr(self, name) in valid, name, f"one of {valid}")

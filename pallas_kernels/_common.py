@@ -39,6 +39,10 @@ def check_cache(
         raise ValueError(f"queries have head_dim {head_dim}, but the cache has {cache_head_dim}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    if k_cache.dtype.itemsize == 1 and 2**31 < k_cache.size <= 2**32:
+        raise ValueError(
+            f"an 8-bit cache of {k_cache.size} elements: use at most 2**31, or more than 2**32"
+        )
     if jnp.shape(layer) != ():
         raise ValueError(f"layer must be a scalar, not of shape {jnp.shape(layer)}")
 
@@ -66,7 +70,8 @@ def next_power_of_2(n: int) -> int:
 #
 # Row numbers are int32. Element offsets (row * width) may pass 2**31 in a large cache; Pallas
 # computes them in 64 bits for arrays of more than 2**32 bytes, which is enough for elements of two
-# bytes or more, and in 32 bits for smaller arrays. (An 8-bit cache of 2 to 4 GiB would overflow.)
+# bytes or more, and in 32 bits for smaller arrays. An 8-bit cache of 2 to 4 GiB would overflow:
+# `check_cache` refuses it.
 
 
 def _columns(width: int):
@@ -106,6 +111,14 @@ def cache_row(cache_shape: tuple[int, ...], layer, page, position, kv_head):
     """The row of one page position and head in a cache seen as a `[L*P*S*K, H]` matrix."""
     _, num_pages, page_size, num_kv_heads, _ = cache_shape
     return ((layer * num_pages + page) * page_size + position) * num_kv_heads + kv_head
+
+
+def to_cache(x, dtype):
+    """`x` in the cache's dtype. 8-bit floats saturate: past their range there is only NaN."""
+    if jnp.dtype(dtype).itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -largest, largest)
+    return x.astype(dtype)
 
 
 def kv_block_size(page_size: int, dtype) -> int:

@@ -17,6 +17,7 @@ from pallas_kernels._common import (
     load_rows,
     next_power_of_2,
     store_rows,
+    to_cache,
     use_interpreter,
 )
 
@@ -125,7 +126,7 @@ def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache,
         # In place when the cache is donated, except in bfloat16 on a CPU: there XLA's scatter
         # converts the whole cache to float32 and back. (Use float32 on a CPU.)
         at = cache.at[layer, pages, slots % page_size]
-        return at.set(rows.astype(cache.dtype), mode="drop")
+        return at.set(to_cache(rows, cache.dtype), mode="drop")
 
     return q, write(k_cache, k), write(v_cache, v)
 
@@ -174,8 +175,8 @@ def _kernel(
         rows = cache_row(cache_shape, layer, 0, slot, k)
         key = load_halves(k * (group + 2) + group, k_mask)
         value = load_halves(k * (group + 2) + group + 1, k_mask)
-        store_halves(k_ref, rows, norm_rope(key, k_norm_ref), k_mask)
-        store_halves(v_ref, rows, value, k_mask)
+        for ref, halves in ((k_ref, norm_rope(key, k_norm_ref)), (v_ref, value)):
+            store_halves(ref, rows, [to_cache(half, ref.dtype) for half in halves], k_mask)
 
 
 def _norm_rope_write_triton(

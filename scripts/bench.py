@@ -161,7 +161,7 @@ class Traffic:
     kv_per_token: int
 
     @classmethod
-    def of(cls, model: ModelConfig) -> "Traffic":
+    def of(cls, model: ModelConfig, kv_cache_dtype: str) -> "Traffic":
         """Every weight once per step, of the embedding only the rows in use; KV once per token."""
         size = 4 if model.dtype == "float32" else 2
         q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -169,7 +169,8 @@ class Traffic:
         mlp = 3 * model.hidden_size * model.intermediate_size
         layer = attention + mlp + 2 * model.hidden_size
         head = model.vocab_size * model.hidden_size + model.hidden_size
-        return cls((model.num_layers * layer + head) * size, 2 * model.num_layers * kv * size)
+        kv_size = 1 if kv_cache_dtype == "fp8" else size
+        return cls((model.num_layers * layer + head) * size, 2 * model.num_layers * kv * kv_size)
 
     def total(self, steps: int, context_tokens: float) -> float:
         """Bytes of `steps` decode steps whose contexts add up to `context_tokens`."""
@@ -398,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with llm:
         if args.all or not (args.latency or args.prefill):
             total = bandwidth and bandwidth * devices
-            traffic = Traffic.of(model)
+            traffic = Traffic.of(model, llm.config.kv_cache_dtype)
             result["throughput"] = throughput(llm, args, traffic, total, llm.vocab_size)
         if args.all or args.latency:
             result["latency"] = latency(llm, args, llm.vocab_size)

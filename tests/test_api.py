@@ -62,6 +62,7 @@ def test_defaults(checkpoint):
         ("num_kvcache_blocks", 0, "at least 1"),
         ("dtype", "float16", "float32.*bfloat16"),
         ("attention_backend", "cuda", "triton"),
+        ("kv_cache_dtype", "int8", "fp8"),
         ("load_format", "pickle", "auto"),
     ],
 )

@@ -63,7 +63,7 @@ def test_context_tokens_counts_what_each_decode_step_attends_to():
 )
 def test_traffic_of_the_published_sizes(tmp_path, size, billions, kv_bytes):
     (tmp_path / "config.json").write_text(json.dumps(bench.qwen3_config(size)))
-    traffic = bench.Traffic.of(ModelConfig.from_directory(tmp_path))
+    traffic = bench.Traffic.of(ModelConfig.from_directory(tmp_path), "auto")
     assert traffic.weights_per_step == pytest.approx(2e9 * billions, rel=2e-3)
     assert traffic.kv_per_token == kv_bytes
 

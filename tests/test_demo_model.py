@@ -78,6 +78,14 @@ def test_unseen_additions_are_right(llm):
     assert accuracy(llm, turns) >= 0.99
 
 
+def test_additions_are_right_with_an_fp8_cache():
+    turns = demo_data.evaluation_set("addition", 200, seed=2)
+    options = dict(max_model_len=256, max_num_batched_tokens=256, max_num_seqs=32)
+    with LLM(str(DEMO_MODEL), kv_cache_dtype="fp8", num_kvcache_blocks=64, **options) as llm:
+        assert llm.runner.state.cache.k.dtype == "float8_e4m3fn"
+        assert accuracy(llm, turns) >= 0.99
+
+
 @pytest.mark.parametrize("task", OTHER_TASKS)
 def test_other_tasks_are_as_right_as_when_trained(llm, recorded, task):
     turns = demo_data.evaluation_set(task, 1000, seed=1)[:OTHERS]

@@ -18,16 +18,18 @@ from pallas_kernels.paged_decode import _paged_decode_triton
 
 IMPLEMENTATIONS = ("xla", "triton")
 LAYERS, LAYER = 3, 1
-# (query heads per KV head, head dim, page size, dtype)
+FP8 = "float8_e4m3fn"
 SHAPES = [
-    (1, 16, 16, "float32"),
-    (2, 64, 32, "float32"),
-    (3, 80, 16, "float32"),
-    (7, 128, 32, "float32"),
-    (2, 128, 64, "bfloat16"),
+    dict(group=1, head_dim=16, page_size=16, dtype="float32"),
+    dict(group=2, head_dim=64, page_size=32, dtype="float32"),
+    dict(group=3, head_dim=80, page_size=16, dtype="float32"),
+    dict(group=7, head_dim=128, page_size=32, dtype="float32"),
+    dict(group=2, head_dim=128, page_size=64, dtype="bfloat16"),
+    dict(group=2, head_dim=64, page_size=32, dtype="float32", cache_dtype=FP8),
+    dict(group=2, head_dim=128, page_size=64, dtype="bfloat16", cache_dtype=FP8),
 ]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
-each_shape = pytest.mark.parametrize("group, head_dim, page_size, dtype", SHAPES)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -77,9 +79,13 @@ def random_array(rng, shape, dtype):
     return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
 
-def check_decode(implementation, contexts, *, group, kv_heads, head_dim, page_size, dtype, seed=0):
+def check_decode(
+    implementation, contexts, *,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0,
+):  # fmt: skip
     rng = np.random.default_rng([seed, group, head_dim, page_size])
-    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
+    geometry["dtype"] = cache_dtype or dtype
     cache = PagedCache(rng, contexts, **geometry)
     q = random_array(rng, (len(contexts), kv_heads * group, head_dim), dtype)
     scale = head_dim**-0.5
@@ -96,12 +102,14 @@ def check_decode(implementation, contexts, *, group, kv_heads, head_dim, page_si
 
 
 def check_prefill(
-    implementation, chunks, padding, *, group, kv_heads, head_dim, page_size, dtype, seed=0
-):
+    implementation, chunks, padding, *,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0,
+):  # fmt: skip
     """`chunks` has (query tokens, context) of each sequence; `padding` rows follow them."""
     rng = np.random.default_rng([seed, group, head_dim, page_size])
     lengths, contexts = zip(*chunks, strict=True)
-    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype)
+    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
+    geometry["dtype"] = cache_dtype or dtype
     cache = PagedCache(rng, contexts, **geometry)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     q = random_array(rng, (starts[-1] + padding, kv_heads * group, head_dim), dtype)
@@ -138,11 +146,14 @@ def norm_rope(x, weight, positions, inv_freq, eps):
 
 
 def check_write(
-    implementation, num_tokens, *, group, kv_heads, head_dim, page_size, dtype, num_pages=9, seed=0
-):
+    implementation, num_tokens, *,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, num_pages=9, seed=0,
+):  # fmt: skip
+    cache_dtype = cache_dtype or dtype
     rng = np.random.default_rng([seed, group, head_dim, page_size])
     eps = 1e-6
     qkv = random_array(rng, (num_tokens, kv_heads, group + 2, head_dim), dtype)
+    qkv = qkv.at[0, :, -1].multiply(1000)  # values that an 8-bit cache cannot hold
     q_norm, k_norm = random_array(rng, (head_dim,), dtype), random_array(rng, (head_dim,), dtype)
     positions = rng.integers(0, 32769, num_tokens)
     positions[0] = 32768
@@ -151,7 +162,7 @@ def check_write(
     slots = rng.permutation(num_pages * page_size)[:num_tokens].astype(np.int32)
     slots[1::3] = rng.choice(np.array([-1, -page_size, -(2**31)]), len(slots[1::3]))
     before = rng.standard_normal((2, LAYERS, num_pages, page_size, kv_heads, head_dim), np.float32)
-    k_cache, v_cache = (jnp.asarray(x, dtype) for x in before)
+    k_cache, v_cache = (jnp.asarray(x, cache_dtype) for x in before)
     before = [np.asarray(k_cache, np.float64), np.asarray(v_cache, np.float64)]
     q, k_cache, v_cache = norm_rope_write(
         qkv,
@@ -177,8 +188,13 @@ def check_write(
     pages, offsets = slots[slots >= 0] // page_size, slots[slots >= 0] % page_size
     k_cache, v_cache = np.asarray(k_cache, np.float64), np.asarray(v_cache, np.float64)
     written_k, written_v = k_cache[LAYER, pages, offsets], v_cache[LAYER, pages, offsets]
+    want_v = x[:, :, -1]
+    if cache_dtype == FP8:  # three bits of mantissa, and saturation
+        tolerance = dict(atol=tolerance["atol"] + 2e-3, rtol=2**-4 + tolerance["rtol"])
+        want_v = np.asarray(jnp.asarray(np.clip(want_v, -448, 448), FP8), np.float64)
+        assert abs(want_v[0]).max() == 448 and slots[0] >= 0
     np.testing.assert_allclose(written_k, want_k[slots >= 0], **tolerance)
-    np.testing.assert_array_equal(written_v, x[:, :, -1][slots >= 0])
+    np.testing.assert_array_equal(written_v, want_v[slots >= 0])
     for cache, old in zip((k_cache, v_cache), before, strict=True):  # and nothing else
         cache[LAYER, pages, offsets] = old[LAYER, pages, offsets]
         np.testing.assert_array_equal(cache, old)
@@ -189,39 +205,40 @@ def check_write(
 
 @each_implementation
 @each_shape
-def test_decode_matches_dense_attention(implementation, group, head_dim, page_size, dtype):
-    s = page_size
+def test_decode_matches_dense_attention(implementation, shape):
+    s = shape["page_size"]
     check_decode(
         implementation,
         [1, s - 1, 0, s, s + 1, 2 * s],
-        group=group, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=dtype,
-    )  # fmt: skip
+        kv_heads=2,
+        **shape,
+    )
 
 
 @each_implementation
 @each_shape
-def test_prefill_matches_dense_attention(implementation, group, head_dim, page_size, dtype):
-    s = page_size
+def test_prefill_matches_dense_attention(implementation, shape):
+    s = shape["page_size"]
     # Whole prompts around a page edge, chunks behind a prefix, one token, padding sequences.
     chunks = [(s - 1, s - 1), (1, s + 1), (s + 1, s + 1), (0, 0), (s // 2, 2 * s), (2 * s, 3 * s)]
     check_prefill(
         implementation,
         [*chunks, (0, 0)],
         padding=7,
-        group=group, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=dtype,
-    )  # fmt: skip
+        kv_heads=2,
+        **shape,
+    )
 
 
 @each_implementation
 @each_shape
-def test_write_matches_float64_and_touches_nothing_else(
-    implementation, group, head_dim, page_size, dtype
-):
+def test_write_matches_float64_and_touches_nothing_else(implementation, shape):
     check_write(
         implementation,
         13,
-        group=group, kv_heads=3, head_dim=head_dim, page_size=page_size, dtype=dtype,
-    )  # fmt: skip
+        kv_heads=3,
+        **shape,
+    )
 
 
 @each_implementation

@@ -155,13 +155,18 @@ class ModelRunner:
 
     # --- memory ---
 
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        fp8 = self.config.kv_cache_dtype == "fp8"
+        return jnp.dtype(jnp.float8_e4m3fn if fp8 else self.model_config.dtype)
+
     def _make_state(self, num_blocks: int, make=jnp.zeros) -> DeviceState:
         """The cache and the last tokens, zeroed on the devices (or other arrays by `make`)."""
-        c, dtype = self.model_config, jnp.dtype(self.model_config.dtype)
+        c = self.model_config
         shape = (c.num_layers, num_blocks, self.config.kvcache_block_size)
         shape += (c.num_kv_heads, c.head_dim)
         sharding = self.sharding.named(*KVCache.AXES)
-        k, v = (make(shape, dtype, device=sharding) for _ in range(2))
+        k, v = (make(shape, self.cache_dtype, device=sharding) for _ in range(2))
         slots = (self.config.max_num_seqs + 1,)
         return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self.sharding.replicated))
 
@@ -173,7 +178,7 @@ class ModelRunner:
         """
         c, config = self.model_config, self.config
         heads = c.num_kv_heads // self.sharding.size("kv_heads")
-        token_bytes = 2 * c.num_layers * heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+        token_bytes = 2 * c.num_layers * heads * c.head_dim * self.cache_dtype.itemsize
         block_bytes = token_bytes * config.kvcache_block_size
         mib = 1 << 20
         if self.platform == "cpu":

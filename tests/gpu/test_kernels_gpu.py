@@ -6,7 +6,7 @@ Also at odd ones: seven query heads per KV head, a head dim of 80, small pages.
 import jax
 import numpy as np
 import pytest
-from test_kernels import IMPLEMENTATIONS, check_decode, check_prefill, check_write
+from test_kernels import FP8, IMPLEMENTATIONS, check_decode, check_prefill, check_write
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,6 +17,7 @@ SHAPES = [
     dict(group=2, kv_heads=8, head_dim=128, page_size=256, dtype="bfloat16"),
     dict(group=4, kv_heads=8, head_dim=128, page_size=256, dtype="bfloat16"),
     dict(group=2, kv_heads=8, head_dim=64, page_size=256, dtype="bfloat16"),
+    dict(group=2, kv_heads=8, head_dim=128, page_size=256, dtype="bfloat16", cache_dtype=FP8),
     dict(group=2, kv_heads=8, head_dim=128, page_size=256, dtype="float32"),
     dict(group=7, kv_heads=2, head_dim=80, page_size=16, dtype="bfloat16"),
     dict(group=3, kv_heads=3, head_dim=80, page_size=32, dtype="float32"),
