@@ -72,7 +72,7 @@ def test_repeated_prompts_are_prefix_hits(engine, expected, monkeypatch):
     assert spy.prefill_tokens == 1 + 5 + 255 + 1 + 1 + 1
 
 
-@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("size", [2, 4, 8])
 def test_tensor_parallel(engine, expected, size):
     llm = engine("eight_heads", tensor_parallel_size=size)
     poison(llm)
