@@ -5,6 +5,7 @@ import re
 import textwrap
 from itertools import chain
 
+import jax
 import pytest
 from helpers import VOCAB, Spy, edge_prompts, greedy, prompt, tokens
 
@@ -491,7 +492,7 @@ def test_exit_with_requests_under_way_frees_the_device(new_engine, checkpoint):
     llm = new_engine(checkpoint())
     llm.add_request(prompt(5), greedy())
     llm.step()
-    arrays = [*llm.runner.weights, *llm.runner.state.cache]
+    arrays = jax.tree.leaves((llm.runner.weights, llm.runner.state.cache))
     llm.exit()
     assert all(array.is_deleted() for array in arrays)
 

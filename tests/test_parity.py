@@ -1,5 +1,6 @@
 """Greedy float32 tokens equal those of transformers on every path through the engine."""
 
+import jax
 import numpy as np
 import pytest
 from helpers import EDGES, NEW, Spy, edge_prompts, greedy, poison, prompt, tokens
@@ -11,6 +12,12 @@ from nanovllm_jax import SamplingParams
 def expected(checkpoint, oracle):
     """The oracle's tokens for the edge prompts, of a shape."""
     return lambda shape="gqa", **options: oracle(checkpoint(shape, **options), edge_prompts(), NEW)
+
+
+def dtypes(llm):
+    """What the weights and the cache are kept in."""
+    arrays = jax.tree.leaves((llm.runner.weights, llm.runner.state.cache))
+    return {str(array.dtype) for array in arrays}
 
 
 def test_oracle_outputs_are_diverse(expected):
@@ -138,7 +145,9 @@ def test_asynchronous_equals_synchronous_with_eos(engine, monkeypatch):
 def test_bfloat16_agrees_mostly(engine, checkpoint, oracle):
     """Rounding flips near ties, and what follows a flip differs: compare first tokens alone."""
     llm = engine("mqa", dtype="bfloat16", checkpoint={"dtype": "bfloat16"})
-    assert {str(x.dtype) for x in [*llm.runner.weights, *llm.runner.state.cache]} == {"bfloat16"}
+    assert {
+        str(x.dtype) for x in jax.tree.leaves((llm.runner.weights, llm.runner.state.cache))
+    } == {"bfloat16"}
     got = tokens(llm, edge_prompts(), greedy())
     want = oracle(checkpoint("mqa", dtype="bfloat16"), edge_prompts(), NEW)
     agree = sum(a[0] == b[0] for a, b in zip(got, want, strict=True))
@@ -154,4 +163,6 @@ def test_bfloat16_checkpoint_cast_to_float32(engine, checkpoint, oracle):
 
 def test_without_a_named_dtype_a_cpu_computes_in_float32(engine):
     llm = engine("mqa", dtype=None, checkpoint={"dtype": "bfloat16"})
-    assert {str(x.dtype) for x in [*llm.runner.weights, *llm.runner.state.cache]} == {"float32"}
+    assert {
+        str(x.dtype) for x in jax.tree.leaves((llm.runner.weights, llm.runner.state.cache))
+    } == {"float32"}

@@ -220,7 +220,8 @@ def sized(llm, *, limit, in_use=0, step=0, **config):
     runner.sharding = SimpleNamespace(mesh=mesh, size=lambda axis: 1)
     runner.platform = "gpu"
     runner._step_bytes = lambda: step
-    fields = {name: getattr(llm.config, name) for name in ("max_num_seqs", "kvcache_block_size")}
+    names = ("max_num_seqs", "kvcache_block_size", "kv_cache_dtype")
+    fields = {name: getattr(llm.config, name) for name in names}
     runner.config = SimpleNamespace(**(fields | {"gpu_memory_utilization": 0.9} | config))
     return runner._size_cache()
 
@@ -235,6 +236,8 @@ def test_12_the_cache_is_sized_from_what_this_engine_uses(engine, capsys):
     assert f"{blocks} blocks of 256 tokens" in capsys.readouterr().out
     for less in ({"in_use": gib}, {"step": gib}, {"gpu_memory_utilization": 0.5}):
         assert 0 < sized(llm, limit=2 * gib, **less) < blocks
+    fp8 = sized(llm, limit=2 * gib, kv_cache_dtype="fp8")
+    assert 0.9 * budget <= fp8 * block / 4 <= budget
 
 
 def test_12_no_room_is_an_error_with_the_numbers(engine):

@@ -92,6 +92,8 @@ class ModelRunner:
         else:
             weights = load_weights(model, self.model_config, self.sharding, Path(config.model))
         self.weights, treedef = jax.tree.flatten(weights)
+        if self.platform == "cpu" and not config.enforce_eager:
+            self._unstack_weights(weights)
         make = functools.partial(model, self.model_config, constrain=self.sharding.constrain)
         graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
         self.program = StepProgram(
@@ -152,6 +154,17 @@ class ModelRunner:
                 token_ids[end : end + length] = seq.token_ids[start : start + length]
                 end += length
         return rows, np.concatenate([token_ids, rows.ravel()])
+
+    def _unstack_weights(self, weights: nnx.State) -> None:
+        """Keep the layers' weights apart, as tuples, which the compiled step stacks for the model.
+
+        XLA forwards a slice of such a stack to the slice's origin. From an array it would copy the
+        slice on a CPU, every weight once a step. (On a GPU products read slices in place.)
+        """
+        for i, (path, weight) in enumerate(jax.tree.leaves_with_path(weights)):
+            if path[0].key == "layers":
+                self.weights[i] = tuple(weight[j] for j in range(len(weight)))
+                weight.delete()
 
     # --- memory ---
 
@@ -248,9 +261,9 @@ class ModelRunner:
                 job.result()
 
     def _compile_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Compiled:
-        weights = [
-            jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding) for w in self.weights
-        ]
+        weights = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), self.weights
+        )
         packed = bucket.num_tokens + bucket.num_rows * self.table.rows.shape[1]
         step = functools.partial(self.program.run, **bucket._asdict())
         out = (self._state_sharding(), self.sharding.replicated, self._logits_sharding())

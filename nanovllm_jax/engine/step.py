@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -12,6 +13,8 @@ from nanovllm_jax.engine.inputs import Column, floats, sampled_positions, seeds,
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
 from nanovllm_jax.layers.sampler import filter_logits, sample
 from nanovllm_jax.sharding import Sharding
+
+Weight = Array | tuple[Array, ...]  # of the whole model or all layers, or the layers' apart
 
 
 class DeviceState(NamedTuple):
@@ -33,7 +36,7 @@ class StepProgram:
     vocab_size: int  # without padding
 
     def run(
-        self, weights: list[Array], state: DeviceState, packed: Int32[Array, " n"], *,
+        self, weights: list[Weight], state: DeviceState, packed: Int32[Array, " n"], *,
         num_tokens: int, num_rows: int,
     ) -> tuple[DeviceState, Int32[Array, " B"], Float[Array, "B V"]]:  # fmt: skip
         """Compute a batch; returns the state, each row's new token, and the logits behind it.
@@ -41,7 +44,8 @@ class StepProgram:
         The tokens are drawn without top-k, top-p and min-p; where a row asks for those, `redraw`
         draws again from the logits.
         """
-        model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, weights))
+        stacked = [jnp.stack(w) if isinstance(w, tuple) else w for w in weights]
+        model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, stacked))
         inputs, rows = unpack(
             packed, state.last_tokens,
             num_tokens=num_tokens, num_rows=num_rows, block_size=self.block_size,
