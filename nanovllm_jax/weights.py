@@ -69,7 +69,10 @@ class Checkpoint:
 
     def __init__(self, directory: Path):
         if (directory / INDEX).is_file():
-            names = set(read_json(directory / INDEX)["weight_map"].values())
+            index = read_json(directory / INDEX)
+            if "weight_map" not in index:
+                raise ValueError(f"{directory / INDEX} is damaged: it has no weight_map")
+            names = set(index["weight_map"].values())
             files = [directory / name for name in sorted(names)]
         else:
             files = sorted(directory.glob("*.safetensors"))

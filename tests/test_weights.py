@@ -201,8 +201,9 @@ def test_a_file_that_the_index_names_and_is_not_there(model_dir):
         LLM(str(model_dir))
 
 
-def test_an_index_that_is_not_json(model_dir):
-    (model_dir / "model.safetensors.index.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_damaged_index_is_named(model_dir, text):
+    (model_dir / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         LLM(str(model_dir))
 

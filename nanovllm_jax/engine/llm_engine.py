@@ -28,7 +28,7 @@ class LLMEngine:
         self.config = EngineConfig.from_kwargs(model, **kwargs)
         self.tokenizer = _load_tokenizer(Path(self.config.model))
         self.vocab_size = self.config.model_config.vocab_size
-        self.runner: ModelRunner | None = ModelRunner(self.config, self.vocab_size)
+        self.runner: ModelRunner | None = ModelRunner(self.config)
         self.block_manager = BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
         self.scheduler = Scheduler(
             self.block_manager,

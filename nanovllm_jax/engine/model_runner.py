@@ -72,7 +72,7 @@ class TokenFuture:
 class ModelRunner:
     """Owns what is on the devices: weights, KV cache, last tokens, compiled programs."""
 
-    def __init__(self, config: EngineConfig, vocab_size: int):
+    def __init__(self, config: EngineConfig):
         _claim_gpu_memory()
         _use_compilation_cache()
         self.config = config
@@ -97,7 +97,12 @@ class ModelRunner:
         make = functools.partial(model, self.model_config, constrain=self.sharding.constrain)
         graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
         self.program = StepProgram(
-            graph, treedef, self.sharding, backend, config.kvcache_block_size, vocab_size
+            graph,
+            treedef,
+            self.sharding,
+            backend,
+            config.kvcache_block_size,
+            vocab_size=config.model_config.vocab_size,
         )
 
         self.table_width = -(-config.max_model_len // config.kvcache_block_size)
