@@ -8,8 +8,9 @@ Every function takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere
 where there is no GPU) or "xla" (plain JAX: the CPU path, and what the kernels are compared with).
 """
 
+from pallas_kernels.fused_linear import fits_fused_linear, fused_linear
 from pallas_kernels.kv_write import norm_rope_write
-from pallas_kernels.paged_decode import paged_decode
+from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
-__all__ = ["norm_rope_write", "paged_decode", "paged_prefill"]
+__all__ = ["decode_step", "fits_fused_linear", "fused_linear", "norm_rope_write", "paged_decode", "paged_prefill"]

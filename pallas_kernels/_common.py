@@ -92,6 +92,11 @@ def _tile_mask(row_mask, col_mask, shape):
 def load_rows(ref, rows, row_mask=None):
     """The rows `rows` of the matrix `ref` as a tile; masked rows and padding columns read as 0."""
     cols, col_mask = _columns(ref.shape[1])
+    return load_tile(ref, rows, cols, row_mask, col_mask)
+
+
+def load_tile(ref, rows, cols, row_mask=None, col_mask=None):
+    """The elements of the matrix `ref` in `rows` and `cols`; masked ones read as 0."""
     mask = _tile_mask(row_mask, col_mask, (rows.shape[0], cols.shape[0]))
     other = None if mask is None else 0.0
     return plgpu.load(ref.at[rows[:, None], cols[None, :]], mask=mask, other=other)
@@ -121,6 +126,16 @@ def to_cache(x, dtype):
     return x.astype(dtype)
 
 
+def product_dtype(dtype, cache_dtype):
+    """The type in which queries meet the keys and values of a cache.
+
+    float16 for an 8-bit cache: from e4m3 that is one instruction for two elements, and exact.
+    Queries are normed, far inside float16's range, and softmax weights are at most 1.
+    """
+    eight_bit = jnp.dtype(cache_dtype).itemsize == 1 and jnp.dtype(dtype).itemsize == 2
+    return jnp.dtype(jnp.float16) if eight_bit else jnp.dtype(dtype)
+
+
 def kv_block_size(page_size: int, dtype) -> int:
     """Positions per K/V tile: a divisor of the page size, so that no tile straddles two pages.
 
@@ -133,6 +148,23 @@ def num_stages(block_n: int, cache_shape: tuple[int, ...], dtype, most: int) -> 
     """The depth of the software pipeline: `most`, or what 160 KiB of shared memory hold."""
     tile_bytes = 2 * block_n * max(16, next_power_of_2(cache_shape[-1])) * jnp.dtype(dtype).itemsize
     return max(1, min(most, (160 * 1024) // tile_bytes))
+
+
+EARLY = [False]
+
+
+def start_next_kernel(index):
+    """Let the GPU launch the next kernel while this one runs; returns `index`, to be used."""
+    if not EARLY[0] or use_interpreter(None):
+        return index
+    [index] = plgpu.elementwise_inline_asm(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+        args=[index],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, index.dtype)],
+    )
+    return index
 
 
 # --- Attention over one block of keys --------------------------------------------------------

@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._common import (
+    LOG2_E,
     MASKED,
     Implementation,
     attend,
@@ -21,11 +22,16 @@ from pallas_kernels._common import (
     finish_attention,
     kv_block_size,
     load_rows,
+    load_tile,
     next_power_of_2,
     num_stages,
+    product_dtype,
+    start_next_kernel,
     store_rows,
+    to_cache,
     use_interpreter,
 )
+from pallas_kernels.kv_write import norm_rope_write
 
 # An H100 has 132 multiprocessors; four programs for each keep its memory busy.
 _TARGET_PROGRAMS = 4 * 132
@@ -81,6 +87,50 @@ def paged_decode(
     )
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("eps", "scale", "implementation", "interpret"),
+    donate_argnames=("k_cache", "v_cache"),
+)
+def decode_step(
+    qkv: Float[Array, "B K G2 H"],
+    q_norm: Float[Array, "*L H"],
+    k_norm: Float[Array, "*L H"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    slots: Int32[Array, " B"],
+    k_cache: Float[Array, "L P S K H"],
+    v_cache: Float[Array, "L P S K H"],
+    block_tables: Int32[Array, "B W"],
+    context_lens: Int32[Array, " B"],
+    layer: Int32[Array, ""],
+    *,
+    eps: float,
+    scale: float,
+    implementation: Implementation,
+    interpret: bool | None = None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "L P S K H"], Float[Array, "L P S K H"]]:
+    """`norm_rope_write` and `paged_decode` in one: returns the attention and the caches.
+
+    The arguments are theirs. A row's slot must be that of position context_lens - 1: in Triton
+    this is one kernel, which attends to the new position without reading it back.
+    """
+    if implementation != "triton":
+        q, k_cache, v_cache = norm_rope_write(
+            qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer,
+            eps=eps, implementation=implementation, interpret=interpret,
+        )  # fmt: skip
+        out = paged_decode(
+            q, k_cache, v_cache, block_tables, context_lens, layer,
+            scale=scale, implementation=implementation, interpret=interpret,
+        )  # fmt: skip
+        return out, k_cache, v_cache
+    return _decode_step_triton(
+        qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer,
+        eps=eps, scale=scale, interpret=use_interpreter(interpret),
+    )  # fmt: skip
+
+
 # --- XLA -------------------------------------------------------------------------------------
 
 
@@ -133,17 +183,106 @@ def _decode_kernel(
     `lse_ref` has the base-2 logarithm of each one's softmax denominator.
     """
     b, kv_head, split = (pl.program_id(axis) for axis in range(3))
-    page_size, num_kv_heads = cache_shape[2:4]
-    context, layer = lens_ref[b], layer_ref[0]
+    part = _part_of(lens_ref[b], split, block_n, num_splits)
+    g, g_mask = _group_rows(group)
+    q_rows = (b * cache_shape[3] + kv_head) * group + g
+    q = load_rows(q_ref, q_rows, g_mask)
+    q = q.astype(product_dtype(q.dtype, k_ref.dtype))
+    state = _attend_to_pages(
+        q, k_ref, v_ref, tables_ref, part, empty_attention(*q.shape),
+        cache_shape=cache_shape, layer=layer_ref[0], block_n=block_n, scale=scale,
+    )  # fmt: skip
+    _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits)
 
+
+def _fused_kernel(
+    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slots_ref, _k_in, _v_in, tables_ref,
+    lens_ref, layer_ref, k_ref, v_ref, out_ref, *lse_ref,
+    cache_shape: tuple[int, ...], group: int, block_n: int, num_splits: int, scale: float,
+    eps: float,
+):  # fmt: skip
+    """`_decode_kernel` that also norms and rotates, and writes the new key and value.
+
+    The newest position is attended to in registers, by the program that writes it: nothing is
+    read that another program of this kernel writes.
+    """
+    b, kv_head, split = (pl.program_id(axis) for axis in range(3))
+    num_kv_heads, head_dim = cache_shape[3:]
+    context, layer = lens_ref[b], layer_ref[0]
+    old = jnp.maximum(context - 1, 0)
+    part = _part_of(old, split, block_n, num_splits)
+    g, g_mask = _group_rows(group)
+    g = start_next_kernel(g)
+    qkv_row = (b * num_kv_heads + kv_head) * (group + 2)
+
+    cols = jnp.arange(max(16, next_power_of_2(head_dim)))
+    half = head_dim // 2
+    pair = lax.rem(cols + half, jnp.int32(head_dim))  # the other of the two that RoPE rotates
+    in_head = None if cols.shape[0] == head_dim else cols < head_dim
+    angle = lax.rem(cols, jnp.int32(half))
+    cos, sin = (load_tile(ref, b + jnp.arange(1), angle, None, in_head) for ref in (cos_ref, sin_ref))
+    sin = jnp.where(cols < half, -sin, sin)
+
+    def norm_rope(rows, norm_ref, mask):
+        norm_row = (layer if norm_ref.shape[0] > 1 else 0) + jnp.arange(1)
+        x, other = (load_tile(qkv_ref, rows, c, mask, in_head) for c in (cols, pair))
+        w, other_w = (load_tile(norm_ref, norm_row, c, None, in_head) for c in (cols, pair))
+        x32 = x.astype(jnp.float32)
+        inv_rms = lax.rsqrt((x32 * x32).sum(axis=1, keepdims=True) / head_dim + eps)
+
+        def norm(x, w):
+            normed = (x.astype(jnp.float32) * inv_rms).astype(x.dtype) * w.astype(x.dtype)
+            return normed.astype(jnp.float32)
+
+        return (norm(x, w) * cos + norm(other, other_w) * sin).astype(x.dtype)
+
+    q = norm_rope(qkv_row + g, q_norm_ref, g_mask)
+    q = q.astype(product_dtype(q.dtype, k_ref.dtype))
+    one = jnp.arange(1)
+    k = to_cache(norm_rope(qkv_row + group + one, k_norm_ref, None), k_ref.dtype)
+    v = to_cache(load_rows(qkv_ref, qkv_row + group + 1 + one), v_ref.dtype)
+    is_last = (split == num_splits - 1) & (context > 0)
+
+    @pl.when(is_last & (slots_ref[b] >= 0))
+    def _():
+        row = cache_row(cache_shape, layer, 0, slots_ref[b], kv_head) + one
+        store_rows(k_ref, row, k)
+        store_rows(v_ref, row, v)
+
+    score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1) * (scale * LOG2_E)
+    state = (
+        jnp.where(is_last, jnp.broadcast_to(v.astype(jnp.float32), q.shape), 0.0),
+        jnp.where(is_last, score, MASKED),
+        jnp.where(is_last, jnp.ones_like(score), 0.0),
+    )
+    state = _attend_to_pages(
+        q, k_ref, v_ref, tables_ref, part, state,
+        cache_shape=cache_shape, layer=layer, block_n=block_n, scale=scale,
+    )  # fmt: skip
+    q_rows = (b * num_kv_heads + kv_head) * group + g
+    _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits)
+
+
+def _group_rows(group: int):
+    """The rows of a tile of queries and their mask: a matrix product needs at least 16 rows."""
+    g = jnp.arange(max(16, next_power_of_2(group)))
+    return g, (None if g.shape[0] == group else g < group)
+
+
+def _part_of(context, split, block_n: int, num_splits: int):
+    """The positions [first block, end) of one part of a context."""
     blocks_per_split = cdiv(cdiv(context, block_n), num_splits)
     first_block = split * blocks_per_split
-    end = jnp.minimum(context, (first_block + blocks_per_split) * block_n)
+    return first_block, jnp.minimum(context, (first_block + blocks_per_split) * block_n)
 
-    # A matrix product needs 16 rows: the query heads that share this KV head, and padding.
-    g = jnp.arange(max(16, next_power_of_2(group)))
-    q_rows = (b * num_kv_heads + kv_head) * group + g
-    q = load_rows(q_ref, q_rows, g < group)
+
+def _attend_to_pages(
+    q, k_ref, v_ref, tables_ref, part, state, *, cache_shape, layer, block_n, scale
+):
+    """Fold a part of sequence `program_id(0)`'s context into the attention of `q`."""
+    b, kv_head = pl.program_id(0), pl.program_id(1)
+    page_size = cache_shape[2]
+    first_block, end = part
 
     def block_step(i, state, last: bool):
         position = i * block_n
@@ -153,34 +292,36 @@ def _decode_kernel(
         rows = cache_row(cache_shape, layer, page, offset, kv_head)
         valid = position + n < end if last else None
         k, v = load_rows(k_ref, rows, valid), load_rows(v_ref, rows, valid)
-        mask = None if valid is None else jnp.broadcast_to(valid[None, :], (g.shape[0], block_n))
+        mask = None if valid is None else jnp.broadcast_to(valid[None, :], (q.shape[0], block_n))
         return attend(q, k, v, mask, state, scale)
 
     full_blocks = lax.div(end, jnp.int32(block_n))  # only the last block needs masks
-    state = empty_attention(*q.shape)
     state = lax.fori_loop(
         first_block, full_blocks, functools.partial(block_step, last=False), state
     )
-    state = lax.fori_loop(
+    return lax.fori_loop(
         jnp.maximum(first_block, full_blocks),
         cdiv(end, block_n),
         functools.partial(block_step, last=True),
         state,
     )
+
+
+def _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits: int):
     out = finish_attention(state)
     if num_splits == 1:
-        store_rows(out_ref, q_rows, out, g < group)
+        store_rows(out_ref, q_rows, out, g_mask)
     else:
         _, row_max, row_sum = state
         lse = jnp.where(row_sum > 0, row_max + jnp.log2(row_sum), MASKED)
-        store_rows(out_ref, q_rows * num_splits + split, out, g < group)
-        plgpu.store(lse_ref[0].at[q_rows * num_splits + split], lse, mask=g < group)
+        store_rows(out_ref, q_rows * num_splits + split, out, g_mask)
+        plgpu.store(lse_ref[0].at[q_rows * num_splits + split], lse, mask=g_mask)
 
 
 def _combine_kernel(parts_ref, lse_ref, out_ref, *, num_splits: int):
     """One program per sequence and query head: the mean of its parts, weighted by exp2(lse)."""
     row = pl.program_id(0)
-    split_rows = row * num_splits + jnp.arange(num_splits)
+    split_rows = row * num_splits + start_next_kernel(jnp.arange(num_splits))
     lse = plgpu.load(lse_ref.at[split_rows])
     weights = jnp.exp2(lse - lse.max())
     parts = load_rows(parts_ref, split_rows)
@@ -191,49 +332,81 @@ def _combine_kernel(parts_ref, lse_ref, out_ref, *, num_splits: int):
 def _paged_decode_triton(
     q, k_cache, v_cache, block_tables, context_lens, layer, *, scale, num_splits, interpret
 ):
-    batch, num_heads, head_dim = q.shape
+    head_dim = q.shape[-1]
+    operands = (
+        q.reshape(-1, head_dim), k_cache.reshape(-1, head_dim), v_cache.reshape(-1, head_dim),
+        block_tables, context_lens, jnp.reshape(layer, 1),
+    )  # fmt: skip
+    parts = _call_decode(
+        _decode_kernel, operands, q.shape, q.dtype, k_cache, num_splits=num_splits, scale=scale,
+        interpret=interpret,
+    )  # fmt: skip
+    return _combine(parts, q.shape, q.dtype, num_splits, interpret)
+
+
+def _decode_step_triton(
+    qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer, *,
+    eps, scale, interpret,
+):  # fmt: skip
+    batch, num_kv_heads, per_group, head_dim = qkv.shape
+    shape = (batch, num_kv_heads * (per_group - 2), head_dim)
+    num_splits = _choose_splits(batch, k_cache, block_tables.shape[1])
+    rows = functools.partial(jnp.reshape, shape=(-1, head_dim))
+    operands = (
+        rows(qkv), rows(q_norm), rows(k_norm), cos, sin, slots, rows(k_cache), rows(v_cache),
+        block_tables, context_lens, jnp.reshape(layer, 1),
+    )  # fmt: skip
+    new_k, new_v, *parts = _call_decode(
+        functools.partial(_fused_kernel, eps=eps), operands, shape, qkv.dtype, k_cache,
+        num_splits=num_splits, scale=scale, interpret=interpret, written=operands[6:8],
+        input_output_aliases={6: 0, 7: 1},
+    )  # fmt: skip
+    out = _combine(parts, shape, qkv.dtype, num_splits, interpret)
+    return out, new_k.reshape(k_cache.shape), new_v.reshape(v_cache.shape)
+
+
+def _call_decode(
+    kernel, operands, q_shape, dtype, k_cache, *, num_splits, scale, interpret, written=(),
+    **options,
+):  # fmt: skip
+    """Run a decode kernel over (sequences, KV heads, parts); returns `written`, then the parts."""
+    batch, num_heads, head_dim = q_shape
     page_size, num_kv_heads = k_cache.shape[2:4]
     rows = batch * num_heads
     block_n = kv_block_size(page_size, k_cache.dtype)
-    kernel = functools.partial(
-        _decode_kernel,
-        cache_shape=k_cache.shape,
-        group=num_heads // num_kv_heads,
-        block_n=block_n,
-        num_splits=num_splits,
-        scale=scale,
-    )
-    out_shape = [jax.ShapeDtypeStruct((rows, head_dim), q.dtype)]
+    out_shape = [jax.ShapeDtypeStruct((rows, head_dim), dtype)]
     if num_splits > 1:
         out_shape = [
             jax.ShapeDtypeStruct((rows * num_splits, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((rows * num_splits,), jnp.float32),
         ]
-    outputs = pl.pallas_call(
-        kernel,
+    return pl.pallas_call(
+        functools.partial(
+            kernel, cache_shape=k_cache.shape, group=num_heads // num_kv_heads, block_n=block_n,
+            num_splits=num_splits, scale=scale,
+        ),
         grid=(batch, num_kv_heads, num_splits),
-        out_shape=out_shape,
+        out_shape=[*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in written), *out_shape],
         compiler_params=plgpu.CompilerParams(
             num_warps=4, num_stages=num_stages(block_n, k_cache.shape, k_cache.dtype, most=5)
         ),
         interpret=interpret,
         name="paged_decode",
-    )(
-        q.reshape(rows, head_dim),
-        k_cache.reshape(-1, head_dim),
-        v_cache.reshape(-1, head_dim),
-        block_tables,
-        context_lens,
-        jnp.reshape(layer, 1),
-    )
+        **options,
+    )(*operands)  # fmt: skip
+
+
+def _combine(parts, shape, dtype, num_splits: int, interpret):
+    """The outputs `[B, N, H]` from what a decode kernel wrote."""
     if num_splits == 1:
-        return outputs[0].reshape(q.shape)
+        return parts[0].reshape(shape)
+    rows = shape[0] * shape[1]
     out = pl.pallas_call(
         functools.partial(_combine_kernel, num_splits=num_splits),
         grid=(rows,),
-        out_shape=jax.ShapeDtypeStruct((rows, head_dim), q.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, shape[2]), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="paged_decode_combine",
-    )(*outputs)
-    return out.reshape(q.shape)
+    )(*parts)
+    return out.reshape(shape)

@@ -22,6 +22,7 @@ from pallas_kernels._common import (
     load_rows,
     next_power_of_2,
     num_stages,
+    product_dtype,
     store_rows,
     use_interpreter,
 )
@@ -177,6 +178,7 @@ def _prefill_kernel(
         q_rows = ((first_row + token) * num_kv_heads + kv_head) * group
         q_rows = q_rows + lax.rem(r, jnp.int32(group))
         q = load_rows(q_ref, q_rows, token < rows)
+        q = q.astype(product_dtype(q.dtype, k_ref.dtype))
         first_position = context_end - rows
 
         def block_step(i, state, diagonal: bool):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from nanovllm_jax.engine.inputs import Column, floats, sampled_positions, seeds, unpack
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
+from nanovllm_jax.layers.linear import FusedProject, project
 from nanovllm_jax.layers.sampler import filter_logits, sample
 from nanovllm_jax.sharding import Sharding
 
@@ -51,7 +52,9 @@ class StepProgram:
             num_tokens=num_tokens, num_rows=num_rows, block_size=self.block_size,
         )  # fmt: skip
         attend = PagedAttention(inputs.batch, self.sharding, self.implementation)
-        hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache)
+        fused = self.implementation != "xla" and not num_tokens
+        how = FusedProject(self.sharding) if fused else project
+        hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache, how)
         if num_tokens:
             hidden = hidden[inputs.last_tokens]
         logits = self.sharding.constrain(model.logits(hidden), "rows", "vocab")

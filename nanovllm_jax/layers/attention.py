@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import norm_rope_write, paged_decode, paged_prefill
+from pallas_kernels import decode_step, norm_rope_write, paged_prefill
 
 
 class KVCache(NamedTuple):
@@ -60,17 +60,21 @@ class PagedAttention:
 )
 def _attend(qkv, q_norm, k_norm, rope, cache, layer, batch, *, eps, sharding, implementation):
     def on_shard(qkv, q_norm, k_norm, rope, cache, layer, batch):
-        q, k_cache, v_cache = norm_rope_write(
-            qkv, q_norm, k_norm, *rope, batch.slots, *cache, layer,
-            eps=eps, implementation=implementation,
-        )  # fmt: skip
-        pages = (k_cache, v_cache, batch.block_tables)
-        options = {"scale": qkv.shape[-1] ** -0.5, "implementation": implementation}
+        new = (qkv, q_norm, k_norm, *rope, batch.slots)
+        options = {"eps": eps, "implementation": implementation}
+        scale = qkv.shape[-1] ** -0.5
         if batch.query_starts is None:
-            out = paged_decode(q, *pages, batch.context_lens, layer, **options)
-        else:
-            out = paged_prefill(q, *pages, batch.query_starts, batch.context_lens, layer, **options)
-        return out, KVCache(k_cache, v_cache)
+            out, *cache = decode_step(
+                *new, *cache, batch.block_tables, batch.context_lens, layer,
+                scale=scale, **options,
+            )  # fmt: skip
+            return out, KVCache(*cache)
+        q, *cache = norm_rope_write(*new, *cache, layer, **options)
+        out = paged_prefill(
+            q, *cache, batch.block_tables, batch.query_starts, batch.context_lens, layer,
+            scale=scale, implementation=implementation,
+        )  # fmt: skip
+        return out, KVCache(*cache)
 
     spec, replicated = sharding.spec, sharding.spec()
     cache_spec = KVCache(*[spec(*KVCache.AXES)] * 2)

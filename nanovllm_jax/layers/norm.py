@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 
 def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float):
@@ -13,19 +13,16 @@ def rms_norm(x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float):
     return weight * (x32 * scale).astype(x.dtype)
 
 
-class StackedParam(nnx.Param):
-    """A parameter that a layer gets with those of all layers: its reader indexes it by layer.
-
-    For what kernels read: XLA would copy a slice out for them.
-    """
-
-
 class RMSNorm(nnx.Module):
-    """`rms_norm` with its weight, which is a `variable` of one axis named `axis`."""
+    """`rms_norm` with its weight, whose one axis is named `axis`."""
 
-    def __init__(self, size: int, eps: float, *, axis="embed", variable=nnx.Param, dtype):
+    def __init__(self, size: int, eps: float, *, axis="embed", dtype):
         self.eps = eps
-        self.weight = variable(jnp.ones((size,), dtype), axes=(axis,))
+        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(axis,))
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(x, self.weight[...], self.eps)
+    def __call__(
+        self, x: Float[Array, "... D"], layer: Int32[Array, ""] | None = None
+    ) -> Float[Array, "... D"]:
+        """Norm the rows of x; with `layer` where the weight is that of all layers, [L, D]."""
+        weight = self.weight[...]
+        return rms_norm(x, weight if layer is None else weight[layer], self.eps)

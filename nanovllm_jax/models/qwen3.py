@@ -6,7 +6,6 @@ caller's choice (`attend`): the engine passes paged attention over its KV cache,
 causal attention.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,9 +17,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.layers.linear import Embedding, Linear
+from nanovllm_jax.layers.linear import Embedding, Linear, Project, project
 from nanovllm_jax.layers.mlp import MLP
-from nanovllm_jax.layers.norm import RMSNorm, StackedParam
+from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
 
 Constrain = Callable[..., Array]  # (x, *logical axes) -> x; Sharding.constrain, or nothing
@@ -41,7 +40,7 @@ class Attend(Protocol):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with the q, k and v products in one."""
+    """Grouped-query attention with its norm and residual; the q, k and v products in one."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         c, head = config, {"head_dim": config.head_dim}
@@ -49,15 +48,14 @@ class Attention(nnx.Module):
         qkv = {"kv_heads": c.num_kv_heads, "group": c.group_size + 2, **head}
         hidden = {"embed": c.hidden_size}
         self.qkv_proj = Linear(qkv, hidden, dtype=dtype, rngs=rngs)
-        norm = functools.partial(RMSNorm, axis="head_dim", variable=StackedParam, dtype=dtype)
-        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
         self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rope, attend: Attend, cache, layer):
-        qkv = self.qkv_proj(x)
+    def __call__(self, x, norm: RMSNorm, rope, attend: Attend, project: Project, cache, layer):
+        qkv = project(x, self.qkv_proj, layer, norm=norm)
         out, cache = attend(qkv, self.q_norm, self.k_norm, rope, cache, layer)
-        return self.o_proj(out), cache
+        return project(out, self.o_proj, layer, residual=x), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -70,10 +68,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rope, attend: Attend, cache, layer, constrain: Constrain):
-        attn, cache = self.self_attn(self.input_layernorm(x), rope, attend, cache, layer)
-        x = constrain(x + attn, "tokens", "embed")
-        x = x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(self, x, rope, attend: Attend, project: Project, cache, layer, constrain):
+        x, cache = self.self_attn(x, self.input_layernorm, rope, attend, project, cache, layer)
+        x = constrain(x, "tokens", "embed")
+        x = self.mlp(x, self.post_attention_layernorm, layer, project)
         return constrain(x, "tokens", "embed"), cache
 
 
@@ -97,24 +95,24 @@ class Qwen3(nnx.Module):
         positions: Int[Array, " T"],
         attend: Attend,
         cache: Any = None,
+        project: Project = project,
     ) -> tuple[Float[Array, "T D"], Any]:
         """Run all layers over T tokens; returns normed hidden states and the updated cache."""
         x = self.constrain(self.embed_tokens(token_ids), "tokens", "embed")
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        graph, whole, stacked = nnx.split(self.layers, StackedParam, nnx.Param)
+        graph, weights = nnx.split(self.layers)
 
         def run_layer(weights, x, rope, cache, layer):
-            decoder = nnx.merge(graph, whole, weights)
-            return decoder(x, rope, attend, cache, layer, self.constrain)
+            # Every weight goes in whole, [L, ...]: products and kernels read their layer's slice
+            # in place, where an array sliced out here would be copied for the kernels.
+            decoder = nnx.merge(graph, weights)
+            return decoder(x, rope, attend, project, cache, layer, self.constrain)
 
         # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
         # Eagerly it runs operation by operation, so that print and a debugger work inside it.
         if isinstance(x, Tracer):
             run_layer = jax.jit(run_layer)
         for i in range(self.config.num_layers):
-            # A static index: XLA passes the slice to the product by address, without a copy.
-            pick = functools.partial(jax.lax.index_in_dim, index=i, keepdims=False)
-            weights = jax.tree.map(pick, stacked)
             x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
         return self.norm(x), cache
 
