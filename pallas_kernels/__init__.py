@@ -13,4 +13,11 @@ from pallas_kernels.kv_write import norm_rope_write
 from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
-__all__ = ["decode_step", "fits_fused_linear", "fused_linear", "norm_rope_write", "paged_decode", "paged_prefill"]
+__all__ = [
+    "decode_step",
+    "fits_fused_linear",
+    "fused_linear",
+    "norm_rope_write",
+    "paged_decode",
+    "paged_prefill",
+]

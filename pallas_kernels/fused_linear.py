@@ -1,7 +1,6 @@
-"""A linear layer of few rows, with the norm before it and the residual or gate after it inside."""
+"""A linear layer of one row, with the norm before it and the residual or gate after it inside."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +9,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._common import load_tile, next_power_of_2, start_next_kernel, use_interpreter
+from pallas_kernels._common import load_tile, start_next_kernel, use_interpreter
 
-MAX_ROWS = 64
-_BLOCK_K = 128
+TILES = {}
 
 
 def fits_fused_linear(num_rows: int, num_out: int, width: int, dtype) -> bool:
     """Whether `fused_linear` takes such a layer, and is faster with it than separate kernels."""
     sixteen_bit = jnp.dtype(dtype).itemsize == 2
-    return num_rows <= MAX_ROWS and sixteen_bit and num_out % 32 == 0 and width % _BLOCK_K == 0
+    return num_rows == 1 and sixteen_bit and num_out % 8 == 0 and width % 128 == 0
 
 
-TILES = {}
+def _tiles(num_out: int, width: int, gated: bool) -> dict[str, int]:
+    t = {"rows": 8 if num_out >= 4096 else 4, "warps": 4, "chunk": 1024}
+    for key in ("all", (num_out, width)):
+        t = t | TILES.get(key, {})
+    return t
 
 
-def _tiles(num_rows: int, num_out: int, width: int) -> dict[str, int]:
-    for key in ((num_out, width), "all"):
-        if key in TILES:
-            return TILES[key]
-    return {"block_n": 32 if num_out >= 4096 else 16, "block_k": 128, "warps": 4, "stages": 4}
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "gated", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "interpret"))
 def fused_linear(
     x: Float[Array, "M K"],
     weight: Float[Array, "L N K"],
@@ -42,67 +37,59 @@ def fused_linear(
     *,
     eps: float = 0.0,
     gated: bool = False,
+    dtype=None,
     interpret: bool | None = None,
 ) -> Float[Array, "M N"]:
-    num_rows, width = x.shape
+    width = x.shape[1]
     num_out = weight.shape[1] // (2 if gated else 1)
-    t = _tiles(num_rows, num_out, width)
+    t = _tiles(num_out, width, gated)
+    chunk = t["chunk"]
+    while width % chunk:
+        chunk //= 2
     kernel = functools.partial(
-        _kernel, block_m=max(16, next_power_of_2(num_rows)), block_n=t["block_n"],
-        block_k=t["block_k"], eps=eps, normed=norm is not None, residual=residual is not None,
-        gated=gated,
+        _kernel, block_n=t["rows"], chunk=chunk, eps=eps, normed=norm is not None,
+        residual=residual is not None, gated=gated,
     )  # fmt: skip
     operands = [x, weight.reshape(-1, width), jnp.reshape(layer, 1)]
     operands += [a for a in (norm, residual) if a is not None]
     return pl.pallas_call(
         kernel,
-        grid=(num_out // t["block_n"],),
-        out_shape=jax.ShapeDtypeStruct((num_rows, num_out), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=t["warps"], num_stages=t["stages"]),
+        grid=(num_out // t["rows"],),
+        out_shape=jax.ShapeDtypeStruct((1, num_out), dtype or x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=t["warps"], num_stages=1),
         interpret=use_interpreter(interpret),
         name="fused_linear",
     )(*operands)
 
 
 def _kernel(
-    x_ref, w_ref, layer_ref, *refs, block_m: int, block_n: int, block_k: int, eps: float,
+    x_ref, w_ref, layer_ref, *refs, block_n: int, chunk: int, eps: float,
     normed: bool, residual: bool, gated: bool,
 ):  # fmt: skip
     *inputs, out_ref = refs
     layer = layer_ref[0]
-    (num_rows, width), num_out = x_ref.shape, out_ref.shape[1]
-    m = jnp.arange(block_m)
-    m_mask = None if block_m == num_rows else m < num_rows
+    width, num_out = x_ref.shape[1], out_ref.shape[1]
+    one = jnp.arange(1)
     n = pl.program_id(0) * block_n + start_next_kernel(jnp.arange(block_n))
     w_rows = layer * (num_out * (1 + gated)) + n
 
-    def step(i, state):
-        accs, squares = state
-        cols = i * block_k + jnp.arange(block_k)
-        a = load_tile(x_ref, m, cols, m_mask)
+    sums = [jnp.zeros((block_n, chunk), jnp.float32)] * (1 + gated)
+    squares = jnp.zeros((1, chunk), jnp.float32)
+    for start in range(0, width, chunk):
+        cols = start + jnp.arange(chunk)
+        w = [load_tile(w_ref, w_rows + j * num_out, cols) for j in range(1 + gated)]
+        x = load_tile(x_ref, one, cols).astype(jnp.float32)
         if normed:
-            a32 = a.astype(jnp.float32)
-            squares = squares + a32 * a32
-            w_norm = load_tile(inputs[0], layer + jnp.arange(1), cols)
-            a = (a32 * w_norm.astype(jnp.float32)).astype(a.dtype)
-        products = (_dot(a, load_tile(w_ref, w_rows + j * num_out, cols)) for j in range(len(accs)))
-        return [acc + product for acc, product in zip(accs, products, strict=True)], squares
-
-    accs = [jnp.zeros((block_m, block_n), jnp.float32)] * (1 + gated)
-    squares = jnp.zeros((block_m, block_k if normed else 1), jnp.float32)
-    accs, squares = lax.fori_loop(0, width // block_k, step, (accs, squares))
+            squares += x * x
+            x *= load_tile(inputs[0], layer + one, cols).astype(jnp.float32)
+        sums = [s + tile.astype(jnp.float32) * x for s, tile in zip(sums, w, strict=True)]
+    outs = [s.sum(axis=1) for s in sums]
     if normed:
-        inv_rms = lax.rsqrt(squares.sum(axis=1, keepdims=True) / width + eps)
-        accs = [acc * inv_rms for acc in accs]
-    rounded = [acc.astype(out_ref.dtype).astype(jnp.float32) for acc in accs]
-    out = rounded[0]
+        inv_rms = lax.rsqrt(squares.sum() / width + eps)
+        outs = [out * inv_rms for out in outs]
+    out = outs[0]
     if gated:
-        out = out / (1 + jnp.exp(-out)) * rounded[1]
+        out = out / (1 + jnp.exp(-out)) * outs[1]
     if residual:
-        out = out + load_tile(inputs[-1], m, n, m_mask).astype(jnp.float32)
-    mask = None if m_mask is None else jnp.broadcast_to(m_mask[:, None], out.shape)
-    plgpu.store(out_ref.at[m[:, None], n[None, :]], out.astype(out_ref.dtype), mask=mask)
-
-
-def _dot(a, b):
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        out += plgpu.load(inputs[-1].at[0, n]).astype(jnp.float32)
+    plgpu.store(out_ref.at[0, n], out.astype(out_ref.dtype))

@@ -220,11 +220,12 @@ def _fused_kernel(
     pair = lax.rem(cols + half, jnp.int32(head_dim))  # the other of the two that RoPE rotates
     in_head = None if cols.shape[0] == head_dim else cols < head_dim
     angle = lax.rem(cols, jnp.int32(half))
-    cos, sin = (load_tile(ref, b + jnp.arange(1), angle, None, in_head) for ref in (cos_ref, sin_ref))
+    one = jnp.arange(1)
+    cos, sin = (load_tile(ref, b + one, angle, None, in_head) for ref in (cos_ref, sin_ref))
     sin = jnp.where(cols < half, -sin, sin)
 
     def norm_rope(rows, norm_ref, mask):
-        norm_row = (layer if norm_ref.shape[0] > 1 else 0) + jnp.arange(1)
+        norm_row = (layer if norm_ref.shape[0] > 1 else 0) + one
         x, other = (load_tile(qkv_ref, rows, c, mask, in_head) for c in (cols, pair))
         w, other_w = (load_tile(norm_ref, norm_row, c, None, in_head) for c in (cols, pair))
         x32 = x.astype(jnp.float32)
@@ -238,7 +239,6 @@ def _fused_kernel(
 
     q = norm_rope(qkv_row + g, q_norm_ref, g_mask)
     q = q.astype(product_dtype(q.dtype, k_ref.dtype))
-    one = jnp.arange(1)
     k = to_cache(norm_rope(qkv_row + group + one, k_norm_ref, None), k_ref.dtype)
     v = to_cache(load_rows(qkv_ref, qkv_row + group + 1 + one), v_ref.dtype)
     is_last = (split == num_splits - 1) & (context > 0)

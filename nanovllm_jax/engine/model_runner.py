@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -236,7 +236,8 @@ class ModelRunner:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
         buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
         with ThreadPoolExecutor() as pool:
-            steps = list(pool.map(lambda b: self._compile_step(b, PROBE_BLOCKS), buckets))
+            lowered = [self._lower_step(bucket, PROBE_BLOCKS) for bucket in buckets]
+            steps = list(pool.map(self._compile, lowered))
         total = 0
         for step in steps:
             m = step.memory_analysis()
@@ -248,7 +249,12 @@ class ModelRunner:
     # --- programs ---
 
     def _compile_all(self, num_blocks: int) -> None:
-        """Compile every bucket in parallel, largest first."""
+        """Compile every bucket in parallel, largest first.
+
+        Lowering stays in this thread, in this order: traced side by side, functions that programs
+        share would carry the source lines of whichever came first, and the cache of compiled
+        programs, whose keys these lines are part of, would miss at the next start.
+        """
         steps = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
         rows = sorted({bucket.num_rows for bucket in steps}, reverse=True)
         with (
@@ -256,54 +262,55 @@ class ModelRunner:
             tqdm(total=len(steps) + len(rows), desc="Compiling", dynamic_ncols=True) as bar,
         ):
 
-            def compile_with(compile_one: Callable, key, programs: dict) -> None:
-                programs[key] = compile_one(key, num_blocks)
-                bar.update()
+            def submit(lowered: jax.stages.Lowered) -> Future:
+                job = pool.submit(self._compile, lowered)
+                job.add_done_callback(lambda _: bar.update())
+                return job
 
-            jobs = [pool.submit(compile_with, self._compile_step, b, self.steps) for b in steps]
-            jobs += [pool.submit(compile_with, self._compile_redraw, n, self.redraws) for n in rows]
-            for job in jobs:
-                job.result()
+            step_jobs = {b: submit(self._lower_step(b, num_blocks)) for b in steps}
+            redraw_jobs = {n: submit(self._lower_redraw(n, num_blocks)) for n in rows}
+            self.steps = {bucket: job.result() for bucket, job in step_jobs.items()}
+            self.redraws = {n: job.result() for n, job in redraw_jobs.items()}
 
-    def _compile_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Compiled:
+    def _lower_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
         weights = jax.tree.map(
             lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), self.weights
         )
         packed = bucket.num_tokens + bucket.num_rows * self.table.rows.shape[1]
         step = functools.partial(self.program.run, **bucket._asdict())
         out = (self._state_sharding(), self.sharding.replicated, self._logits_sharding())
-        return (
-            jax.jit(step, donate_argnums=1, out_shardings=out)
-            .lower(weights, self._abstract_state(num_blocks), self._abstract(packed))
-            .compile(self._compiler_options(bucket))
+        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(
+            weights, self._abstract_state(num_blocks), self._abstract(packed)
         )
 
-    def _compile_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Compiled:
+    def _lower_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Lowered:
         logits = jax.ShapeDtypeStruct(
             (num_rows, self.model_config.vocab_size), jnp.float32, sharding=self._logits_sharding()
         )
         out = (self._state_sharding(), self.sharding.replicated)
-        return (
-            jax.jit(self.program.redraw, donate_argnums=0, out_shardings=out)
-            .lower(
-                self._abstract_state(num_blocks),
-                logits,
-                self._abstract(num_rows, self.table.rows.shape[1]),
-            )
-            .compile()
+        return jax.jit(self.program.redraw, donate_argnums=0, out_shardings=out).lower(
+            self._abstract_state(num_blocks),
+            logits,
+            self._abstract(num_rows, self.table.rows.shape[1]),
         )
 
-    def _compiler_options(self, bucket: Bucket) -> dict[str, bool | str]:
-        """Matrix products by cuBLAS with its own choice of algorithm.
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compile a program, on a GPU with options of its own.
 
-        XLA's Triton products, tuned over dozens of candidates each, made these steps 7% slower and
-        took ten times as long to compile. A single row is the exception: there XLA makes its own
-        reductions, and only the logits are a matrix product, for which Triton needs no float32
-        copy of the table.
+        Matrix products go to cuBLAS, with its own choice of algorithm: XLA's Triton products,
+        tuned over dozens of candidates each, made these steps 7% slower and took ten times as long
+        to compile. The slop factor, in percent of the memory, keeps XLA from rematerialising: it
+        counts the donated cache twice and finds the memory full.
         """
-        if self.platform != "gpu" or bucket == Bucket(0, 1):
-            return {}
-        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}
+        if self.platform != "gpu":
+            return lowered.compile()
+        return lowered.compile(
+            {
+                "xla_gpu_enable_triton_gemm": False,
+                "xla_gpu_autotune_level": "0",
+                "xla_gpu_memory_limit_slop_factor": "1000",
+            }
+        )
 
     def _use_eager_steps(self) -> None:
         """Steps that run operation by operation, with the same shapes."""

@@ -57,7 +57,7 @@ class StepProgram:
         hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache, how)
         if num_tokens:
             hidden = hidden[inputs.last_tokens]
-        logits = self.sharding.constrain(model.logits(hidden), "rows", "vocab")
+        logits = self.sharding.constrain(model.logits(hidden, how), "rows", "vocab")
         last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=False)
         return DeviceState(cache, last_tokens), tokens, logits
 

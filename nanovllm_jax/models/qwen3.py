@@ -97,8 +97,8 @@ class Qwen3(nnx.Module):
         cache: Any = None,
         project: Project = project,
     ) -> tuple[Float[Array, "T D"], Any]:
-        """Run all layers over T tokens; returns normed hidden states and the updated cache."""
-        x = self.constrain(self.embed_tokens(token_ids), "tokens", "embed")
+        """Run all layers over T tokens; returns hidden states, not yet normed, and the cache."""
+        x = self.constrain(self.embed_tokens.lookup(token_ids), "tokens", "embed")
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, weights = nnx.split(self.layers)
 
@@ -114,12 +114,14 @@ class Qwen3(nnx.Module):
             run_layer = jax.jit(run_layer)
         for i in range(self.config.num_layers):
             x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
-        return self.norm(x), cache
+        return x, cache
 
-    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Next-token scores in float32."""
+    def logits(
+        self, hidden: Float[Array, "B D"], project: Project = project
+    ) -> Float[Array, "B V"]:
+        """Next-token scores of the hidden states of chosen rows, in float32."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head.logits(hidden)
+        return project(hidden, head, norm=self.norm, dtype=jnp.float32)
 
     @staticmethod
     def checkpoint_tensors(
