@@ -24,13 +24,13 @@ BLOCK_N = 128
 STAGES = 2
 # Programs of a launch: one for each multiprocessor of an H100 or H200 (SXM). More would queue.
 PROGRAMS = 132
-# Tiles are sorted by their work among those of so many rounds of programs; see `_work_list`.
+# Tiles are sorted by their work among those of so many rounds of programs; see `_schedule`.
 SORTED_ROUNDS = 4
 # TMA copies start at rows of Q and of the output that are a multiple of this.
 ALIGNMENT = 8
 # Registers per thread: 2 * 128 * 240 + 128 * 24 is just below the 65,536 of a multiprocessor.
-COMPUTE_REGISTERS = 240
-COPY_REGISTERS = 24
+COMPUTE_REGISTERS = 232
+COPY_REGISTERS = 40
 
 
 def paged_prefill_mosaic(
@@ -84,23 +84,23 @@ def paged_prefill_mosaic(
     padding = max(-num_tokens % ALIGNMENT, ROWS - num_tokens)
     q_padded = jnp.pad(q, ((0, padding), (0, 0), (0, 0))) if padding > 0 else q
 
-    max_items = _max_tiles(num_tokens, context_lens.size, tile_tokens)
-    max_items *= num_heads // heads_per_tile
+    head_tiles = num_heads // heads_per_tile
+    max_items = head_tiles * _max_tiles(num_tokens, context_lens.size, tile_tokens)
     programs = max_items if programs is None else min(programs, max_items)
-    items, num_items = _work_list(
+    tiles, num_tiles = _schedule(
         query_starts,
         context_lens,
         num_tokens=num_tokens,
         tile_tokens=tile_tokens,
-        head_tiles=num_heads // heads_per_tile,
         block_n=block_n,
-        window=programs * sorted_rounds,
+        window=cdiv(programs * sorted_rounds, head_tiles),
     )
     kernel = functools.partial(
         _kernel,
         programs=programs,
         group=group,
         heads_per_tile=heads_per_tile,
+        head_tiles=head_tiles,
         num_pages=num_pages,
         page_size=page_size,
         scale=scale * LOG2_E,
@@ -141,8 +141,8 @@ def paged_prefill_mosaic(
         k_cache.reshape(-1, num_kv_heads, head_dim),
         v_cache.reshape(-1, num_kv_heads, head_dim),
         block_tables,
-        items,
-        num_items,
+        tiles,
+        num_tiles,
         jnp.reshape(layer, 1),
     )
     return out[:num_tokens] if padding > 0 else out
@@ -157,22 +157,21 @@ def _max_tiles(num_tokens: int, batch: int, tile_tokens: int) -> int:
     return (num_tokens + sequences * (ALIGNMENT - 1 + tile_tokens - 1)) // tile_tokens
 
 
-def _work_list(
-    query_starts, context_lens, *,
-    num_tokens: int, tile_tokens: int, head_tiles: int, block_n: int, window: int,
-) -> tuple[Int32[Array, "items 7"], Int32[Array, " 1"]]:  # fmt: skip
+def _schedule(
+    query_starts, context_lens, *, num_tokens: int, tile_tokens: int, block_n: int, window: int
+) -> tuple[Int32[Array, "tiles 6"], Int32[Array, " 1"]]:
     """Cut the packed queries into tiles, and put them in the order in which programs take them.
 
     A tile begins at a multiple of `ALIGNMENT` rows of the packed array, and so perhaps before its
-    sequence: its own rows are those from `begin` to `end`. Each item is a tile of some heads:
-    (sequence, tile of heads, first row, begin, end, position of the first row, context length).
-    The position of a row before the sequence's first query is too low, even negative. The padding
-    rows after the last sequence form one more sequence, of context 0 and negative positions.
+    sequence: its own rows are those from `begin` to `end`. Each row of the result is
+    (sequence, first row, begin, end, position of the first row, context length). The position may
+    be negative where the tile begins before its sequence, and is where the tile is padding: the
+    rows after the last sequence form one more, of context 0.
 
-    Items are in the order of the packed array, so that programs that run at a time share the keys
-    in the second-level cache; but within each `window` of items the longest ones come first.
+    Tiles are in the order of the packed array, so that programs that run at a time share the keys
+    in the second-level cache; but within each `window` of tiles the longest ones come first.
 
-    Returns the items, filled up with zeros, and how many they are.
+    Returns the tiles, and how many of them exist: the others, at the end, are to be ignored.
     """
     batch = context_lens.size
     starts = query_starts.astype(jnp.int32)
@@ -192,39 +191,36 @@ def _work_list(
     context = contexts[sequence]
     position = context - (ends[sequence] - first_row)
     blocks = (jnp.maximum(position + end, 0) + block_n - 1) // block_n
-    head_tile = jnp.zeros_like(tile)
-    columns = (jnp.minimum(sequence, batch - 1), head_tile, first_row, begin, end, position, context)
-    tiles = jnp.stack(columns, axis=1)
+    columns = (jnp.minimum(sequence, batch - 1), first_row, begin, end, position, context)
 
-    items = jnp.repeat(tiles, head_tiles, axis=0)
-    items = items.at[:, 1].set(jnp.tile(jnp.arange(head_tiles, dtype=jnp.int32), len(tile)))
-    blocks = jnp.repeat(blocks, head_tiles)
-    num_items = tiles_end[-1:] * head_tiles
-    index = jnp.arange(len(items), dtype=jnp.int32)
-    # Whole blocks fit below: a context has fewer than 2**20 of them.
-    order = jnp.argsort(jnp.where(index < num_items, index // window, 2**10) * 2**20 - blocks)
-    return items[order], num_items
+    # The number of a window and the blocks of a tile in one key, which grows with the former and
+    # falls with the latter. Tiles that do not exist come last.
+    blocks = (jnp.maximum(position + end, 0) + block_n - 1) // block_n
+    window_of_tile = jnp.where(tile < tiles_end[-1], tile // window, 2**11 - 1)
+    order = jnp.argsort(window_of_tile * 2**20 - blocks)
+    return jnp.stack(columns, axis=1)[order], tiles_end[-1:]
 
 
 # --- Kernel ----------------------------------------------------------------------------------
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, tables_ref, items_ref, num_items_ref, layer_ref, out_ref, *,
+    q_ref, k_ref, v_ref, tables_ref, tiles_ref, num_tiles_ref, layer_ref, out_ref, *,
     q_smem, k_smem, v_smem, rows_smem,
     q_ready, q_free, k_ready, k_free, v_ready, v_free, turn,
-    programs: int, group: int, heads_per_tile: int, num_pages: int, page_size: int,
-    scale: float, block_n: int, stages: int, take_turns: bool,
+    programs: int, group: int, heads_per_tile: int, head_tiles: int, num_pages: int,
+    page_size: int, scale: float, block_n: int, stages: int, take_turns: bool,
 ):  # fmt: skip
     """A persistent program: item after item, so that the copies for one start under another.
 
+    An item is a tile of tokens and `heads_per_tile` query heads; the heads of a tile are neighbours.
     K and V pass through rings of `stages` blocks that run on from item to item, Q through a ring of
     two tiles, which also stages the output. Each has two barriers: "ready" (the copies have landed)
     and "free" (both warpgroups are done). Every warpgroup follows the same items and blocks.
     """
     warpgroup = lax.axis_index("warpgroup")
     program = lax.axis_index("program")
-    num_items = num_items_ref[0]
+    num_items = num_tiles_ref[0] * head_tiles
     head_dim = q_ref.shape[2]
     token_offset = 0 if heads_per_tile > 1 else ROWS  # of the second warpgroup's rows
 
@@ -238,11 +234,13 @@ def _kernel(
 
     def read_item(n):
         item = nth_item(n)
-        sequence, head_tile, first_row, begin, end, position, context = (
-            items_ref[item, column] for column in range(7)
+        tile = lax.div(item, jnp.int32(head_tiles))
+        head = lax.rem(item, jnp.int32(head_tiles)) * heads_per_tile
+        sequence, first_row, begin, end, position, context = (
+            tiles_ref[tile, column] for column in range(6)
         )
         blocks = cdiv(jnp.maximum(position + end, 0), block_n)
-        return sequence, head_tile * heads_per_tile, first_row, begin, end, position, context, blocks
+        return sequence, head, first_row, begin, end, position, context, blocks
 
     def copy_item(n, step):
         """Copy Q, K and V of one item; `step` counts the blocks before it."""

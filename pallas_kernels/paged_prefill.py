@@ -25,6 +25,7 @@ from pallas_kernels._common import (
     store_rows,
     use_interpreter,
 )
+from pallas_kernels.mosaic_prefill import paged_prefill_mosaic
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "implementation", "interpret"))
@@ -58,7 +59,8 @@ def paged_prefill(
         interpret: run the Triton kernel in Pallas's interpreter; None: where there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or what "mosaic" does not
+            support: see `paged_prefill_mosaic`.
 
     FlashAttention-2 (Dao, 2023, arXiv:2307.08691) over the pages of PagedAttention (Kwon et al.,
     2023, arXiv:2309.06180). The schedule of tiles depends on `query_starts` and `context_lens`
@@ -75,6 +77,8 @@ def paged_prefill(
     operands = (q, k_cache, v_cache, block_tables, query_starts, context_lens, layer)
     if implementation == "xla":
         return _paged_prefill_xla(*operands, scale=scale)
+    if implementation == "mosaic":
+        return paged_prefill_mosaic(*operands, scale=scale)
     return _paged_prefill_triton(*operands, scale=scale, interpret=use_interpreter(interpret))
 
 
