@@ -28,7 +28,7 @@ PROGRAMS = 132
 SORTED_ROUNDS = 4
 # TMA copies start at rows of Q and of the output that are a multiple of this.
 ALIGNMENT = 8
-# Registers per thread: 2 * 128 * 240 + 128 * 24 is just below the 65,536 of a multiprocessor.
+# Registers per thread: 2 * 128 * 232 + 128 * 40 are the 168 * 384 that such a program starts with.
 COMPUTE_REGISTERS = 232
 COPY_REGISTERS = 40
 
@@ -45,9 +45,10 @@ def paged_prefill_mosaic(
     scale: float,
     block_n: int = BLOCK_N,
     stages: int = STAGES,
-    programs: int | None = PROGRAMS,
+    programs: int | None = None,
     sorted_rounds: int = SORTED_ROUNDS,
     take_turns: bool = True,
+    interpret: bool = False,
 ) -> BFloat16[Array, "T N H"]:
     """`paged_prefill` on Hopper, for bfloat16 and heads of 64 or 128 elements.
 
@@ -55,9 +56,11 @@ def paged_prefill_mosaic(
         scale: of the scores; positive.
         block_n: positions of a block of K and V: 64 or 128.
         stages: blocks of K, and of V, that shared memory holds; at least 2.
-        programs: persistent programs to start; None: one for each tile.
+        programs: persistent programs to start at most; None: `PROGRAMS`.
         sorted_rounds: rounds of programs among whose tiles the longest go first.
-        take_turns: let the two warpgroups alternate between products and softmax.
+        take_turns: let the two warpgroups alternate between products and softmax. (They must, if
+            memory of no token may hold NaN.)
+        interpret: run in Mosaic's interpreter; from jax 0.11 on.
 
     Raises:
         ValueError: a dtype, head dim or scale that this kernel does not support.
@@ -74,7 +77,7 @@ def paged_prefill_mosaic(
         )
     if scale <= 0:
         raise ValueError(f'implementation "mosaic" needs a positive scale, not {scale}')
-    num_layers, num_pages, page_size, num_kv_heads, _ = k_cache.shape
+    num_pages, page_size, num_kv_heads = k_cache.shape[1:4]
     group = num_heads // num_kv_heads
     # Both warpgroups of a program read the same K and V. If they can, they take two query heads of
     # the same tokens; else two tiles of tokens of the same head.
@@ -86,7 +89,7 @@ def paged_prefill_mosaic(
 
     head_tiles = num_heads // heads_per_tile
     max_items = head_tiles * _max_tiles(num_tokens, context_lens.size, tile_tokens)
-    programs = max_items if programs is None else min(programs, max_items)
+    programs = min(programs or PROGRAMS, max_items)
     tiles, num_tiles = _schedule(
         query_starts,
         context_lens,
@@ -107,6 +110,7 @@ def paged_prefill_mosaic(
         block_n=block_n,
         stages=stages,
         take_turns=take_turns,
+        interpret=interpret,
     )
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     copies = block_n // math.gcd(page_size, block_n)
@@ -119,6 +123,7 @@ def paged_prefill_mosaic(
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
         kernel_name="paged_prefill_mosaic",
         scratch_types=dict(
             q_smem=plgpu.SMEM(q_tiles, q.dtype, transforms=swizzled),
@@ -209,12 +214,11 @@ def _kernel(
     q_smem, k_smem, v_smem, rows_smem,
     q_ready, q_free, k_ready, k_free, v_ready, v_free, turn,
     programs: int, group: int, heads_per_tile: int, head_tiles: int, num_pages: int,
-    page_size: int, scale: float, block_n: int, stages: int, take_turns: bool,
+    page_size: int, scale: float, block_n: int, stages: int, take_turns: bool, interpret: bool,
 ):  # fmt: skip
     """A persistent program: item after item, so that the copies for one start under another.
 
-    An item is a tile of tokens and `heads_per_tile` query heads; the heads of a tile are neighbours.
-    K and V pass through rings of `stages` blocks that run on from item to item, Q through a ring of
+    An item is a tile of tokens and `heads_per_tile` query heads. K and V pass through rings of `stages` blocks that run on from item to item, Q through a ring of
     two tiles, which also stages the output. Each has two barriers: "ready" (the copies have landed)
     and "free" (both warpgroups are done). Every warpgroup follows the same items and blocks.
     """
@@ -338,7 +342,11 @@ def _kernel(
             def multiply_values(acc_ref):
                 plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
 
-            acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+            if interpret:  # which knows no products of registers
+                acc += jnp.dot(weights, v_smem[slot], preferred_element_type=jnp.float32)
+                plgpu.commit_smem()
+            else:
+                acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_max, row_sum
 
@@ -372,6 +380,14 @@ def _kernel(
         state = lax.fori_loop(
             full_blocks, blocks, functools.partial(block_step, masked=True), state
         )
+
+        # The other warpgroup may await its turn within the item before: no item may give none.
+        @pl.when(blocks == 0)
+        def _():
+            for _ in range(2):
+                pass_turn()
+                await_turn()
+
         acc, _, row_sum = state
         inverse = jnp.where(row_sum > 0, 1 / row_sum, jnp.zeros_like(row_sum))
         out = (acc * _across(inverse, acc.shape)).astype(out_ref.dtype)
@@ -422,7 +438,19 @@ def _kernel(
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _():
         plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        lax.fori_loop(0, rounds, copy_item, jnp.int32(0))
+        blocks = lax.fori_loop(0, rounds, copy_item, jnp.int32(0))
+
+        # Await the last of what nobody reuses, so that every barrier has been waited for.
+        def await_free(i, _, barriers, size: int):
+            for barrier in barriers:
+                plgpu.barrier_wait(barrier.at[lax.rem(i, jnp.int32(size))])
+
+        def await_last(count, barriers, size: int):
+            body = functools.partial(await_free, barriers=barriers, size=size)
+            lax.fori_loop(jnp.maximum(count - size, 0), count, body, None)
+
+        await_last(blocks, (k_free, v_free), stages)
+        await_last(rounds, (q_free,), 2)
 
 
 def _across(rows, shape):
