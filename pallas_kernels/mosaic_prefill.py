@@ -63,7 +63,8 @@ def paged_prefill_mosaic(
         interpret: run in Mosaic's interpreter; from jax 0.11 on.
 
     Raises:
-        ValueError: a dtype, head dim or scale that this kernel does not support.
+        ValueError: a dtype, head dim or scale that this kernel does not support, or `interpret`
+            with an older jax.
 
     FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608): warpgroups specialised in copying or
     computing, and the softmax of one computing warpgroup under the products of the other.
@@ -75,6 +76,9 @@ def paged_prefill_mosaic(
             f"or 128, not {q.dtype} queries, a {k_cache.dtype} cache and head_dim {head_dim}: use "
             '"triton"'
         )
+    interpreter = getattr(plgpu, "InterpretGPUParams", None)
+    if interpret and interpreter is None:
+        raise ValueError(f"Mosaic's interpreter needs jax 0.11; this is {jax.__version__}")
     if scale <= 0:
         raise ValueError(f'implementation "mosaic" needs a positive scale, not {scale}')
     num_pages, page_size, num_kv_heads = k_cache.shape[1:4]
@@ -96,7 +100,7 @@ def paged_prefill_mosaic(
         num_tokens=num_tokens,
         tile_tokens=tile_tokens,
         block_n=block_n,
-        window=cdiv(programs * sorted_rounds, head_tiles),
+        window=max(1, programs * sorted_rounds // head_tiles),
     )
     kernel = functools.partial(
         _kernel,
@@ -123,7 +127,7 @@ def paged_prefill_mosaic(
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=interpreter() if interpreter and interpret else None,
         kernel_name="paged_prefill_mosaic",
         scratch_types=dict(
             q_smem=plgpu.SMEM(q_tiles, q.dtype, transforms=swizzled),
@@ -218,9 +222,10 @@ def _kernel(
 ):  # fmt: skip
     """A persistent program: item after item, so that the copies for one start under another.
 
-    An item is a tile of tokens and `heads_per_tile` query heads. K and V pass through rings of `stages` blocks that run on from item to item, Q through a ring of
-    two tiles, which also stages the output. Each has two barriers: "ready" (the copies have landed)
-    and "free" (both warpgroups are done). Every warpgroup follows the same items and blocks.
+    An item is a tile of tokens and `heads_per_tile` query heads. K and V pass through rings of
+    `stages` blocks that run on from item to item, Q through a ring of two tiles, which also stages
+    the output. Each has two barriers: "ready" (the copies have landed) and "free" (both warpgroups
+    are done). Every warpgroup follows the same items and blocks.
     """
     warpgroup = lax.axis_index("warpgroup")
     program = lax.axis_index("program")
@@ -313,7 +318,9 @@ def _kernel(
                 await_turn()
                 return scores_ref[...]
 
-            scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_n), jnp.float32))
+            scores = pl.run_scoped(
+                multiply_keys, plgpu.WGMMAAccumulatorRef((ROWS, block_n), jnp.float32)
+            )
             plgpu.barrier_arrive(k_free.at[slot])
             if masked:
                 row, column = (
@@ -346,7 +353,7 @@ def _kernel(
                 acc += jnp.dot(weights, v_smem[slot], preferred_element_type=jnp.float32)
                 plgpu.commit_smem()
             else:
-                acc = pl.run_state(multiply_values)(plgpu.ACC.init(acc))
+                acc = pl.run_state(multiply_values)(plgpu.WGMMAAccumulatorRef.init(acc))
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, new_max, row_sum
 
