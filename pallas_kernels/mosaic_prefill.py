@@ -1,6 +1,6 @@
 """Paged prefill with Hopper's own instructions: copies by the TMA unit, products by warpgroups.
 
-Pallas's Mosaic GPU backend; sm_90 only. The numbers are those of the Triton kernel, faster.
+Pallas's Mosaic GPU backend; sm_90 only. The contract is that of `paged_prefill`.
 """
 
 import functools
@@ -76,11 +76,11 @@ def paged_prefill_mosaic(
             f"or 128, not {q.dtype} queries, a {k_cache.dtype} cache and head_dim {head_dim}: use "
             '"triton"'
         )
+    if scale <= 0:
+        raise ValueError(f'implementation "mosaic" needs a positive scale, not {scale}')
     interpreter = getattr(plgpu, "InterpretGPUParams", None)
     if interpret and interpreter is None:
         raise ValueError(f"Mosaic's interpreter needs jax 0.11; this is {jax.__version__}")
-    if scale <= 0:
-        raise ValueError(f'implementation "mosaic" needs a positive scale, not {scale}')
     num_pages, page_size, num_kv_heads = k_cache.shape[1:4]
     group = num_heads // num_kv_heads
     # Both warpgroups of a program read the same K and V. If they can, they take two query heads of
