@@ -5,7 +5,8 @@ heads, head dim. A block table lists the pages of a sequence in order, so that p
 sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 
 Every function takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere on; interpreted
-where there is no GPU) or "xla" (plain JAX: the CPU path, and what the kernels are compared with).
+where there is no GPU), "mosaic" (the same, with Hopper's own instructions for prefill) or "xla"
+(plain JAX: the CPU path, and what the kernels are compared with).
 """
 
 from pallas_kernels.fused_linear import fits_fused_linear, fused_linear

@@ -26,6 +26,7 @@ from pallas_kernels._common import (
     store_rows,
     use_interpreter,
 )
+from pallas_kernels.mosaic_prefill import paged_prefill_mosaic
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "implementation", "interpret"))
@@ -56,10 +57,11 @@ def paged_prefill(
         context_lens: positions in each sequence's cache, its query tokens included.
         layer: the layer whose part of the caches is read.
         scale: of the scores, usually H**-0.5.
-        interpret: run the Triton kernel in Pallas's interpreter; None: where there is no GPU.
+        interpret: run the kernel in Pallas's interpreter; None: where there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or what "mosaic" does not
+            support: see `paged_prefill_mosaic`.
 
     FlashAttention-2 (Dao, 2023, arXiv:2307.08691) over the pages of PagedAttention (Kwon et al.,
     2023, arXiv:2309.06180). The schedule of tiles depends on `query_starts` and `context_lens`
@@ -76,7 +78,8 @@ def paged_prefill(
     operands = (q, k_cache, v_cache, block_tables, query_starts, context_lens, layer)
     if implementation == "xla":
         return _paged_prefill_xla(*operands, scale=scale)
-    return _paged_prefill_triton(*operands, scale=scale, interpret=use_interpreter(interpret))
+    kernel = _paged_prefill_triton if implementation == "triton" else paged_prefill_mosaic
+    return kernel(*operands, scale=scale, interpret=use_interpreter(interpret))
 
 
 def _schedule(query_starts, context_lens, num_tokens: int, block_m: int) -> Int32[Array, "tiles 4"]:

@@ -183,7 +183,7 @@ def main():
     """Run the cases and print the table."""
     parser = argparse.ArgumentParser(description="Time the attention kernels.")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--implementation", default="triton", choices=["triton", "xla"])
+    parser.add_argument("--implementation", default="triton", choices=["triton", "mosaic", "xla"])
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--budget", type=float, default=90, help="seconds; then skip the rest")
     options = parser.parse_args()

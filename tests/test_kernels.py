@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import norm_rope_write, paged_decode, paged_prefill
+from pallas_kernels import mosaic_prefill, norm_rope_write, paged_decode, paged_prefill
 from pallas_kernels.paged_decode import _paged_decode_triton
 
 IMPLEMENTATIONS = ("xla", "triton")
@@ -265,6 +265,23 @@ def test_splitting_the_context_changes_nothing(num_splits):
         np.testing.assert_allclose(out[b], want, atol=2e-5)
 
 
+MOSAIC_SHAPES = [
+    dict(group=2, kv_heads=1, head_dim=128, page_size=256, dtype="bfloat16"),
+    dict(group=1, kv_heads=2, head_dim=64, page_size=48, dtype="bfloat16"),
+    dict(group=4, kv_heads=1, head_dim=64, page_size=16, dtype="bfloat16"),
+]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter is too old")
+@pytest.mark.parametrize("shape", MOSAIC_SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_mosaic_prefill_matches_dense_attention(shape, monkeypatch):
+    # Few programs, so that each has several tiles, and some of padding that have no keys.
+    monkeypatch.setattr(mosaic_prefill, "PROGRAMS", 3)
+    chunks = [(130, 130), (1, 500), (0, 0), (61, 200), (3, 3)]
+    check_prefill("mosaic", chunks, padding=70, **shape)
+    check_prefill("mosaic", [(0, 0)], padding=5, **shape)
+
+
 # --- What the engine relies on ---------------------------------------------------------------
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 16, 8, 4, 128, 4
@@ -353,6 +370,16 @@ def test_kernels_lower_for_a_gpu(decode, dtype):
     )
 
 
+def test_mosaic_prefill_lowers_for_a_gpu():
+    def step(*args):
+        return two_layers(*args, decode=False, implementation="mosaic", interpret=False)
+
+    with gpu_lowering_context():
+        traced = jax.jit(step, donate_argnums=(7, 8)).trace(*two_layers_shapes("bfloat16"))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1  # both layers call one kernel
+
+
 @each_implementation
 @pytest.mark.parametrize("decode", [True, False])
 def test_sharding_the_kv_heads_changes_nothing(decode, implementation):
@@ -396,8 +423,8 @@ def test_wrong_arguments_are_refused_by_name():
         q = jnp.zeros((3, heads, head_dim))
         paged_decode(q, cache, cache, tables, lens, 0, scale=1.0, implementation=implementation)
 
-    with pytest.raises(ValueError, match=r"'mosaic'.*'triton', 'xla'"):
-        decode(implementation="mosaic")
+    with pytest.raises(ValueError, match=r"'cuda'.*'triton', 'mosaic', 'xla'"):
+        decode(implementation="cuda")
     with pytest.raises(ValueError, match="3 query heads are no multiple of 2 KV heads"):
         decode(heads=3)
     with pytest.raises(ValueError, match="head_dim 32, but the cache has 64"):
@@ -411,3 +438,22 @@ def test_wrong_arguments_are_refused_by_name():
             jnp.zeros((5, 4, 64)), cache, cache, tables, lens, lens, 0,
             scale=1.0, implementation="xla",
         )  # fmt: skip
+
+
+def test_mosaic_prefill_names_what_it_does_not_support():
+    def prefill(dtype="bfloat16", cache_dtype=None, head_dim=64, scale=0.125):
+        cache = jnp.zeros((1, 2, 16, 2, head_dim), cache_dtype or dtype)
+        one = jnp.ones(1, jnp.int32)
+        paged_prefill(
+            jnp.zeros((1, 4, head_dim), dtype), cache, cache, one[None], jnp.arange(2), one, 0,
+            scale=scale, implementation="mosaic",
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r'not float32 queries.*"triton"'):
+        prefill("float32")
+    with pytest.raises(ValueError, match="float8_e4m3fn cache"):
+        prefill(cache_dtype=FP8)
+    with pytest.raises(ValueError, match=r"64 or 128, not .* head_dim 80"):
+        prefill(head_dim=80)
+    with pytest.raises(ValueError, match="positive scale, not -1"):
+        prefill(scale=-1.0)

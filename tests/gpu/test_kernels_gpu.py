@@ -36,11 +36,24 @@ def test_decode(batch, shape, implementation):
     check_decode(implementation, [int(n) for n in contexts], **shape)
 
 
+CHUNKS = [(513, 513), (1, 1), (0, 0), (200, 900), (1, 700), (256, 512), (33, 290), (0, 0)]
+
+
 @each_implementation
 @each_shape
 def test_prefill(shape, implementation):
-    chunks = [(513, 513), (1, 1), (0, 0), (200, 900), (1, 700), (256, 512), (33, 290), (0, 0)]
-    check_prefill(implementation, chunks, padding=150, **shape)
+    check_prefill(implementation, CHUNKS, padding=150, **shape)
+
+
+@pytest.mark.parametrize("padding", [0, 150])
+@pytest.mark.parametrize("page_size", [16, 48, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 4, 7])
+def test_mosaic_prefill(group, head_dim, page_size, padding):
+    shape = dict(group=group, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype="bfloat16")
+    check_prefill("mosaic", CHUNKS, padding=padding, **shape)
+    check_prefill("mosaic", CHUNKS * 12, padding=padding, **shape)  # several tiles per program
+    check_prefill("mosaic", [(5, 9)], padding=padding, **shape)
 
 
 @each_implementation
