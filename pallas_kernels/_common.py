@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-Implementation = Literal["triton", "xla"]
+Implementation = Literal["triton", "mosaic", "xla"]
 
 LOG2_E = math.log2(math.e)
 # The score of a masked position. Finite, because the running maximum of a row in which everything

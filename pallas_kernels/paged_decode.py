@@ -26,6 +26,7 @@ from pallas_kernels._common import (
     store_rows,
     use_interpreter,
 )
+from pallas_kernels.mosaic_decode import paged_decode_mosaic
 
 # An H100 has 132 multiprocessors; four programs for each keep its memory busy.
 _TARGET_PROGRAMS = 4 * 132
@@ -56,10 +57,11 @@ def paged_decode(
             a padding row, whose output is zeros.
         layer: the layer whose part of the caches is read.
         scale: of the scores, usually H**-0.5.
-        interpret: run the Triton kernel in Pallas's interpreter; None: where there is no GPU.
+        interpret: run the kernels in Pallas's interpreter; None: where there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or shapes and dtypes that
+            "mosaic" does not support (`check_mosaic_decode`).
 
     Paging is PagedAttention's (Kwon et al., 2023, arXiv:2309.06180). A small batch leaves most of
     a GPU idle, so there the context of each row is split as in Flash-Decoding (Dao et al., 2023):
@@ -75,6 +77,8 @@ def paged_decode(
     operands = (q, k_cache, v_cache, block_tables, context_lens, layer)
     if implementation == "xla":
         return _paged_decode_xla(*operands, scale=scale)
+    if implementation == "mosaic":
+        return paged_decode_mosaic(*operands, scale=scale, interpret=use_interpreter(interpret))
     splits = _choose_splits(q.shape[0], k_cache, block_tables.shape[1])
     return _paged_decode_triton(
         *operands, scale=scale, num_splits=splits, interpret=use_interpreter(interpret)
