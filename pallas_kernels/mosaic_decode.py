@@ -135,7 +135,7 @@ def _attend_pieces(
     num_tiles = num_kv_heads // tile_heads  # of the keys of a block, and as many of the values
     tile_width = tile_heads * head_dim
     tile_bytes = _BLOCK * tile_width * q.dtype.itemsize
-    own_bytes = _ROWS * head_dim * q.dtype.itemsize + 2048  # queries or output; lse, barriers
+    own_bytes = _ROWS * head_dim * q.dtype.itemsize + 4096  # queries or output, and small things
     num_slots = tuning.num_slots or min(32, (_SMEM_BYTES - own_bytes) // tile_bytes)
     copies = _BLOCK // chunk  # per tile
 
@@ -211,20 +211,23 @@ def _attend_pieces(
                 left = place
             mgpu.wgmma(acc, left, right)
 
-        def multiply_heads(acc, left, slots, right, prepare=lambda slot: None):
-            """acc += the sum over KV heads of (the head's rows of left) @ right(slot, column)."""
-            head = lax.div(_iota(left.shape, 0), jnp.int32(group))
-            for tile in range(num_tiles):
-                mgpu.barrier_wait(full.at[slots[tile]])
-                prepare(slots[tile])
+        def multiply_heads(acc, left, slot, right, prepare=lambda slot: None):
+            """acc += the sum over KV heads of (the head's rows of left) @ right(slot, column).
+
+            The tiles of the heads are those from `slot` on; they are free afterwards.
+            """
+
+            @pl.loop(0, num_tiles)  # a loop, not unrolled: it halves the time to compile
+            def _(tile):
+                tile_slot = lax.rem(slot + tile, jnp.int32(num_slots))
+                mgpu.barrier_wait(full.at[tile_slot])
+                prepare(tile_slot)
+                head = lax.div(_iota(left.shape, 0), jnp.int32(group)) - tile * tile_heads
                 for h in range(tile_heads):
-                    own = jnp.where(head == tile * tile_heads + h, left, jnp.zeros_like(left))
-                    multiply(acc, own, right(slots[tile], h * head_dim))
-                    mgpu.wgmma_wait(1)  # the one before is done: its operand's registers are free
-                    if tile > 0 and h == 0:
-                        mgpu.barrier_arrive(empty.at[slots[tile - 1]])
-            mgpu.wgmma_wait(0)
-            mgpu.barrier_arrive(empty.at[slots[num_tiles - 1]])
+                    own = jnp.where(head == h, left, jnp.zeros_like(left))
+                    multiply(acc, own, right(tile_slot, h * head_dim))
+                mgpu.wgmma_wait(0)
+                mgpu.barrier_arrive(empty.at[tile_slot])
 
         def key_columns(slot, column):
             return _transpose(tiles.at[slot, :, pl.ds(column, head_dim)])
@@ -238,18 +241,14 @@ def _attend_pieces(
 
             def attend_block(i, state):
                 acc, row_max, row_sum, slot = state
-                slots = [slot]
-                for _ in range(2 * num_tiles):
-                    slots.append(next_slot(slots[-1]))
-                *slots, slot = slots
-                key_slots, value_slots = slots[:num_tiles], slots[num_tiles:]
+                value_slot = lax.rem(slot + num_tiles, jnp.int32(num_slots))
                 valid = end - (first + i * _BLOCK)
 
                 # Loaded anew for each block: kept, they would take registers from the products.
                 q_rows = mgpu.layout_cast(q_smem[...], mgpu.Layout.WGMMA)
 
                 def score(acc):
-                    multiply_heads(acc, q_rows, key_slots, key_columns)
+                    multiply_heads(acc, q_rows, slot, key_columns)
                     return acc[...]
 
                 scores = pl.run_scoped(score, mgpu.ACC((_ROWS, _BLOCK), jnp.float32))
@@ -274,15 +273,15 @@ def _attend_pieces(
 
                 def add_values(acc):
                     prepare = lambda slot: pl.when(valid < _BLOCK)(lambda: clear_values(slot))
-                    multiply_heads(
-                        acc, weights.astype(q.dtype), value_slots, value_columns, prepare
-                    )
+                    left = weights.astype(q.dtype)
+                    multiply_heads(acc, left, value_slot, value_columns, prepare)
 
                 if interpret:  # which has no accumulators with an initial value
                     new = mgpu.ACC(acc.shape, jnp.float32)
                     acc = acc + pl.run_scoped(lambda new: (add_values(new), new[...])[1], new)
                 else:
                     acc = pl.run_state(add_values)(mgpu.ACC.init(acc))
+                slot = lax.rem(value_slot + num_tiles, jnp.int32(num_slots))
                 return acc, new_max, row_sum, slot
 
             def rows(value):
@@ -364,11 +363,9 @@ def _transpose(ref):
 
 
 def _interpret_params():
-    if hasattr(mgpu, "InterpretGPUParams"):
-        return mgpu.InterpretGPUParams()
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # jax < 0.11
-
-    return InterpretGPUParams()
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError("the interpreter of Mosaic GPU kernels needs jax 0.11 or newer")
+    return mgpu.InterpretGPUParams()
 
 
 # --- The merging of pieces -------------------------------------------------------------------
