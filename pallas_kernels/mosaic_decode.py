@@ -39,8 +39,8 @@ class Tuning(NamedTuple):
         64. The greatest common divisor with the page size is used.
     tile_heads: KV heads per tile of the ring, and per copy; the greatest common divisor with the
         number of KV heads is used.
-    num_slots: tiles in the ring; None: as many as shared memory holds.
-    num_ctas: CTAs of the grid; 132 is the number of SMs of an H100.
+    num_slots: tiles in the ring, up to 32; None: as many as shared memory holds.
+    num_ctas: CTAs of the grid. An H100 has 132 SMs, and each runs one CTA at a time.
     """
 
     chunk: int = 16
@@ -147,6 +147,10 @@ def _attend_pieces(
         parts_ref, lse_ref, q_smem, tiles, lse_smem, q_ready, full, empty, *staging,
     ):  # fmt: skip
         cta = lax.axis_index("cta")
+
+        # Barriers. A tile is `full` after one arrival per copy; a copy that is not wanted arrives
+        # all the same. It is `empty` once when the kernel starts and then whenever the computing
+        # warpgroup has used it. Each side waits once per tile, so that their phases agree.
 
         def for_each_piece(body, state):
             """state = body(sequence, first position, end, state), piece by piece."""
@@ -264,17 +268,19 @@ def _attend_pieces(
 
                 def clear_values(slot):
                     """Values past the end may be NaN too, and 0 * NaN is NaN: zero them."""
-                    for h in range(tile_heads):
-                        place = tiles.at[slot, :, pl.ds(h * head_dim, head_dim)]
-                        values = mgpu.layout_cast(place[...], mgpu.Layout.WGMMA)
-                        inside = _iota(values.shape, 0) < valid
-                        place[...] = jnp.where(inside, values, jnp.zeros_like(values))
-                    mgpu.commit_smem()
+
+                    @pl.when(valid < _BLOCK)
+                    def _():
+                        for h in range(tile_heads):
+                            place = value_columns(slot, h * head_dim)
+                            values = mgpu.layout_cast(place[...], mgpu.Layout.WGMMA)
+                            inside = _iota(values.shape, 0) < valid
+                            place[...] = jnp.where(inside, values, jnp.zeros_like(values))
+                        mgpu.commit_smem()
 
                 def add_values(acc):
-                    prepare = lambda slot: pl.when(valid < _BLOCK)(lambda: clear_values(slot))
                     left = weights.astype(q.dtype)
-                    multiply_heads(acc, left, value_slot, value_columns, prepare)
+                    multiply_heads(acc, left, value_slot, value_columns, clear_values)
 
                 if interpret:  # which has no accumulators with an initial value
                     new = mgpu.ACC(acc.shape, jnp.float32)
@@ -293,7 +299,7 @@ def _attend_pieces(
             state = lax.fori_loop(0, cdiv(end - first, _BLOCK), attend_block, state)
             acc, row_max, row_sum, slot = state
             acc = acc / lax.broadcast_in_dim(row_sum, acc.shape, [0])
-            q_smem[...] = acc.astype(q.dtype)  # the queries are in registers: reuse their place
+            q_smem[...] = acc.astype(q.dtype)  # in the place of the queries, done with
             lse_smem[...] = row_max + jnp.log(row_sum) * LOG2_E
             mgpu.commit_smem()
             mgpu.copy_smem_to_gmem(q_smem.at[pl.ds(0, num_heads)], parts_ref.at[b + cta])
