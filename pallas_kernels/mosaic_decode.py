@@ -255,7 +255,9 @@ def _attend_pieces(
                     multiply_heads(acc, q_rows, slot, key_columns)
                     return acc[...]
 
-                scores = pl.run_scoped(score, mgpu.ACC((_ROWS, _BLOCK), jnp.float32))
+                scores = pl.run_scoped(
+                    score, mgpu.WGMMAAccumulatorRef((_ROWS, _BLOCK), jnp.float32)
+                )
                 # Keys past the end are whatever the tile held, perhaps NaN.
                 scores = jnp.where(
                     _iota((_ROWS, _BLOCK), 1) < valid, scores * (scale * LOG2_E), MASKED
@@ -283,10 +285,10 @@ def _attend_pieces(
                     multiply_heads(acc, left, value_slot, value_columns, clear_values)
 
                 if interpret:  # which has no accumulators with an initial value
-                    new = mgpu.ACC(acc.shape, jnp.float32)
+                    new = mgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32)
                     acc = acc + pl.run_scoped(lambda new: (add_values(new), new[...])[1], new)
                 else:
-                    acc = pl.run_state(add_values)(mgpu.ACC.init(acc))
+                    acc = pl.run_state(add_values)(mgpu.WGMMAAccumulatorRef.init(acc))
                 slot = lax.rem(value_slot + num_tiles, jnp.int32(num_slots))
                 return acc, new_max, row_sum, slot
 
@@ -371,7 +373,7 @@ def _transpose(ref):
 def _interpret_params():
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError("the interpreter of Mosaic GPU kernels needs jax 0.11 or newer")
-    return mgpu.InterpretGPUParams()
+    return mgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # --- The merging of pieces -------------------------------------------------------------------
