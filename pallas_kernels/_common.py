@@ -150,23 +150,6 @@ def num_stages(block_n: int, cache_shape: tuple[int, ...], dtype, most: int) -> 
     return max(1, min(most, (160 * 1024) // tile_bytes))
 
 
-EARLY = [False]
-
-
-def start_next_kernel(index):
-    """Let the GPU launch the next kernel while this one runs; returns `index`, to be used."""
-    if not EARLY[0] or use_interpreter(None):
-        return index
-    [index] = plgpu.elementwise_inline_asm(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        args=[index],
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, index.dtype)],
-    )
-    return index
-
-
 # --- Attention over one block of keys --------------------------------------------------------
 
 

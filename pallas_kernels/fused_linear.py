@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels._common import load_tile, start_next_kernel, use_interpreter
+from pallas_kernels._common import load_tile, use_interpreter
 
 TILES = {}
 
@@ -70,7 +70,7 @@ def _kernel(
     layer = layer_ref[0]
     width, num_out = x_ref.shape[1], out_ref.shape[1]
     one = jnp.arange(1)
-    n = pl.program_id(0) * block_n + start_next_kernel(jnp.arange(block_n))
+    n = pl.program_id(0) * block_n + jnp.arange(block_n)
     w_rows = layer * (num_out * (1 + gated)) + n
 
     sums = [jnp.zeros((block_n, chunk), jnp.float32)] * (1 + gated)

@@ -17,7 +17,7 @@ from pallas_kernels._common import LOG2_E, MASKED, cdiv
 
 # One warpgroup multiplies 64 rows at a time. The rows are 64 tokens of one query head.
 ROWS = 64
-# Two warpgroups compute, and take turns at the tensor cores; a third one issues the copies.
+# Two warpgroups compute; a third one issues the copies.
 COMPUTE_WARPGROUPS = 2
 # Blocks of K and V in shared memory: with 128 positions each, 2 x 2 x 32 KiB of its 227.
 BLOCK_N = 128
@@ -45,9 +45,7 @@ def paged_prefill_mosaic(
     scale: float,
     block_n: int = BLOCK_N,
     stages: int = STAGES,
-    programs: int | None = None,
     sorted_rounds: int = SORTED_ROUNDS,
-    take_turns: bool = True,
     interpret: bool = False,
 ) -> BFloat16[Array, "T N H"]:
     """`paged_prefill` on Hopper, for bfloat16 and heads of 64 or 128 elements.
@@ -56,10 +54,7 @@ def paged_prefill_mosaic(
         scale: of the scores; positive.
         block_n: positions of a block of K and V: 64 or 128.
         stages: blocks of K, and of V, that shared memory holds; at least 2.
-        programs: persistent programs to start at most; None: `PROGRAMS`.
         sorted_rounds: rounds of programs among whose tiles the longest go first.
-        take_turns: let the two warpgroups alternate between products and softmax. (They must, if
-            memory of no token may hold NaN.)
         interpret: run in Mosaic's interpreter; from jax 0.11 on.
 
     Raises:
@@ -67,7 +62,8 @@ def paged_prefill_mosaic(
             with an older jax.
 
     FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608): warpgroups specialised in copying or
-    computing, and the softmax of one computing warpgroup under the products of the other.
+    computing, and the softmax of one computing warpgroup under the products of the other. (The two
+    are left to alternate by themselves: made to take turns, they are a fifth slower.)
     """
     num_tokens, num_heads, head_dim = q.shape
     if {q.dtype, k_cache.dtype} != {jnp.dtype(jnp.bfloat16)} or head_dim not in (64, 128):
@@ -93,7 +89,7 @@ def paged_prefill_mosaic(
 
     head_tiles = num_heads // heads_per_tile
     max_items = head_tiles * _max_tiles(num_tokens, context_lens.size, tile_tokens)
-    programs = min(programs or PROGRAMS, max_items)
+    programs = min(PROGRAMS, max_items)
     tiles, num_tiles = _schedule(
         query_starts,
         context_lens,
@@ -113,7 +109,6 @@ def paged_prefill_mosaic(
         scale=scale * LOG2_E,
         block_n=block_n,
         stages=stages,
-        take_turns=take_turns,
         interpret=interpret,
     )
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -140,7 +135,7 @@ def paged_prefill_mosaic(
             k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            turn=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            cleared=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
@@ -216,9 +211,9 @@ def _schedule(
 def _kernel(
     q_ref, k_ref, v_ref, tables_ref, tiles_ref, num_tiles_ref, layer_ref, out_ref, *,
     q_smem, k_smem, v_smem, rows_smem,
-    q_ready, q_free, k_ready, k_free, v_ready, v_free, turn,
+    q_ready, q_free, k_ready, k_free, v_ready, v_free, cleared,
     programs: int, group: int, heads_per_tile: int, head_tiles: int, num_pages: int,
-    page_size: int, scale: float, block_n: int, stages: int, take_turns: bool, interpret: bool,
+    page_size: int, scale: float, block_n: int, stages: int, interpret: bool,
 ):  # fmt: skip
     """A persistent program: item after item, so that the copies for one start under another.
 
@@ -290,14 +285,6 @@ def _kernel(
         lax.fori_loop(0, blocks, copy_block, None)
         return step + blocks
 
-    def pass_turn():
-        if take_turns:
-            plgpu.barrier_arrive(turn)
-
-    def await_turn():
-        if take_turns:
-            plgpu.barrier_wait(turn)
-
     def compute_item(n, step):
         """Attention of one item; `step` counts the blocks before it."""
         _, head, first_row, begin, end, position, context, blocks = read_item(n)
@@ -314,8 +301,6 @@ def _kernel(
 
             def multiply_keys(scores_ref):
                 plgpu.wgmma(scores_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
-                pass_turn()
-                await_turn()
                 return scores_ref[...]
 
             scores = pl.run_scoped(
@@ -343,8 +328,6 @@ def _kernel(
             plgpu.barrier_wait(v_ready.at[slot])
             if masked:
                 clear_unwritten(v_smem.at[slot], context - i * block_n)
-            pass_turn()
-            await_turn()
 
             def multiply_values(acc_ref):
                 plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
@@ -360,19 +343,24 @@ def _kernel(
         def clear_unwritten(v_block, written):
             """Zero the rows from `written` on: memory of no token may hold NaN, and 0 * NaN is NaN.
 
-            The first warpgroup does it for both: the second takes its turn only afterwards.
+            The first warpgroup does it for both, and the second waits for it.
             """
 
-            @pl.when((written < block_n) & (warpgroup == 0))
+            @pl.when(written < block_n)
             def _():
-                for first in range(0, block_n, ROWS):
-                    part = v_block.at[pl.ds(first, ROWS)]
-                    values = plgpu.load(part, (), layout=plgpu.Layout.WGMMA)
-                    row = plgpu.broadcasted_iota(
-                        jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA
-                    )
-                    part[...] = jnp.where(row < written - first, values, jnp.zeros_like(values))
-                plgpu.commit_smem()
+                @pl.when(warpgroup == 0)
+                def _():
+                    for first in range(0, block_n, ROWS):
+                        part = v_block.at[pl.ds(first, ROWS)]
+                        values = plgpu.load(part, (), layout=plgpu.Layout.WGMMA)
+                        row = plgpu.broadcasted_iota(
+                            jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA
+                        )
+                        part[...] = jnp.where(row < written - first, values, jnp.zeros_like(values))
+                    plgpu.commit_smem()
+
+                plgpu.barrier_arrive(cleared)
+                plgpu.barrier_wait(cleared)
 
         # Every own row sees the whole of the blocks up to the first own row's position.
         full_blocks = lax.div(jnp.maximum(position + begin + 1, 0), jnp.int32(block_n))
@@ -387,13 +375,6 @@ def _kernel(
         state = lax.fori_loop(
             full_blocks, blocks, functools.partial(block_step, masked=True), state
         )
-
-        # The other warpgroup may await its turn within the item before: no item may give none.
-        @pl.when(blocks == 0)
-        def _():
-            for _ in range(2):
-                pass_turn()
-                await_turn()
 
         acc, _, row_sum = state
         inverse = jnp.where(row_sum > 0, 1 / row_sum, jnp.zeros_like(row_sum))
@@ -429,18 +410,7 @@ def _kernel(
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
-        # The second warpgroup runs half a block behind the first.
-        @pl.when(warpgroup == 1)
-        def _():
-            pass_turn()
-            await_turn()
-
         lax.fori_loop(0, rounds, compute_item, jnp.int32(0))
-
-        @pl.when(warpgroup == 0)
-        def _():
-            pass_turn()
-            await_turn()
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _():

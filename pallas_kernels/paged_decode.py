@@ -26,12 +26,12 @@ from pallas_kernels._common import (
     next_power_of_2,
     num_stages,
     product_dtype,
-    start_next_kernel,
     store_rows,
     to_cache,
     use_interpreter,
 )
 from pallas_kernels.kv_write import norm_rope_write
+from pallas_kernels.mosaic_decode import paged_decode_mosaic
 
 # An H100 has 132 multiprocessors; four programs for each keep its memory busy.
 _TARGET_PROGRAMS = 4 * 132
@@ -62,10 +62,11 @@ def paged_decode(
             a padding row, whose output is zeros.
         layer: the layer whose part of the caches is read.
         scale: of the scores, usually H**-0.5.
-        interpret: run the Triton kernel in Pallas's interpreter; None: where there is no GPU.
+        interpret: run the kernels in Pallas's interpreter; None: where there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: shapes that do not fit, an unknown implementation, or shapes and dtypes that
+            "mosaic" does not support (`check_mosaic_decode`).
 
     Paging is PagedAttention's (Kwon et al., 2023, arXiv:2309.06180). A small batch leaves most of
     a GPU idle, so there the context of each row is split as in Flash-Decoding (Dao et al., 2023):
@@ -81,6 +82,8 @@ def paged_decode(
     operands = (q, k_cache, v_cache, block_tables, context_lens, layer)
     if implementation == "xla":
         return _paged_decode_xla(*operands, scale=scale)
+    if implementation == "mosaic":
+        return paged_decode_mosaic(*operands, scale=scale, interpret=use_interpreter(interpret))
     splits = _choose_splits(q.shape[0], k_cache, block_tables.shape[1])
     return _paged_decode_triton(
         *operands, scale=scale, num_splits=splits, interpret=use_interpreter(interpret)
@@ -112,10 +115,12 @@ def decode_step(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P S K H"], Float[Array, "L P S K H"]]:
     """`norm_rope_write` and `paged_decode` in one: returns the attention and the caches.
 
-    The arguments are theirs. A row's slot must be that of position context_lens - 1: in Triton
-    this is one kernel, which attends to the new position without reading it back.
+    The arguments are theirs. A row's slot must be that of position context_lens - 1. Where few rows
+    leave the GPU waiting for kernels to start, this is one Triton kernel, which attends to the new
+    position without reading it back. More rows hide the start, and two kernels are as fast.
     """
-    if implementation != "triton":
+    num_splits = _choose_splits(len(qkv), k_cache, block_tables.shape[1])
+    if implementation != "triton" or num_splits == 1:
         q, k_cache, v_cache = norm_rope_write(
             qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer,
             eps=eps, implementation=implementation, interpret=interpret,
@@ -127,7 +132,7 @@ def decode_step(
         return out, k_cache, v_cache
     return _decode_step_triton(
         qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer,
-        eps=eps, scale=scale, interpret=use_interpreter(interpret),
+        eps=eps, scale=scale, num_splits=num_splits, interpret=use_interpreter(interpret),
     )  # fmt: skip
 
 
@@ -212,7 +217,6 @@ def _fused_kernel(
     old = jnp.maximum(context - 1, 0)
     part = _part_of(old, split, block_n, num_splits)
     g, g_mask = _group_rows(group)
-    g = start_next_kernel(g)
     qkv_row = (b * num_kv_heads + kv_head) * (group + 2)
 
     cols = jnp.arange(max(16, next_power_of_2(head_dim)))
@@ -321,7 +325,7 @@ def _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits: int)
 def _combine_kernel(parts_ref, lse_ref, out_ref, *, num_splits: int):
     """One program per sequence and query head: the mean of its parts, weighted by exp2(lse)."""
     row = pl.program_id(0)
-    split_rows = row * num_splits + start_next_kernel(jnp.arange(num_splits))
+    split_rows = row * num_splits + jnp.arange(num_splits)
     lse = plgpu.load(lse_ref.at[split_rows])
     weights = jnp.exp2(lse - lse.max())
     parts = load_rows(parts_ref, split_rows)
@@ -346,11 +350,10 @@ def _paged_decode_triton(
 
 def _decode_step_triton(
     qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer, *,
-    eps, scale, interpret,
+    eps, scale, num_splits, interpret,
 ):  # fmt: skip
     batch, num_kv_heads, per_group, head_dim = qkv.shape
     shape = (batch, num_kv_heads * (per_group - 2), head_dim)
-    num_splits = _choose_splits(batch, k_cache, block_tables.shape[1])
     rows = functools.partial(jnp.reshape, shape=(-1, head_dim))
     operands = (
         rows(qkv), rows(q_norm), rows(k_norm), cos, sin, slots, rows(k_cache), rows(v_cache),
