@@ -28,7 +28,7 @@ ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "num_kvcache_blocks": (int, "size of the cache in blocks, instead of sizing it by memory"),
     "dtype": (str, "float32 or bfloat16, instead of config.json's"),
     "kv_cache_dtype": (str, "auto, or fp8 for a KV cache of half the size"),
-    "attention_backend": (str, "auto, triton or xla"),
+    "attention_backend": (str, "auto, triton, mosaic or xla"),
     "load_format": (str, "auto, or dummy for random weights (needs only config.json)"),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("auto", "triton", "xla")
+ATTENTION_BACKENDS = ("auto", "triton", "mosaic", "xla")
 KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "dummy")
 

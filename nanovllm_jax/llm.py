@@ -23,7 +23,7 @@ class LLM(LLMEngine):
             and read in half the time; "auto" keeps them in `dtype`.
         seed: of the random streams of requests that name none.
         async_scheduling: let the device run one step ahead of the host; off only to debug.
-        attention_backend: "triton" (GPU), "xla", or "auto".
+        attention_backend: "triton" or "mosaic" (GPU), "xla", or "auto", the fastest.
         load_format: "auto" reads the weights; "dummy" makes random ones, to measure speed.
 
     Raises:

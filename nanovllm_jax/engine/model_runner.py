@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.inputs import RowTable
+from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.step import DeviceState, StepProgram
 from nanovllm_jax.layers.attention import KVCache
@@ -83,9 +84,6 @@ class ModelRunner:
             # XLA's CPU backend converts bfloat16 caches and operands at every use: 7 times slower.
             self.model_config = replace(self.model_config, dtype="float32")
         model = model_class(self.model_config.architecture)
-        backend = config.attention_backend
-        if backend == "auto":
-            backend = "triton" if self.platform == "gpu" else "xla"
 
         if config.load_format == "dummy":
             weights = random_weights(model, self.model_config, self.sharding, config.seed)
@@ -100,7 +98,7 @@ class ModelRunner:
             graph,
             treedef,
             self.sharding,
-            backend,
+            *self._attention_backends(),
             config.kvcache_block_size,
             vocab_size=config.model_config.vocab_size,
         )
@@ -109,6 +107,7 @@ class ModelRunner:
         self.table = RowTable(config.max_num_seqs, self.table_width)
         self.decode_buckets = decode_buckets(config.max_num_seqs)
         self.prefill_buckets = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+        self.program_cache = self._program_cache()
         self.num_blocks = config.num_kvcache_blocks or self._size_cache()
         self.state = self._make_state(self.num_blocks)
         self.steps: dict[Bucket, Callable] = {}
@@ -117,6 +116,18 @@ class ModelRunner:
             self._use_eager_steps()
         else:
             self._compile_all(self.num_blocks)
+
+    def _attention_backends(self) -> tuple[str, str]:
+        """The kernels of prefill and of decode: as told, or those that measured best."""
+        backend, c = self.config.attention_backend, self.model_config
+        if backend != "auto":
+            return backend, backend
+        if self.platform != "gpu":
+            return "xla", "xla"
+        device = self.sharding.mesh.devices.flat[0]
+        hopper = float(device.compute_capability) == 9.0
+        fits = c.dtype == self.cache_dtype == "bfloat16" and c.head_dim in (64, 128)
+        return "mosaic" if hopper and fits else "triton", "triton"
 
     @property
     def max_prefill_seqs(self) -> int:
@@ -235,11 +246,8 @@ class ModelRunner:
     def _step_bytes(self) -> int:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
         buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
-        with ThreadPoolExecutor() as pool:
-            lowered = [self._lower_step(bucket, PROBE_BLOCKS) for bucket in buckets]
-            steps = list(pool.map(self._compile, lowered))
         total = 0
-        for step in steps:
+        for step in self._compile_steps(buckets, PROBE_BLOCKS).values():
             m = step.memory_analysis()
             assert m is not None
             outputs = m.output_size_in_bytes - m.alias_size_in_bytes
@@ -249,28 +257,61 @@ class ModelRunner:
     # --- programs ---
 
     def _compile_all(self, num_blocks: int) -> None:
-        """Compile every bucket in parallel, largest first.
+        """Compile the programs of all buckets, largest first."""
+        buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
+        self.steps = self._compile_steps(buckets, num_blocks)
+        state = self._abstract_state(num_blocks)
+        rows = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
+        redraws = self._compile(
+            {f"redraw-{n}-{num_blocks}": functools.partial(self._lower_redraw, n, num_blocks)
+             for n in rows},
+            (state, 0, 0), (state, 0),
+        )  # fmt: skip
+        self.redraws = dict(zip(rows, redraws, strict=True))
 
-        Lowering stays in this thread, in this order: traced side by side, functions that programs
-        share would carry the source lines of whichever came first, and the cache of compiled
+    def _compile_steps(self, buckets: list[Bucket], num_blocks: int) -> dict[Bucket, Callable]:
+        state = self._abstract_state(num_blocks)
+        steps = self._compile(
+            {f"step-{b.num_tokens}-{b.num_rows}-{num_blocks}":
+             functools.partial(self._lower_step, b, num_blocks) for b in buckets},
+            (self.weights, state, 0), (state, 0, 0),
+        )  # fmt: skip
+        return dict(zip(buckets, steps, strict=True))
+
+    def _compile(
+        self, lower: dict[str, Callable[[], jax.stages.Lowered]], args: tuple, outputs: tuple
+    ) -> list[jax.stages.Compiled]:
+        """Programs by name, loaded from the cache or compiled, side by side.
+
+        Only the lowering is done one after the other. Traced side by side, functions that programs
+        share would carry the source lines of whichever came first, and JAX's cache of compiled
         programs, whose keys these lines are part of, would miss at the next start.
         """
-        steps = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
-        rows = sorted({bucket.num_rows for bucket in steps}, reverse=True)
+        cache = self.program_cache
         with (
             ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool,
-            tqdm(total=len(steps) + len(rows), desc="Compiling", dynamic_ncols=True) as bar,
+            tqdm(total=len(lower), desc="Compiling", dynamic_ncols=True) as bar,
         ):
 
-            def submit(lowered: jax.stages.Lowered) -> Future:
-                job = pool.submit(self._compile, lowered)
-                job.add_done_callback(lambda _: bar.update())
-                return job
+            def load(name: str) -> jax.stages.Compiled | None:
+                program = cache.load(name, args, outputs) if cache else None
+                bar.update(program is not None)
+                return program
 
-            step_jobs = {b: submit(self._lower_step(b, num_blocks)) for b in steps}
-            redraw_jobs = {n: submit(self._lower_redraw(n, num_blocks)) for n in rows}
-            self.steps = {bucket: job.result() for bucket, job in step_jobs.items()}
-            self.redraws = {n: job.result() for n, job in redraw_jobs.items()}
+            def compile_one(name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+                program = lowered.compile(self._compiler_options())
+                if cache:
+                    cache.store(name, program)
+                bar.update()
+                return program
+
+            programs = dict(zip(lower, pool.map(load, lower), strict=True))
+            jobs = {
+                name: pool.submit(compile_one, name, lower[name]())
+                for name, program in programs.items()
+                if program is None
+            }
+            return [programs[name] or jobs[name].result() for name in lower]
 
     def _lower_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
         weights = jax.tree.map(
@@ -294,23 +335,37 @@ class ModelRunner:
             self._abstract(num_rows, self.table.rows.shape[1]),
         )
 
-    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-        """Compile a program, on a GPU with options of its own.
+    def _compiler_options(self) -> dict[str, bool | str]:
+        """Matrix products by cuBLAS with its own choice of algorithm, and no rematerialization.
 
-        Matrix products go to cuBLAS, with its own choice of algorithm: XLA's Triton products,
-        tuned over dozens of candidates each, made these steps 7% slower and took ten times as long
-        to compile. The slop factor, in percent of the memory, keeps XLA from rematerialising: it
-        counts the donated cache twice and finds the memory full.
+        XLA's Triton products, tuned over dozens of candidates each, made these steps 7% slower and
+        took ten times as long to compile. The slop factor, in percent of the memory, is there
+        because XLA counts the donated cache twice, finds the memory full, and computes things
+        again to save some.
         """
         if self.platform != "gpu":
-            return lowered.compile()
-        return lowered.compile(
-            {
-                "xla_gpu_enable_triton_gemm": False,
-                "xla_gpu_autotune_level": "0",
-                "xla_gpu_memory_limit_slop_factor": "1000",
-            }
+            return {}
+        return {
+            "xla_gpu_enable_triton_gemm": False,
+            "xla_gpu_autotune_level": "0",
+            "xla_gpu_memory_limit_slop_factor": "1000",
+        }
+
+    def _program_cache(self) -> ProgramCache | None:
+        """Beside JAX's cache; none without one, and on a CPU, whose programs fit only its model."""
+        folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if folder is None or self.platform != "gpu":
+            return None
+        program, config = self.program, self.config
+        made_from = (
+            *(self.model_config, program.prefill, program.decode, program.block_size),
+            *(program.vocab_size, self.cache_dtype, config.max_num_seqs, self.table_width),
+            *(self.sharding.mesh.shape_tuple, sorted(self.sharding.rules.items(), key=str)),
+            *([(w.shape, w.dtype, w.sharding.spec) for w in self.weights],),
+            self._compiler_options(),
         )
+        devices = list(self.sharding.mesh.devices.flat)
+        return ProgramCache(Path(folder) / "programs", devices, made_from)
 
     def _use_eager_steps(self) -> None:
         """Steps that run operation by operation, with the same shapes."""

@@ -32,7 +32,8 @@ class StepProgram:
     graph: Any  # nnx.GraphDef
     treedef: Any  # PyTreeDef of the weights, which are passed as a flat list
     sharding: Sharding
-    implementation: str
+    prefill: str  # which kernels
+    decode: str
     block_size: int
     vocab_size: int  # without padding
 
@@ -51,9 +52,9 @@ class StepProgram:
             packed, state.last_tokens,
             num_tokens=num_tokens, num_rows=num_rows, block_size=self.block_size,
         )  # fmt: skip
-        attend = PagedAttention(inputs.batch, self.sharding, self.implementation)
-        fused = self.implementation != "xla" and not num_tokens
-        how = FusedProject(self.sharding) if fused else project
+        backend = self.prefill if num_tokens else self.decode
+        attend = PagedAttention(inputs.batch, self.sharding, backend)
+        how = project if backend == "xla" else FusedProject(self.sharding)
         hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache, how)
         if num_tokens:
             hidden = hidden[inputs.last_tokens]

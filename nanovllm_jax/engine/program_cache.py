@@ -1,0 +1,72 @@
+"""Compiled programs kept on disk, and found again without tracing them.
+
+JAX's own cache knows a program by its lowered text: to find it, a start must trace and lower every
+program first, which takes longer than loading them. Here a program is known by what it is made
+from: the packages' sources, shapes and options, the versions, the flags and the device.
+"""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+import pallas_kernels
+
+SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
+
+
+class ProgramCache:
+    """Programs of one engine configuration, as files of a folder."""
+
+    def __init__(self, folder: Path, devices: list[jax.Device], made_from: Any):
+        """`made_from`: what else tells programs apart; its repr must be the same in every run."""
+        self.folder, self.devices = folder, devices
+        client = devices[0].client
+        parts = [
+            *(path.read_bytes() for root in SOURCES for path in sorted(root.rglob("*.py"))),
+            *(jax.__version__, jaxlib.__version__, client.platform_version),
+            *(device.device_kind for device in devices),
+            *(f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
+            repr(sorted((name, str(value)) for name, value in jax.config.values.items())),
+            repr(made_from),
+        ]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part if isinstance(part, bytes) else part.encode())
+            digest.update(b"\0")
+        self.key = digest.hexdigest()[:32]
+
+    def load(self, name: str, args: tuple, outputs: Any) -> jax.stages.Compiled | None:
+        """The program stored under `name`, or None.
+
+        Args:
+            args: anything of the structure of the program's positional arguments.
+            outputs: anything of the structure of its results.
+        """
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        in_tree, out_tree = jax.tree.structure((args, {})), jax.tree.structure(outputs)
+        try:
+            return deserialize_and_load(
+                path.read_bytes(), in_tree, out_tree, execution_devices=self.devices
+            )
+        except Exception as error:  # whatever is wrong with the file, compiling still works
+            warnings.warn(f"{path} cannot be loaded and is made anew: {error!r}", stacklevel=2)
+            return None
+
+    def store(self, name: str, program: jax.stages.Compiled) -> None:
+        """Keep a program; readers see the old file or the new one, never a part."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            file.write(serialize(program)[0])
+        os.replace(file.name, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self.key}-{name}"
