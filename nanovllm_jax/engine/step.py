@@ -38,7 +38,8 @@ class LayerWeights:
         order = list(range(len(axes)))
         if len(axes) > 2:  # of a product, into the embedding or out of it
             order = order[-1:] + order[:-1] if axes[-1] == "embed" else order[1:] + order[:1]
-        return cls(tuple(w.transpose(order) for w in weight), tuple(order))
+        layers = tuple(weight[i].transpose(order) for i in range(len(weight)))
+        return cls(layers, tuple(order))
 
     def stacked(self) -> Array:
         """The weight [L, *axes]."""
