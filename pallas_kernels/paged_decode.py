@@ -146,6 +146,8 @@ def _paged_decode_xla(q, k_cache, v_cache, block_tables, context_lens, layer, *,
     page_size, num_kv_heads = k_cache.shape[2:4]
     block_n = math.gcd(page_size, 64)
     own_head = jnp.eye(num_kv_heads, dtype=bool)[:, None, :, None]
+    # The barrier keeps XLA from computing q's norm and rotation anew for every column of zeros.
+    q = lax.optimization_barrier(q)
     q_rows = jnp.where(own_head, q.reshape(batch, num_kv_heads, -1, 1, head_dim), 0)
     q_rows = q_rows.reshape(batch, num_heads, num_kv_heads * head_dim)
     attend_batch = jax.vmap(functools.partial(attend, scale=scale))
