@@ -1,6 +1,7 @@
 """Attention of one new token per sequence over its pages of the KV cache."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -140,31 +141,45 @@ def decode_step(
 
 
 def _paged_decode_xla(q, k_cache, v_cache, block_tables, context_lens, layer, *, scale):
-    """All sequences advance together, a page at a time, as far as the longest context."""
+    """All sequences advance together, a block at a time, as far as the longest context.
+
+    The query heads of all KV heads are multiplied with whole cache rows [K*H] at once, each with
+    zeros in the other heads' columns: a CPU would spend longer on sorting the keys by head than on
+    those zeros. Blocks are small, so that they stay in its cache from copy to product.
+    """
     batch, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[2:4]
-    group = num_heads // num_kv_heads
-    # attend() takes matrices: map it over the sequences, then over the KV heads.
-    attend_heads = jax.vmap(functools.partial(attend, scale=scale), in_axes=(0, 1, 1, None, 0))
-    attend_batch = jax.vmap(attend_heads)
+    block_n = math.gcd(page_size, 64)
+    own_head = jnp.eye(num_kv_heads, dtype=bool)[:, None, :, None]
+    # The barrier keeps XLA from computing q's norm and rotation anew for every column of zeros.
+    q = lax.optimization_barrier(q)
+    q_rows = jnp.where(own_head, q.reshape(batch, num_kv_heads, -1, 1, head_dim), 0)
+    q_rows = q_rows.reshape(batch, num_heads, num_kv_heads * head_dim)
+    attend_batch = jax.vmap(functools.partial(attend, scale=scale))
 
-    def page_step(i, state):
-        first = i * page_size
-        valid = first + jnp.arange(page_size) < context_lens[:, None]
-        pages = jnp.where(first < context_lens, block_tables[:, i], 0)
-        k, v = k_cache[layer, pages], v_cache[layer, pages]  # [B, S, K, H]
-        v = jnp.where(valid[:, :, None, None], v, 0)
-        mask = jnp.broadcast_to(valid[:, None, :], (batch, group, page_size))
-        return attend_batch(q.reshape(batch, num_kv_heads, group, head_dim), k, v, mask, state)
+    def read(cache, pages, offset):
+        """The block at `offset` of each of the pages: [B, block_n, K*H]."""
+        size = (1, 1, block_n, num_kv_heads, head_dim)
+        block = jax.vmap(lambda page: lax.dynamic_slice(cache, (layer, page, offset, 0, 0), size))
+        return block(pages).reshape(batch, block_n, -1)
+
+    def block_step(i, state):
+        first = i * block_n
+        valid = first + jnp.arange(block_n) < context_lens[:, None]
+        pages = jnp.where(first < context_lens, block_tables[:, first // page_size], 0)
+        k, v = (read(cache, pages, first % page_size) for cache in (k_cache, v_cache))
+        v = jnp.where(valid[:, :, None], v, 0)
+        mask = jnp.broadcast_to(valid[:, None, :], (batch, num_heads, block_n))
+        return attend_batch(q_rows, k, v, mask, state)
 
     state = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (batch, num_kv_heads, *x.shape)),
-        empty_attention(group, head_dim),
+        lambda x: jnp.broadcast_to(x, (batch, *x.shape)), empty_attention(*q_rows.shape[1:])
     )
-    state = lax.fori_loop(0, cdiv(context_lens.max(), page_size), page_step, state)
+    state = lax.fori_loop(0, cdiv(context_lens.max(), block_n), block_step, state)
     # A padding row has seen masked positions only: scores all equal, values all zero.
-    out = jax.vmap(jax.vmap(finish_attention))(state)
-    return out.reshape(q.shape).astype(q.dtype)
+    out = jax.vmap(finish_attention)(state).reshape(batch, num_kv_heads, -1, num_kv_heads, head_dim)
+    out = jnp.where(own_head, out, 0).sum(axis=3)
+    return out.reshape(batch, num_heads, head_dim).astype(q.dtype)
 
 
 # --- Triton ----------------------------------------------------------------------------------

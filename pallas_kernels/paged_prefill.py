@@ -1,6 +1,7 @@
 """Causal attention of packed prompt chunks over their sequences' pages of the KV cache."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -113,11 +114,12 @@ def _schedule(query_starts, context_lens, num_tokens: int, block_m: int) -> Int3
 def _paged_prefill_xla(
     q, k_cache, v_cache, block_tables, query_starts, context_lens, layer, *, scale
 ):
-    """Tile after tile, and within a tile page after page up to the diagonal."""
+    """Tile after tile, and within a tile block after block up to the diagonal."""
     num_tokens, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_cache.shape[2:4]
     group = num_heads // num_kv_heads
     block_m = min(64, next_power_of_2(num_tokens))
+    block_n = math.gcd(page_size, 128)
     tiles = _schedule(query_starts, context_lens, num_tokens, block_m)
     attend_heads = jax.vmap(functools.partial(attend, scale=scale), in_axes=(0, 1, 1, None, 0))
     # A tile always reads and writes block_m rows: room for those after the last token.
@@ -131,10 +133,12 @@ def _paged_prefill_xla(
         q_tile = q_tile.reshape(num_kv_heads, block_m * group, head_dim)
         q_position = context_end - rows + jnp.repeat(jnp.arange(block_m), group)
 
-        def page_step(i, state):
-            position = i * page_size + jnp.arange(page_size)
-            page = block_tables[sequence, i]
-            k, v = k_cache[layer, page], v_cache[layer, page]  # [S, K, H]
+        def block_step(i, state):
+            first = i * block_n
+            position = first + jnp.arange(block_n)
+            at = (layer, block_tables[sequence, first // page_size], first % page_size, 0, 0)
+            size = (1, 1, block_n, num_kv_heads, head_dim)
+            k, v = (lax.dynamic_slice(cache, at, size)[0, 0] for cache in (k_cache, v_cache))
             written = position < context_end
             v = jnp.where(written[:, None, None], v, 0)
             mask = (position <= q_position[:, None]) & written
@@ -144,7 +148,7 @@ def _paged_prefill_xla(
             lambda x: jnp.broadcast_to(x, (num_kv_heads, *x.shape)),
             empty_attention(block_m * group, head_dim),
         )
-        state = lax.fori_loop(0, cdiv(context_end, page_size), page_step, state)
+        state = lax.fori_loop(0, cdiv(context_end, block_n), block_step, state)
         tile_out = jax.vmap(finish_attention)(state)
         tile_out = tile_out.reshape(num_kv_heads, block_m, group, head_dim).swapaxes(0, 1)
         tile_out = tile_out.reshape(block_m, num_heads, head_dim).astype(out.dtype)
@@ -152,7 +156,8 @@ def _paged_prefill_xla(
         # Zeros may fall on the next sequence's rows; its own tile comes later and fills them.
         return lax.dynamic_update_slice_in_dim(out, tile_out, first_row, axis=0)
 
-    num_tiles = (tiles[:, 3] > 0).sum(dtype=jnp.int32)  # those with a context come first
+    used = (tiles[:, 2] > 0) & (tiles[:, 3] > 0)  # those with rows and a context come first
+    num_tiles = used.sum(dtype=jnp.int32)
     return lax.fori_loop(0, num_tiles, tile_step, jnp.zeros_like(q))[:num_tokens]
 
 

@@ -18,7 +18,7 @@ from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.inputs import RowTable
 from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.scheduler import Batch
-from nanovllm_jax.engine.step import DeviceState, StepProgram
+from nanovllm_jax.engine.step import DeviceState, LayerWeights, StepProgram
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models import model_class
 from nanovllm_jax.sharding import make_sharding
@@ -172,14 +172,15 @@ class ModelRunner:
         return rows, np.concatenate([token_ids, rows.ravel()])
 
     def _unstack_weights(self, weights: nnx.State) -> None:
-        """Keep the layers' weights apart, as tuples, which the compiled step stacks for the model.
+        """Keep the weights of the layers apart: see `LayerWeights`.
 
-        XLA forwards a slice of such a stack to the slice's origin. From an array it would copy the
-        slice on a CPU, every weight once a step. (On a GPU products read slices in place.)
+        (On a GPU products read their slices of the stack in place.)
         """
-        for i, (path, weight) in enumerate(jax.tree.leaves_with_path(weights)):
+        variables = jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, nnx.Param))
+        for i, (path, param) in enumerate(variables):
             if path[0].key == "layers":
-                self.weights[i] = tuple(weight[j] for j in range(len(weight)))
+                weight = param.get_value()
+                self.weights[i] = LayerWeights.from_stacked(weight, param.get_metadata()["axes"])
                 weight.delete()
 
     # --- memory ---

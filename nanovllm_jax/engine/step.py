@@ -15,7 +15,39 @@ from nanovllm_jax.layers.linear import FusedProject, project
 from nanovllm_jax.layers.sampler import filter_logits, sample
 from nanovllm_jax.sharding import Sharding
 
-Weight = Array | tuple[Array, ...]  # of the whole model or all layers, or the layers' apart
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["order"])
+@dataclass(frozen=True)
+class LayerWeights:
+    """A weight of each layer apart, its axes transposed into `order`: for a CPU.
+
+    XLA forwards the slices of `stacked()` to their origins, here and for both transpositions.
+    From one array it would copy each layer's slice once a step.
+    """
+
+    layers: tuple[Array, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def from_stacked(cls, weight: Array, axes: tuple[str, ...]) -> "LayerWeights":
+        """Split a weight [L, *axes], to be multiplied with activations.
+
+        Weights of three axes or more get their inputs first, [*in, *out]: XLA multiplies with
+        matrices, which it would make of the other order by a transposition at each use.
+        """
+        order = list(range(len(axes)))
+        if len(axes) > 2:  # of a product, into the embedding or out of it
+            order = order[-1:] + order[:-1] if axes[-1] == "embed" else order[1:] + order[:1]
+        layers = tuple(weight[i].transpose(order) for i in range(len(weight)))
+        return cls(layers, tuple(order))
+
+    def stacked(self) -> Array:
+        """The weight [L, *axes]."""
+        order = [self.order.index(i) for i in range(len(self.order))]
+        return jnp.stack([w.transpose(order) for w in self.layers])
+
+
+Weight = Array | LayerWeights
 
 
 class DeviceState(NamedTuple):
@@ -46,7 +78,7 @@ class StepProgram:
         The tokens are drawn without top-k, top-p and min-p; where a row asks for those, `redraw`
         draws again from the logits.
         """
-        stacked = [jnp.stack(w) if isinstance(w, tuple) else w for w in weights]
+        stacked = [w.stacked() if isinstance(w, LayerWeights) else w for w in weights]
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, stacked))
         inputs, rows = unpack(
             packed, state.last_tokens,
