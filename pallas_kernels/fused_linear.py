@@ -7,77 +7,99 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._common import load_tile, use_interpreter
 
-TILES = {}
+# Columns that a program reads at a time: 16 bytes for each thread of two warps, or more.
+_CHUNK, _MIN_CHUNK = 1024, 128
+_MAX_BLOCK = 8
 
 
-def fits_fused_linear(num_rows: int, num_out: int, width: int, dtype) -> bool:
-    """Whether `fused_linear` takes such a layer, and is faster with it than separate kernels."""
-    sixteen_bit = jnp.dtype(dtype).itemsize == 2
-    return num_rows == 1 and sixteen_bit and num_out % 8 == 0 and width % 128 == 0
-
-
-def _tiles(num_out: int, width: int, gated: bool) -> dict[str, int]:
-    t = {"rows": 8 if num_out >= 4096 else 4, "warps": 4, "chunk": 1024}
-    for key in ("all", (num_out, width)):
-        t = t | TILES.get(key, {})
-    return t
+def fits_fused_linear(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
+    """Whether `fused_linear` takes such a layer: one row of 16-bit numbers, of an even shape."""
+    two_bytes = jnp.dtype(dtype).itemsize == 2
+    return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and width % _MIN_CHUNK == 0
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "interpret"))
 def fused_linear(
-    x: Float[Array, "M K"],
+    x: Float[Array, "1 K"],
     weight: Float[Array, "L N K"],
     layer: Int32[Array, ""],
     norm: Float[Array, "L K"] | None = None,
-    residual: Float[Array, "M N"] | None = None,
+    residual: Float[Array, "1 N"] | None = None,
     *,
     eps: float = 0.0,
     gated: bool = False,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     interpret: bool | None = None,
-) -> Float[Array, "M N"]:
-    width = x.shape[1]
-    num_out = weight.shape[1] // (2 if gated else 1)
-    t = _tiles(num_out, width, gated)
-    chunk = t["chunk"]
-    while width % chunk:
-        chunk //= 2
+) -> Float[Array, "1 N"]:
+    """Return residual + rms_norm(x) @ weight[layer].T in one Triton kernel.
+
+    One row leaves no work for tensor cores: the time is that of reading the weights, and of
+    starting kernels, of which this takes one in place of up to four.
+
+    Args:
+        weight, norm: of all layers, so that no slice must be copied for the kernel.
+        layer: which of them.
+        norm: weight of an RMSNorm of the input, with `eps`; None: no norm.
+        residual: added to the result; None: nothing is. (With `gated` it is [1, N/2].)
+        gated: return silu(first half of the N outputs) * second half (SwiGLU, arXiv:2002.05202).
+        dtype: of the result; default: x's. Everything before it is computed in float32.
+        interpret: run the kernel in Pallas's interpreter; None: where there is no GPU.
+
+    Raises:
+        ValueError: shapes that do not fit each other or the kernel (see `fits_fused_linear`).
+    """
+    num_rows, width = x.shape
+    num_out = weight.shape[1] // (1 + gated)
+    if not fits_fused_linear(num_rows, num_out, width, x.dtype) or weight.shape[2] != width:
+        raise ValueError(
+            f"fused_linear takes one row of 16 bits, outputs in multiples of {_MAX_BLOCK} and "
+            f"inputs in multiples of {_MIN_CHUNK}, not {x.dtype}{x.shape} with {weight.shape}"
+        )
+    # Few outputs are spread over more programs. Measured on an H100, with the shapes of 0.6B.
+    block = _MAX_BLOCK if num_out >= 4096 else 4 if num_out >= 2048 else 2
+    chunk = next(c for c in (_CHUNK, _CHUNK // 2, _CHUNK // 4, _MIN_CHUNK) if width % c == 0)
     kernel = functools.partial(
-        _kernel, block_n=t["rows"], chunk=chunk, eps=eps, normed=norm is not None,
+        _kernel, block=block, chunk=chunk, eps=eps, normed=norm is not None,
         residual=residual is not None, gated=gated,
     )  # fmt: skip
-    operands = [x, weight.reshape(-1, width), jnp.reshape(layer, 1)]
-    operands += [a for a in (norm, residual) if a is not None]
+    optional = [a for a in (norm, residual) if a is not None]
     return pl.pallas_call(
         kernel,
-        grid=(num_out // t["rows"],),
+        grid=(num_out // block,),
         out_shape=jax.ShapeDtypeStruct((1, num_out), dtype or x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=t["warps"], num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=use_interpreter(interpret),
         name="fused_linear",
-    )(*operands)
+    )(x, weight.reshape(-1, width), jnp.reshape(layer, 1), *optional)
 
 
 def _kernel(
-    x_ref, w_ref, layer_ref, *refs, block_n: int, chunk: int, eps: float,
+    x_ref, w_ref, layer_ref, *refs, block: int, chunk: int, eps: float,
     normed: bool, residual: bool, gated: bool,
 ):  # fmt: skip
+    """One program per `block` outputs; with a gate, it computes both halves of them.
+
+    The norm's factor is the same for the whole row: it is found on the way, and applied last.
+    """
     *inputs, out_ref = refs
     layer = layer_ref[0]
     width, num_out = x_ref.shape[1], out_ref.shape[1]
     one = jnp.arange(1)
-    n = pl.program_id(0) * block_n + jnp.arange(block_n)
+    n = pl.program_id(0) * block + jnp.arange(block)
     w_rows = layer * (num_out * (1 + gated)) + n
 
-    sums = [jnp.zeros((block_n, chunk), jnp.float32)] * (1 + gated)
+    # Sums per column chunk, added up over the columns only at the end. The loop is unrolled: its
+    # loads do not depend on one another and are all under way at once.
+    sums = [jnp.zeros((block, chunk), jnp.float32)] * (1 + gated)
     squares = jnp.zeros((1, chunk), jnp.float32)
     for start in range(0, width, chunk):
         cols = start + jnp.arange(chunk)
-        w = [load_tile(w_ref, w_rows + j * num_out, cols) for j in range(1 + gated)]
+        w = [load_tile(w_ref, w_rows + half * num_out, cols) for half in range(1 + gated)]
         x = load_tile(x_ref, one, cols).astype(jnp.float32)
         if normed:
             squares += x * x
