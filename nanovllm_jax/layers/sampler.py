@@ -16,18 +16,15 @@ def gumbel_noise(
 ) -> Float[Array, "B V"]:
     """Standard Gumbel noise from a counter-based hash.
 
-    Each row counts through the hash with a stride and an origin of its own, so that the streams of
-    two rows are no shifted copies of one another.
+    Row and vocabulary entry are hashed apart before they meet, so that the streams of two rows
+    are no shifted copies of one another.
     """
     row = _hash(seeds ^ _hash(positions.astype(jnp.uint32)))
-    stride, origin = row | 1, _hash(row)
-    bits = _hash(vocab_ids.astype(jnp.uint32)[None, :] * stride[:, None] + origin[:, None])
-    # An exponential variate -log(1 - u), exact where it matters, at small values, which are the
-    # large Gumbel values: there by its series, as 1 - u would round u away. (log1p does the same at
-    # three times the cost, and this is computed for every logit.) u stays below 1: finite noise.
-    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    exponential = jnp.where(u < 2.0**-10, u + 0.5 * u * u, -jnp.log(1 - u))
-    return -jnp.log(exponential)
+    bits = _hash(row[:, None] ^ _hash(vocab_ids.astype(jnp.uint32))[None, :])
+    # An exponential variate -log(1 - u) keeps its precision where it matters, at small values,
+    # that is at large Gumbel values; u stays below 1, so that the noise is finite.
+    u = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1 - 2.0**-24)))
 
 
 def sample(
