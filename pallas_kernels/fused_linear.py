@@ -12,15 +12,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._common import load_tile, use_interpreter
 
-# Columns that a program reads at a time: 16 bytes for each thread of two warps, or more.
-_CHUNK, _MIN_CHUNK = 1024, 128
-_MAX_BLOCK = 8
+# Columns that a program reads at a time: the most of these that divide the width.
+_CHUNKS = (2048, 1024, 512, 256, 128)
+_MAX_BLOCK = 4  # rows of the weight for each program
 
 
 def fits_fused_linear(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
     """Whether `fused_linear` takes such a layer: one row of 16-bit numbers, of an even shape."""
     two_bytes = jnp.dtype(dtype).itemsize == 2
-    return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and width % _MIN_CHUNK == 0
+    return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and width % _CHUNKS[-1] == 0
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "interpret"))
@@ -58,11 +58,11 @@ def fused_linear(
     if not fits_fused_linear(num_rows, num_out, width, x.dtype) or weight.shape[2] != width:
         raise ValueError(
             f"fused_linear takes one row of 16 bits, outputs in multiples of {_MAX_BLOCK} and "
-            f"inputs in multiples of {_MIN_CHUNK}, not {x.dtype}{x.shape} with {weight.shape}"
+            f"inputs in multiples of {_CHUNKS[-1]}, not {x.dtype}{x.shape} with {weight.shape}"
         )
-    # Few outputs are spread over more programs. Measured on an H100, with the shapes of 0.6B.
-    block = _MAX_BLOCK if num_out >= 4096 else 4 if num_out >= 2048 else 2
-    chunk = next(c for c in (_CHUNK, _CHUNK // 2, _CHUNK // 4, _MIN_CHUNK) if width % c == 0)
+    # Measured on an H100, with the shapes of 0.6B and 8B; few outputs are spread over more programs.
+    block = _MAX_BLOCK if num_out >= 2048 else 2
+    chunk = next(c for c in _CHUNKS if width % c == 0)
     kernel = functools.partial(
         _kernel, block=block, chunk=chunk, eps=eps, normed=norm is not None,
         residual=residual is not None, gated=gated,

@@ -80,7 +80,9 @@ def profile(llm: LLM, batch: int, context: int, steps: int, top: int) -> None:
     for _ in range(10):
         llm.step()
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        options = jax.profiler.ProfileOptions()
+        options.host_tracer_level = options.python_tracer_level = 0  # they slow the host down
+        with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(steps):
                 llm.step()
         events = kernel_events(Path(folder))

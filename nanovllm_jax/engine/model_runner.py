@@ -340,16 +340,15 @@ class ModelRunner:
         """Matrix products by cuBLAS with its own choice of algorithm, and no rematerialization.
 
         XLA's Triton products, tuned over dozens of candidates each, made these steps 7% slower and
-        took ten times as long to compile. The slop factor, in percent of the memory, is there
-        because XLA counts the donated cache twice, finds the memory full, and computes things
-        again to save some.
+        took ten times as long to compile. Rematerialization is off because XLA counts the donated
+        cache twice, finds the memory full, and would compute things again to save some.
         """
         if self.platform != "gpu":
             return {}
         return {
             "xla_gpu_enable_triton_gemm": False,
             "xla_gpu_autotune_level": "0",
-            "xla_gpu_memory_limit_slop_factor": "1000",
+            "xla_disable_hlo_passes": "rematerialization",
         }
 
     def _program_cache(self) -> ProgramCache | None:
