@@ -89,6 +89,10 @@ class ModelRunner:
             weights = random_weights(model, self.model_config, self.sharding, config.seed)
         else:
             weights = load_weights(model, self.model_config, self.sharding, Path(config.model))
+        if config.kv_cache_dtype == "fp8":
+            layout = jax.tree.map(lambda w: w.sharding, weights)
+            scale = jax.jit(model.scale_for_8_bits, donate_argnums=0, out_shardings=layout)
+            weights = scale(weights)
         self.weights, treedef = jax.tree.flatten(weights)
         if self.platform == "cpu" and not config.enforce_eager:
             self._unstack_weights(weights)

@@ -124,6 +124,47 @@ class Qwen3(nnx.Module):
         return project(hidden, head, norm=self.norm, dtype=jnp.float32)
 
     @staticmethod
+    def scale_for_8_bits(weights: nnx.State) -> nnx.State:
+        """Weights of the same function whose keys and values have a root mean square near 1.
+
+        There e4m3 is precise, and far from its limits of 2^-9 and 448. Other engines multiply by
+        scales in their kernels. Powers of two in the weights cost nothing and are exact: keys are
+        scaled by their norm's weight and queries the other way, values by their projection and
+        the projection of the attention's output the other way.
+
+        The size of values is estimated: their input is normed, so its elements have a variance
+        near 1 times the square of the norm's weight.
+        """
+        layers = weights["layers"]
+        attn, input_norm = layers["self_attn"], layers["input_layernorm"]["weight"].get_value()
+
+        def change(module: str, scale: Callable[[Array], Array]) -> None:
+            param = attn[module]["weight"]
+            value = param.get_value()
+            attn[module]["weight"] = param.replace(scale(value).astype(value.dtype))
+
+        def power_of_2(mean_square: Array) -> Array:
+            return jnp.exp2(jnp.round(jnp.log2(jnp.maximum(mean_square, 1e-12)) / 2))
+
+        def square(x: Array) -> Array:
+            return jnp.square(x.astype(jnp.float32))
+
+        k_size = power_of_2(square(attn["k_norm"]["weight"].get_value()).mean(axis=1))[:, None]
+        change("k_norm", lambda w: w / k_size)
+        change("q_norm", lambda w: w * k_size)
+
+        qkv = attn["qkv_proj"]["weight"].get_value()  # [L, K, G+2, H, D]
+        variance = (square(qkv[:, :, -1]) * square(input_norm)[:, None, None]).sum(axis=3)
+        v_size = power_of_2(variance.mean(axis=2))  # [L, K]
+        group_size = qkv.shape[2] - 2
+        is_value = (jnp.arange(group_size + 2) == group_size + 1)[:, None, None]
+        v_factor = jnp.where(is_value, 1 / v_size[:, :, None, None, None], 1)
+        change("qkv_proj", lambda w: w * v_factor)
+        o_factor = jnp.repeat(v_size, group_size, axis=1)[:, None, :, None]
+        change("o_proj", lambda w: w * o_factor)  # [L, D, N, H]
+        return weights
+
+    @staticmethod
     def checkpoint_tensors(
         config: ModelConfig, parameter: str
     ) -> tuple[list[tuple[str, tuple[int, ...]]], Callable[..., np.ndarray]]:

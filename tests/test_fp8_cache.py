@@ -1,0 +1,81 @@
+"""The 8-bit KV cache: weights scaled for it are the same model, and use e4m3's range well."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import edge_prompts, greedy, make_checkpoint, tokens
+from safetensors.numpy import load_file, save_file
+
+from nanovllm_jax import LLM
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models import Qwen3
+from nanovllm_jax.sharding import make_sharding
+from nanovllm_jax.weights import load_weights
+
+
+def shrink(path: Path, size: float) -> Path:
+    """Make keys and values `size` times as large, and undo it behind the cache."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    factors = {"k_norm": size, "q_norm": 1 / size, "v_proj": size, "o_proj": 1 / size}
+    for name in tensors:
+        for part, factor in factors.items():
+            if part in name:
+                tensors[name] = tensors[name] * np.float32(factor)
+    save_file(tensors, file)
+    return path
+
+
+def scaled(path: Path, devices: int = 1):
+    config = ModelConfig.from_directory(path).over(devices)
+    sharding = make_sharding(devices)
+    load = lambda: load_weights(Qwen3, config, sharding, path)  # noqa: E731
+    return load(), jax.jit(Qwen3.scale_for_8_bits)(load())
+
+
+@pytest.mark.parametrize("size", [2.0**-9, 1.0, 2.0**9])
+def test_keys_and_values_get_a_mean_square_near_1(tmp_path, size):
+    _, weights = scaled(shrink(make_checkpoint(tmp_path / "model"), size))
+    layers = weights["layers"]
+    k_norm = layers["self_attn"]["k_norm"]["weight"].get_value()
+    assert np.all((0.5 < jnp.square(k_norm).mean(axis=1)) & (jnp.square(k_norm).mean(axis=1) < 2))
+    qkv = layers["self_attn"]["qkv_proj"]["weight"].get_value()
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, qkv.shape[-1])).astype(np.float32)
+    x = x * np.asarray(layers["input_layernorm"]["weight"].get_value())[:, None]
+    values = np.einsum("ltd,lkhd->lkth", x, qkv[:, :, -1])
+    sizes = np.square(values).mean(axis=(2, 3))
+    assert np.all((0.5 < sizes) & (sizes < 2.0)), sizes
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_scaling_is_by_powers_of_two_that_cancel(tmp_path, devices):
+    before, after = scaled(shrink(make_checkpoint(tmp_path / "model"), 2.0**-7), devices)
+
+    def ratios(module):
+        old, new = (w["layers"]["self_attn"][module]["weight"].get_value() for w in (before, after))
+        return np.asarray(new) / np.asarray(old)
+
+    for module in ("q_norm", "k_norm", "qkv_proj", "o_proj"):
+        assert np.all(np.log2(ratios(module)) % 1 == 0), module
+    np.testing.assert_array_equal(ratios("q_norm") * ratios("k_norm"), 1)
+    qkv = ratios("qkv_proj")
+    assert np.all(qkv[:, :, :-1] == 1) and np.all(qkv[:, :, -1] > 1)
+    per_head = np.repeat(qkv[:, :, -1, 0, 0], qkv.shape[2] - 2, axis=1)
+    np.testing.assert_array_equal(ratios("o_proj") * per_head[:, None, :, None], 1)
+    untouched = [w["layers"]["mlp"] for w in (before, after)]
+    for old, new in zip(*map(jax.tree.leaves, untouched), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_tokens_do_not_depend_on_the_size_of_keys_and_values(tmp_path):
+    """e4m3 alone would flush values of 2^-9 to zero."""
+    answers = []
+    for size in (1.0, 2.0**-9, 2.0**9):
+        path = shrink(make_checkpoint(tmp_path / str(size)), size)
+        with LLM(str(path), kv_cache_dtype="fp8", num_kvcache_blocks=32) as llm:
+            answers.append(tokens(llm, edge_prompts(), greedy()))
+    assert answers[0] == answers[1] == answers[2]
