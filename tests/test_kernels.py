@@ -239,7 +239,6 @@ def check_decode_step(
     slots[rows] = cache.tables[rows, last // page_size] * page_size + last % page_size
     at = (LAYER, slots[rows] // page_size, slots[rows] % page_size)
     caches = [x.at[at].set(jnp.nan) for x in (cache.k, cache.v)]  # the newest is not there yet
-    before = [np.asarray(x, np.float64) for x in caches]
     new = (qkv, *norms, jnp.cos(angles), jnp.sin(angles), jnp.asarray(slots))
     paged, scale = (jnp.asarray(cache.tables), jnp.asarray(lens), LAYER), head_dim**-0.5
 
@@ -250,22 +249,23 @@ def check_decode_step(
         *new, *copies(), *paged, eps=1e-6, scale=scale, implementation=implementation
     )
     assert out.dtype == dtype
-    out, after = np.asarray(out, np.float64), [np.asarray(x, np.float64) for x in after]
+    out, after = np.asarray(out, np.float64), [np.array(x) for x in after]
     np.testing.assert_array_equal(out[lens == 0], 0)
-    for reference in {implementation, "xla"}:
+    for reference in {"xla", implementation if num_splits > 1 else "xla"}:
         q, *want = norm_rope_write(*new, *copies(), LAYER, eps=1e-6, implementation=reference)
         want_out = paged_decode(q, *want, *paged, scale=scale, implementation=reference)
-        atol, rtol = TOLERANCE[dtype], TOLERANCE[dtype] / 10
+        atol, rtol = 2 * TOLERANCE[dtype], TOLERANCE[dtype] / 10
         if cache_dtype == FP8:  # a key may be rounded to its other neighbour, an eighth away
             atol, rtol = 2e-2, 2e-2
         np.testing.assert_allclose(out, np.asarray(want_out, np.float64), atol=atol, rtol=rtol)
         key, value = (np.asarray(x[at], np.float64) for x in want)
         two_ulp = 2 * float(jnp.finfo(cache_dtype).eps)
-        np.testing.assert_allclose(after[0][at], key, rtol=two_ulp, atol=two_ulp)
-        np.testing.assert_array_equal(after[1][at], value)
-    for x, old in zip(after, before, strict=True):  # and nothing else
-        x[at] = np.nan
-        np.testing.assert_array_equal(x, old)
+        new_key, new_value = (x[at].astype(np.float64) for x in after)
+        np.testing.assert_allclose(new_key, key, rtol=two_ulp, atol=two_ulp)
+        np.testing.assert_array_equal(new_value, value)
+    for x, old in zip(after, map(np.asarray, caches), strict=True):  # and nothing else, bit by bit
+        x[at] = old[at]
+        np.testing.assert_array_equal(x.view(np.uint8), old.view(np.uint8))
 
 
 def check_fused_linear(
@@ -278,11 +278,12 @@ def check_fused_linear(
 
     def of_layer(value):
         stack = jnp.full((LAYERS, *value.shape), jnp.nan, dtype)
-        return stack.at[LAYER].set(jnp.asarray(value, dtype))
+        return stack.at[LAYER].set(value)
 
     x = random_array(rng, (1, width), dtype) / 8
-    weight = of_layer(rng.standard_normal((num_out * (1 + gated), width)) * 8 * width**-0.5)
-    norm = of_layer(rng.standard_normal(width)) if normed else None
+    weight = random_array(rng, (num_out * (1 + gated), width), dtype) * (8 * width**-0.5)
+    weight = of_layer(weight)
+    norm = of_layer(random_array(rng, (width,), dtype)) if normed else None
     add = random_array(rng, (1, num_out), dtype) if residual else None
     out = fused_linear(
         x, weight, jnp.int32(LAYER), norm, add, eps=eps, gated=gated, dtype=out_dtype

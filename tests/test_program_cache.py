@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import greedy, prompt, tokens
+from jax.experimental.compilation_cache import compilation_cache
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import program_cache
@@ -17,12 +18,26 @@ from nanovllm_jax.engine.program_cache import ProgramCache
 ARGS, OUTPUTS = ({"x": 0}, 0), (0, {"y": 0})  # of `program`
 
 
-def program(factor=2, size=1000):
-    """A compiled ({x}, n) -> (x + factor, {y: n * x}), which takes x over."""
+@pytest.fixture(autouse=True)
+def without_the_other_cache():
+    """On a CPU, a program that JAX has loaded from its own cache cannot be stored again."""
+
+    def use(whether):
+        jax.config.update("jax_enable_compilation_cache", whether)
+        compilation_cache.reset_cache()
+
+    used = jax.config.jax_enable_compilation_cache
+    use(False)
+    yield
+    use(used)
+
+
+def program(term=2, size=1000):
+    """A compiled ({x}, n) -> (x + term, {y: n * x}), which takes x over."""
 
     def run(inputs, n):
         x = inputs["x"]
-        return x + factor, {"y": n * x}
+        return x + term, {"y": n * x}
 
     x = jax.ShapeDtypeStruct((size,), jnp.float32)
     n = jax.ShapeDtypeStruct((), jnp.float32)
@@ -111,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_concurrent_stores_leave_one_whole_file(tmp_path):
-    programs = [program(factor) for factor in (1, 2, 3, 4)]
+    programs = [program(term) for term in (1, 2, 3, 4)]
     stored = cache(tmp_path)
     stored.store("step", programs[0])
     with ThreadPoolExecutor(8) as pool:

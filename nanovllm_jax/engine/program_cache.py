@@ -67,7 +67,7 @@ class ProgramCache:
             return None
 
     def store(self, name: str, program: jax.stages.Compiled) -> None:
-        """Keep a program if the disk takes it; readers see the old file or the new, never a part."""
+        """Keep a program if the disk takes it; readers see the old file or the new, no part."""
         path = self._path(name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
