@@ -230,9 +230,11 @@ def check_decode_step(
     assert splits in (None, num_splits > 1)
 
     qkv = random_array(rng, (batch, kv_heads, group + 2, head_dim), dtype)
-    qkv = qkv.at[0, :, -1].multiply(1000 if cache_dtype == FP8 else 1)  # past what it can hold
     norms = jnp.full((2, LAYERS, head_dim), jnp.nan, dtype)
     norms = norms.at[:, LAYER].set(random_array(rng, (2, head_dim), dtype))
+    if cache_dtype == FP8:  # values past what it can hold, and keys where queries are small
+        qkv = qkv.at[0, :, -1].multiply(1000)
+        norms = norms.at[:, LAYER, :: head_dim // 2].set(jnp.array([[1e-3], [1e3]], dtype))
     angles = random_array(rng, (batch, head_dim // 2), "float32")
     rows, last = np.flatnonzero(lens), lens[lens > 0] - 1
     slots = np.full(batch, -1, np.int32)

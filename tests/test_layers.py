@@ -49,7 +49,7 @@ def make_product(name, sharding, layer, rows=1, dtype=ROW, **sizes):
     linear.weight = in_layer(weight, linear.out_axes + linear.in_axes, sharding, layer)
     options = {}
     if "norm" in around:
-        options["norm"] = norm = RMSNorm(EMBED, 1e-2, dtype=dtype)
+        options["norm"] = norm = RMSNorm(EMBED, 1.0, dtype=dtype)
         norm.weight = in_layer(values(rng, EMBED, dtype=dtype), ("embed",), sharding, layer)
     if "residual" in around:
         options["residual"] = values(rng, rows, *out.values(), dtype=dtype)
@@ -114,7 +114,7 @@ def test_fused_logits_are_the_plain_ones(tied, devices):
     config = ModelConfig(
         "Qwen3ForCausalLM", vocab_size=96, hidden_size=EMBED, intermediate_size=FFN, num_layers=1,
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=64,
-        tie_word_embeddings=tied,
+        rms_norm_eps=1.0, tie_word_embeddings=tied,
     )  # fmt: skip
     model, sharding = Qwen3(config, rngs=nnx.Rngs(0)), make_sharding(devices)
     rng = np.random.default_rng(1)
