@@ -70,6 +70,15 @@ def norm_rope_write(
     float32 and rounds once.
     """
     check_implementation(implementation)
+    operands = (qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
+    check_write(*operands)
+    if implementation == "xla":
+        return _norm_rope_write_xla(*operands, eps=eps)
+    return _norm_rope_write_triton(*operands, eps=eps, interpret=use_interpreter(interpret))
+
+
+def check_write(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer) -> None:
+    """Raise ValueError unless these arguments of `norm_rope_write` fit each other."""
     num_tokens, num_kv_heads, per_group, head_dim = qkv.shape
     check_cache(k_cache, v_cache, (per_group - 2) * num_kv_heads, head_dim, layer)
     if per_group < 3 or num_kv_heads != k_cache.shape[3]:
@@ -83,10 +92,6 @@ def norm_rope_write(
         raise ValueError(f"q_norm {q_norm.shape}, k_norm {k_norm.shape} are not [H] or [L, H]")
     if slots.shape != (num_tokens,):
         raise ValueError(f"slots {slots.shape} are not [T] for qkv {qkv.shape}")
-    operands = (qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
-    if implementation == "xla":
-        return _norm_rope_write_xla(*operands, eps=eps)
-    return _norm_rope_write_triton(*operands, eps=eps, interpret=use_interpreter(interpret))
 
 
 def _norm_rope(halves, weights, cos, sin, head_dim, eps):

@@ -31,7 +31,7 @@ from pallas_kernels._common import (
     to_cache,
     use_interpreter,
 )
-from pallas_kernels.kv_write import norm_rope_write
+from pallas_kernels.kv_write import check_write, norm_rope_write
 from pallas_kernels.mosaic_decode import paged_decode_mosaic
 
 # An H100 has 132 multiprocessors; four programs for each keep its memory busy.
@@ -74,13 +74,8 @@ def paged_decode(
     each part is attended to on its own, and a second kernel merges the parts.
     """
     check_implementation(implementation)
-    check_cache(k_cache, v_cache, q.shape[1], q.shape[2], layer)
-    if block_tables.ndim != 2 or not len(block_tables) == len(q) == context_lens.size:
-        raise ValueError(
-            f"q {q.shape}, block_tables {block_tables.shape} and context_lens "
-            f"{context_lens.shape} are not [B, N, H], [B, W] and [B]"
-        )
     operands = (q, k_cache, v_cache, block_tables, context_lens, layer)
+    _check_decode(q.shape, *operands[1:])
     if implementation == "xla":
         return _paged_decode_xla(*operands, scale=scale)
     if implementation == "mosaic":
@@ -116,11 +111,16 @@ def decode_step(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P S K H"], Float[Array, "L P S K H"]]:
     """`norm_rope_write` and `paged_decode` in one: returns the attention and the caches.
 
-    The arguments are theirs. A row's slot must be that of position context_lens - 1. Where few rows
-    leave the GPU waiting for kernels to start, this is one Triton kernel, which attends to the new
-    position without reading it back. More rows hide the start, and two kernels are as fast.
+    The arguments and errors are theirs. A row's slot must be that of position context_lens - 1.
+    Where few rows leave the GPU waiting for kernels to start, this is one Triton kernel, which
+    attends to the new position without reading it back. More rows hide the start, and two kernels
+    are as fast.
     """
-    num_splits = _choose_splits(len(qkv), k_cache, block_tables.shape[1])
+    check_write(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
+    batch, num_kv_heads, per_group, head_dim = qkv.shape
+    q_shape = (batch, num_kv_heads * (per_group - 2), head_dim)
+    _check_decode(q_shape, k_cache, v_cache, block_tables, context_lens, layer)
+    num_splits = _choose_splits(batch, k_cache, block_tables.shape[1])
     if implementation != "triton" or num_splits == 1:
         q, k_cache, v_cache = norm_rope_write(
             qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer,
@@ -135,6 +135,16 @@ def decode_step(
         qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer,
         eps=eps, scale=scale, num_splits=num_splits, interpret=use_interpreter(interpret),
     )  # fmt: skip
+
+
+def _check_decode(q_shape, k_cache, v_cache, block_tables, context_lens, layer) -> None:
+    """Raise ValueError unless these arguments of `paged_decode` fit each other."""
+    check_cache(k_cache, v_cache, q_shape[1], q_shape[2], layer)
+    if block_tables.ndim != 2 or not len(block_tables) == q_shape[0] == context_lens.size:
+        raise ValueError(
+            f"q {q_shape}, block_tables {block_tables.shape} and context_lens "
+            f"{context_lens.shape} are not [B, N, H], [B, W] and [B]"
+        )
 
 
 # --- XLA -------------------------------------------------------------------------------------

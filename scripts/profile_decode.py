@@ -93,7 +93,9 @@ def profile(llm: LLM, batch: int, context: int, steps: int, top: int) -> None:
         return
     runner = llm._live_runner()
     bucket = next(b for b in runner.decode_buckets if b.num_rows >= batch)
-    origin = origins(runner.steps[bucket])
+    program = runner.steps[bucket]
+    assert isinstance(program, jax.stages.Compiled)  # and not eager
+    origin = origins(program)
     times, busy, idle = busy_times(events)
     counts = collections.Counter(name for _, _, name in events)
     shares = collections.Counter()

@@ -5,16 +5,29 @@ no sequence, in all other layers. Block tables are permuted, and garbage beyond 
 """
 
 import contextlib
+import functools
 import itertools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic_prefill, norm_rope_write, paged_decode, paged_prefill
-from pallas_kernels.paged_decode import _paged_decode_triton
+from pallas_kernels import (
+    decode_step,
+    fits_fused_linear,
+    fused_linear,
+    mosaic_prefill,
+    norm_rope_write,
+    paged_decode,
+    paged_prefill,
+)
+from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
+
+# The package's attribute of this name is the function.
+decode_module = sys.modules["pallas_kernels.paged_decode"]
 
 IMPLEMENTATIONS = ("xla", "triton")
 LAYERS, LAYER = 3, 1
@@ -200,6 +213,99 @@ def check_write(
         np.testing.assert_array_equal(cache, old)
 
 
+def check_decode_step(
+    implementation, contexts, *,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0, splits=None,
+):  # fmt: skip
+    """`decode_step` against `norm_rope_write` and `paged_decode`, one after the other.
+
+    `splits`: whether the contexts must be (True) or must not be (False) cut into parts.
+    """
+    cache_dtype = cache_dtype or dtype
+    rng = np.random.default_rng([seed, group, head_dim, page_size])
+    geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=cache_dtype)
+    cache = PagedCache(rng, contexts, **geometry)
+    batch, lens = len(contexts), np.asarray(contexts, np.int32)
+    num_splits = _choose_splits(batch, cache.k, cache.tables.shape[1])
+    assert splits in (None, num_splits > 1)
+
+    qkv = random_array(rng, (batch, kv_heads, group + 2, head_dim), dtype)
+    norms = jnp.full((2, LAYERS, head_dim), jnp.nan, dtype)
+    norms = norms.at[:, LAYER].set(random_array(rng, (2, head_dim), dtype))
+    if cache_dtype == FP8:  # values past what it can hold, and keys where queries are small
+        qkv = qkv.at[0, :, -1].multiply(1000)
+        norms = norms.at[:, LAYER, :: head_dim // 2].set(jnp.array([[1e-3], [1e3]], dtype))
+    angles = random_array(rng, (batch, head_dim // 2), "float32")
+    rows, last = np.flatnonzero(lens), lens[lens > 0] - 1
+    slots = np.full(batch, -1, np.int32)
+    slots[rows] = cache.tables[rows, last // page_size] * page_size + last % page_size
+    at = (LAYER, slots[rows] // page_size, slots[rows] % page_size)
+    caches = [x.at[at].set(jnp.nan) for x in (cache.k, cache.v)]  # the newest is not there yet
+    new = (qkv, *norms, jnp.cos(angles), jnp.sin(angles), jnp.asarray(slots))
+    paged, scale = (jnp.asarray(cache.tables), jnp.asarray(lens), LAYER), head_dim**-0.5
+
+    def copies():
+        return [jnp.array(x) for x in caches]  # the kernels consume what they are given
+
+    out, *after = decode_step(
+        *new, *copies(), *paged, eps=1e-6, scale=scale, implementation=implementation
+    )
+    assert out.dtype == dtype
+    out, after = np.asarray(out, np.float64), [np.array(x) for x in after]
+    np.testing.assert_array_equal(out[lens == 0], 0)
+    for reference in {"xla", implementation if num_splits > 1 else "xla"}:
+        q, *want = norm_rope_write(*new, *copies(), LAYER, eps=1e-6, implementation=reference)
+        want_out = paged_decode(q, *want, *paged, scale=scale, implementation=reference)
+        atol, rtol = 2 * TOLERANCE[dtype], TOLERANCE[dtype] / 10
+        if cache_dtype == FP8:  # a key may be rounded to its other neighbour, an eighth away
+            atol, rtol = 2e-2, 2e-2
+        np.testing.assert_allclose(out, np.asarray(want_out, np.float64), atol=atol, rtol=rtol)
+        key, value = (np.asarray(x[at], np.float64) for x in want)
+        two_ulp = 2 * float(jnp.finfo(cache_dtype).eps)
+        new_key, new_value = (x[at].astype(np.float64) for x in after)
+        np.testing.assert_allclose(new_key, key, rtol=two_ulp, atol=two_ulp)
+        np.testing.assert_array_equal(new_value, value)
+    for x, old in zip(after, map(np.asarray, caches), strict=True):  # and nothing else, bit by bit
+        x[at] = old[at]
+        np.testing.assert_array_equal(x.view(np.uint8), old.view(np.uint8))
+
+
+def check_fused_linear(
+    width, num_out, *,
+    normed=False, residual=False, gated=False, dtype="bfloat16", out_dtype=None, seed=0,
+):  # fmt: skip
+    """`fused_linear` against float32 NumPy; the weights of all other layers are NaN."""
+    rng = np.random.default_rng([seed, width, num_out])
+    eps = 1e-2  # large enough to be seen
+
+    def of_layer(value):
+        stack = jnp.full((LAYERS, *value.shape), jnp.nan, dtype)
+        return stack.at[LAYER].set(value)
+
+    x = random_array(rng, (1, width), dtype) / 8
+    weight = random_array(rng, (num_out * (1 + gated), width), dtype) * (8 * width**-0.5)
+    weight = of_layer(weight)
+    norm = of_layer(random_array(rng, (width,), dtype)) if normed else None
+    add = random_array(rng, (1, num_out), dtype) if residual else None
+    out = fused_linear(
+        x, weight, jnp.int32(LAYER), norm, add, eps=eps, gated=gated, dtype=out_dtype
+    )
+    assert out.shape == (1, num_out) and out.dtype == (out_dtype or dtype)
+
+    want = np.asarray(x, np.float32)
+    if normed:
+        want = want / np.sqrt((want * want).mean() + eps) * np.asarray(norm[LAYER], np.float32)
+    want = want @ np.asarray(weight[LAYER], np.float32).T
+    if gated:
+        gate, up = np.split(want, 2, axis=1)
+        want = gate / (1 + np.exp(-gate)) * up
+    if residual:
+        want = want + np.asarray(add, np.float32)
+    # Rounded once, at the end. Sums of `width` float32 terms differ by their order.
+    half_ulp = float(jnp.finfo(out.dtype).eps) / 2
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=half_ulp + 1e-4, atol=1e-4)
+
+
 # --- Numbers ---------------------------------------------------------------------------------
 
 
@@ -263,6 +369,70 @@ def test_splitting_the_context_changes_nothing(num_splits):
     for b in range(1, len(contexts)):
         want = cache.attention(b, q[b][None], 0.125)[0]
         np.testing.assert_allclose(out[b], want, atol=2e-5)
+
+
+@pytest.fixture
+def target_programs(monkeypatch):
+    """target_programs(n): let the decode kernels aim at n programs; None: at the usual number."""
+
+    def forget():
+        for function in (decode_step, paged_decode):  # the number is no part of their signatures
+            function.clear_cache()
+
+    def set_to(number):
+        if number is not None:
+            monkeypatch.setattr(decode_module, "_TARGET_PROGRAMS", number)
+            forget()
+
+    yield set_to
+    forget()
+
+
+STEP_SHAPES = [
+    dict(group=1, head_dim=64, page_size=16, dtype="float32"),
+    dict(group=3, head_dim=80, page_size=16, dtype="float32"),
+    dict(group=4, head_dim=128, page_size=32, dtype="float32"),
+    dict(group=2, head_dim=128, page_size=64, dtype="bfloat16"),
+    dict(group=2, head_dim=64, page_size=32, dtype="float32", cache_dtype=FP8),
+    dict(group=4, head_dim=128, page_size=64, dtype="bfloat16", cache_dtype=FP8),
+]
+# Contexts of 0 to 3 pages and 2 KV heads: 28 programs are 2 splits, the usual number is the most.
+SPLITS = {"whole": 1, "halves": 28, "many": None}
+
+
+@pytest.mark.parametrize("programs", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("shape", STEP_SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+def test_decode_step_is_write_and_decode(shape, programs, target_programs):
+    target_programs(programs)
+    s = shape["page_size"]
+    contexts = [s + 1, 1, 0, s, s - 1, 3 * s - 5, 2]
+    check_decode_step("triton", contexts, kv_heads=2, splits=programs != 1, **shape)
+
+
+@each_implementation
+def test_decode_step_of_padding_alone(implementation):
+    shape = dict(group=2, kv_heads=1, head_dim=16, page_size=16, dtype="float32")
+    check_decode_step(implementation, [0, 0], **shape)
+
+
+@pytest.mark.parametrize(
+    ("width", "num_out"), [(128, 8), (128, 4096), (384, 2056), (1024, 24), (3072, 40)]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(normed=True),
+        dict(residual=True),
+        dict(gated=True),
+        dict(normed=True, gated=True),
+        dict(normed=True, out_dtype="float32"),
+        dict(normed=True, residual=True, gated=True, dtype="float16"),
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_fused_linear_matches_float32(width, num_out, options):
+    check_fused_linear(width, num_out, **options)
 
 
 MOSAIC_SHAPES = [
@@ -370,6 +540,42 @@ def test_kernels_lower_for_a_gpu(decode, dtype):
     )
 
 
+@pytest.mark.parametrize("programs", [1, None])
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", FP8])
+def test_decode_step_lowers_for_a_gpu(cache_dtype, programs, target_programs):
+    """To one kernel and the merging of its parts, or where nothing is split, to the usual two."""
+    target_programs(programs)
+    dtype = "float32" if cache_dtype == "float32" else "bfloat16"
+    qkv, norm, cos, slots, tables, _, lens, *_ = two_layers_shapes(dtype)
+    cache = two_layers_shapes(cache_dtype)[-1]
+    layer = jax.ShapeDtypeStruct((), jnp.int32)
+    step = functools.partial(
+        decode_step, eps=1e-6, scale=0.1, implementation="triton", interpret=False
+    )
+    with gpu_lowering_context():
+        traced = jax.jit(step, donate_argnums=(6, 7)).trace(
+            qkv, norm, norm, cos, cos, slots, cache, cache, tables, lens, layer
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r'name = "(norm_rope_write|paged_\w+)"', text)
+    other = "norm_rope_write" if programs == 1 else "paged_decode_combine"
+    assert sorted(kernels) == sorted(["paged_decode", other])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_linear_lowers_for_a_gpu(fused, gated):
+    struct = jax.ShapeDtypeStruct
+    x, weight = struct((1, 384), jnp.bfloat16), struct((2, 64, 384), jnp.bfloat16)
+    layer, norm = struct((), jnp.int32), struct((2, 384), jnp.bfloat16)
+    optional = (norm, struct((1, 64 // (1 + gated)), jnp.bfloat16)) if fused else ()
+    linear = functools.partial(fused_linear, gated=gated, dtype=jnp.float32, interpret=False)
+    with gpu_lowering_context():
+        traced = jax.jit(linear).trace(x, weight, layer, *optional)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('name = "fused_linear"') == 1
+
+
 def test_mosaic_prefill_lowers_for_a_gpu():
     def step(*args):
         return two_layers(*args, decode=False, implementation="mosaic", interpret=False)
@@ -457,3 +663,64 @@ def test_mosaic_prefill_names_what_it_does_not_support():
         prefill(head_dim=80)
     with pytest.raises(ValueError, match="positive scale, not -1"):
         prefill(scale=-1.0)
+
+
+@pytest.mark.parametrize("target", [1, None])
+def test_decode_step_refuses_what_its_parts_refuse(target, target_programs):
+    target_programs(target)
+
+    def step(batch=3, lens=3, slots=3, half=32, page_size=16, implementation="triton"):
+        cache = jnp.zeros((1, 2, page_size, 2, 64))
+        angles, norm = jnp.zeros((batch, half)), jnp.zeros(64)
+        decode_step(
+            jnp.zeros((batch, 2, 4, 64)), norm, norm, angles, angles, jnp.zeros(slots, jnp.int32),
+            cache, cache + 0, jnp.zeros((batch, 9), jnp.int32), jnp.ones(lens, jnp.int32), 0,
+            eps=1e-6, scale=1.0, implementation=implementation,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+        step(implementation="cuda")
+    with pytest.raises(ValueError, match="must be a multiple of 16, not 24"):
+        step(page_size=24)
+    with pytest.raises(ValueError, match=r"cos \(3, 31\).*are not \[T, H/2\]"):
+        step(half=31)
+    with pytest.raises(ValueError, match=r"slots \(2,\) are not \[T\]"):
+        step(slots=2)
+    with pytest.raises(ValueError, match=r"context_lens \(2,\) are not .*\[B\]"):
+        step(lens=2)
+
+
+def test_fused_linear_names_what_it_does_not_take():
+    def linear(rows=1, width=256, num_out=16, weight_width=None, dtype="bfloat16", **options):
+        weight = jnp.zeros((2, num_out, weight_width or width), dtype)
+        fused_linear(jnp.zeros((rows, width), dtype), weight, jnp.int32(0), **options)
+
+    with pytest.raises(ValueError, match=r"one row.*bfloat16\(2, 256\)"):
+        linear(rows=2)
+    with pytest.raises(ValueError, match=r"16 bits.*float32\(1, 256\)"):
+        linear(dtype="float32")
+    with pytest.raises(ValueError, match=r"multiples of 128, not bfloat16\(1, 192\)"):
+        linear(width=192)
+    with pytest.raises(ValueError, match=r"multiples of 8 .* with \(2, 12, 256\)"):
+        linear(num_out=12)
+    with pytest.raises(ValueError, match=r"with \(2, 24, 256\)"):
+        linear(num_out=24, gated=True)  # two halves of 12
+    with pytest.raises(ValueError, match=r"bfloat16\(1, 256\) with \(2, 16, 128\)"):
+        linear(weight_width=128)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_out", "width", "dtype", "fits"),
+    [
+        (1, 8, 128, "bfloat16", True),
+        (1, 151936, 3072, "float16", True),
+        (2, 8, 128, "bfloat16", False),
+        (0, 8, 128, "bfloat16", False),
+        (1, 12, 128, "bfloat16", False),
+        (1, 8, 64, "bfloat16", False),
+        (1, 8, 128, "float32", False),
+        (1, 8, 128, FP8, False),
+    ],
+)
+def test_fits_fused_linear(rows, num_out, width, dtype, fits):
+    assert fits_fused_linear(rows, num_out, width, dtype) == fits

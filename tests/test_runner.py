@@ -1,6 +1,7 @@
 """The runner: nothing compiles after start-up, the cache stays in place, buffers stay unchanged."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,12 @@ from nanovllm_jax.engine.inputs import (
     seeds,
     unpack,
 )
-from nanovllm_jax.engine.model_runner import Bucket, decode_buckets, prefill_buckets
+from nanovllm_jax.engine.model_runner import (
+    Bucket,
+    ModelRunner,
+    decode_buckets,
+    prefill_buckets,
+)
 from nanovllm_jax.engine.sequence import Sequence
 
 COMPILE_EVENTS = []
@@ -62,6 +68,40 @@ def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkey
     prefill, *decode = used
     assert prefill.num_tokens == {1: 64, 2: 64, 3: 128, 4: 128}[count]
     assert decode == [Bucket(0, {1: 1, 2: 2, 3: 4, 4: 4}[count])] * 2
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize(
+    ("want", "changes"),
+    [
+        (("mosaic", "triton"), {}),
+        (("mosaic", "triton"), {"head_dim": 64}),
+        (("triton", "triton"), {"head_dim": 80}),
+        (("triton", "triton"), {"capability": "8.0"}),
+        (("triton", "triton"), {"capability": "10.0"}),
+        (("triton", "triton"), {"dtype": "float32"}),
+        (("triton", "triton"), {"kv_cache_dtype": "fp8"}),
+        (("xla", "xla"), {"platform": "cpu"}),
+        (("triton", "triton"), {"platform": "cpu", "backend": "triton"}),
+        (("mosaic", "mosaic"), {"backend": "mosaic"}),
+        (("xla", "xla"), {"backend": "xla"}),
+    ],
+)
+def test_the_kernels_that_a_device_gets(want, changes):
+    options = dict(
+        platform="gpu", capability="9.0", backend="auto", dtype="bfloat16", head_dim=128,
+        kv_cache_dtype="auto",
+    )  # fmt: skip
+    o = SimpleNamespace(**(options | changes))
+    runner = ModelRunner.__new__(ModelRunner)  # without its weights and cache
+    runner.platform = o.platform
+    device = SimpleNamespace(compute_capability=o.capability)
+    runner.sharding = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([device])))
+    runner.config = SimpleNamespace(attention_backend=o.backend, kv_cache_dtype=o.kv_cache_dtype)
+    runner.model_config = SimpleNamespace(dtype=o.dtype, head_dim=o.head_dim)
+    assert runner._attention_backends() == want
 
 
 # --- compilation ---

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
+import jaxlib.version
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pallas_kernels
@@ -24,13 +24,18 @@ SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
 class ProgramCache:
     """Programs of one engine configuration, as files of a folder."""
 
-    def __init__(self, folder: Path, devices: list[jax.Device], made_from: Any):
+    def __init__(
+        self,
+        folder: Path,
+        devices: list[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
+        made_from: Any,
+    ):
         """`made_from`: what else tells programs apart; its repr must be the same in every run."""
         self.folder, self.devices = folder, devices
         client = devices[0].client
         parts = [
             *(path.read_bytes() for root in SOURCES for path in sorted(root.rglob("*.py"))),
-            *(jax.__version__, jaxlib.__version__, client.platform_version),
+            *(jax.__version__, jaxlib.version.__version__, client.platform_version),
             *(device.device_kind for device in devices),
             *(f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
             repr(sorted((name, str(value)) for name, value in jax.config.values.items())),
@@ -62,11 +67,16 @@ class ProgramCache:
             return None
 
     def store(self, name: str, program: jax.stages.Compiled) -> None:
-        """Keep a program; readers see the old file or the new one, never a part."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            file.write(serialize(program)[0])
-        os.replace(file.name, self._path(name))
+        """Keep a program if the disk takes it; readers see the old file or the new, no part."""
+        path = self._path(name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                whole = Path(folder) / path.name
+                whole.write_bytes(serialize(program)[0])
+                os.replace(whole, path)
+        except OSError as error:  # a full disk, say: the program itself is fine
+            warnings.warn(f"{path} cannot be written: {error!r}", stacklevel=2)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{self.key}-{name}"

@@ -110,7 +110,7 @@ class FusedProject:
             norm_weight = norm.weight[...][None] if layer is None else norm.weight[...]
         local = [n // self.sharding.size(a) for n, a in zip(weight.shape[1:], axes, strict=True)]
         num_out, width = math.prod(local[:-num_in]), math.prod(local[-num_in:])
-        if not fits_fused_linear(len(x), num_out, width, x.dtype):
+        if not fits_fused_linear(len(x), num_out // (1 + gated), width, x.dtype):
             return project(x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype)
 
         # Devices that hold parts of the input's axes hold parts of the sum.

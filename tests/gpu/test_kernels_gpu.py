@@ -6,7 +6,15 @@ Also at odd ones: seven query heads per KV head, a head dim of 80, small pages.
 import jax
 import numpy as np
 import pytest
-from test_kernels import FP8, IMPLEMENTATIONS, check_decode, check_prefill, check_write
+from test_kernels import (
+    FP8,
+    IMPLEMENTATIONS,
+    check_decode,
+    check_decode_step,
+    check_fused_linear,
+    check_prefill,
+    check_write,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,3 +69,30 @@ def test_mosaic_prefill(group, head_dim, page_size, padding):
 @pytest.mark.parametrize("num_tokens", [1, 700])
 def test_write(num_tokens, shape, implementation):
     check_write(implementation, num_tokens, num_pages=800 // shape["page_size"] + 1, **shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("batch", [1, 8, 100])  # many splits, a few, none
+def test_decode_step(batch, shape):
+    edges = [700, 1, 0, shape["page_size"] - 1, shape["page_size"], shape["page_size"] + 1, 63, 64]
+    contexts = [*edges, *np.random.default_rng(batch).integers(0, 100, batch)][:batch]
+    check_decode_step("triton", [int(n) for n in contexts], splits=batch < 100, **shape)
+
+
+# Of Qwen3-0.6B and Qwen3-8B; and a width of 3 chunks, with the fewest outputs.
+LINEARS = {
+    "qkv": (1024, 4096, dict(normed=True)),
+    "attention output": (2048, 1024, dict(residual=True)),
+    "gate and up": (1024, 3072, dict(normed=True, gated=True)),
+    "down": (3072, 1024, dict(residual=True)),
+    "logits": (1024, 151936, dict(normed=True, out_dtype="float32")),
+    "gate and up of 8B": (4096, 12288, dict(normed=True, gated=True)),
+    "down of 8B": (12288, 4096, dict(residual=True)),
+    "all at once": (384, 8, dict(normed=True, gated=True, residual=True, dtype="float16")),
+}
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_fused_linear(linear):
+    width, num_out, options = LINEARS[linear]
+    check_fused_linear(width, num_out, **options)

@@ -1,0 +1,127 @@
+"""`FusedProject` against `project`, on one device and on shards, and the layers made of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.linear import FusedProject, Linear, project
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.models import Qwen3
+from nanovllm_jax.sharding import make_sharding
+
+LAYERS, LAYER = 3, 2
+EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN = 128, 8, 4, 64, 512
+ROW = jnp.bfloat16
+# The four products of a decoder layer: axes out, axes in, and what surrounds them. Their shards on
+# four devices are the smallest that the kernel takes.
+PRODUCTS = {
+    "qkv": (dict(kv_heads=KV_HEADS, group=4, head_dim=HEAD_DIM), dict(embed=EMBED), ["norm"]),
+    "attention output": (dict(embed=EMBED), dict(heads=HEADS, head_dim=HEAD_DIM), ["residual"]),
+    "gate and up": (dict(gate_up=2, ffn=FFN), dict(embed=EMBED), ["norm", "gated"]),
+    "down": (dict(embed=EMBED), dict(ffn=FFN), ["residual"]),
+    "logits": (dict(vocab=64), dict(embed=EMBED), ["norm", "dtype"]),
+}
+each_mesh = pytest.mark.parametrize("devices", [1, 2, 4])
+
+
+def values(rng, *shape, dtype=ROW):
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+
+def in_layer(value, axes, sharding, layer):
+    """A parameter: `value` itself, or in its place in a stack whose other layers are NaN."""
+    if layer is not None:
+        value = jnp.full((LAYERS, *value.shape), jnp.nan, value.dtype).at[LAYER].set(value)
+        axes = ("layers", *axes)
+    return nnx.Param(jax.device_put(value, sharding.named(*axes)))
+
+
+def make_product(name, sharding, layer, rows=1, dtype=ROW, **sizes):
+    """Arguments of a `Project`, with random weights: (x, linear, layer), keywords."""
+    out, inp, around = PRODUCTS[name]
+    out, inp = ({axis: sizes.get(axis, n) for axis, n in axes.items()} for axes in (out, inp))
+    rng = np.random.default_rng(0)
+    linear = Linear(out, inp, dtype=dtype, rngs=nnx.Rngs(0))
+    weight = linear.weight[...]
+    linear.weight = in_layer(weight, linear.out_axes + linear.in_axes, sharding, layer)
+    options = {}
+    if "norm" in around:
+        options["norm"] = norm = RMSNorm(EMBED, 1.0, dtype=dtype)
+        norm.weight = in_layer(values(rng, EMBED, dtype=dtype), ("embed",), sharding, layer)
+    if "residual" in around:
+        options["residual"] = values(rng, rows, *out.values(), dtype=dtype)
+    if "gated" in around:
+        options["gated"] = True
+    if "dtype" in around:
+        options["dtype"] = jnp.float32
+    x = values(rng, rows, *inp.values(), dtype=dtype)
+    return (x, linear, None if layer is None else jnp.int32(layer)), options
+
+
+def run(how, args, options):
+    """The product, jitted as in a step, and whether a kernel computed it."""
+    x, linear, layer = args
+    arrays = dict(x=x, layer=layer, residual=options.get("residual"))
+
+    def product(arrays):
+        kept = options | ({"residual": arrays["residual"]} if "residual" in options else {})
+        return how(arrays["x"], linear, arrays["layer"], **kept)
+
+    traced = jax.jit(product).trace(arrays)
+    return traced.lower().compile()(arrays), "fused_linear" in str(traced.jaxpr)
+
+
+@each_mesh
+@pytest.mark.parametrize("layer", [None, LAYER])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_fused_products_are_the_plain_ones(name, layer, devices):
+    sharding = make_sharding(devices)
+    args, options = make_product(name, sharding, layer)
+    got, fused = run(FusedProject(sharding), args, options)
+    want, plain_fused = run(project, args, options)
+    assert fused and not plain_fused
+    assert got.shape == want.shape and got.dtype == want.dtype
+    # In bfloat16: the plain norm and gate are rounded on the way, and so are the shards' sums.
+    got, want = (np.asarray(a, np.float32) for a in (got, want))
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+    assert np.abs(want).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("qkv", dict(rows=2)),
+        ("qkv", dict(dtype=jnp.float32)),
+        ("gate and up", dict(ffn=24)),  # two halves of 12 on each of two devices
+        ("down", dict(ffn=320)),  # 160 on each
+        ("logits", dict(vocab=132)),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_computed_plainly(name, change):
+    sharding = make_sharding(2)
+    args, options = make_product(name, sharding, LAYER, **change)
+    got, fused = run(FusedProject(sharding), args, options)
+    assert not fused
+    np.testing.assert_array_equal(got, run(project, args, options)[0])
+
+
+@each_mesh
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_logits_are_the_plain_ones(tied, devices):
+    config = ModelConfig(
+        "Qwen3ForCausalLM", vocab_size=96, hidden_size=EMBED, intermediate_size=FFN, num_layers=1,
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=64,
+        rms_norm_eps=1.0, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model, sharding = Qwen3(config, rngs=nnx.Rngs(0)), make_sharding(devices)
+    rng = np.random.default_rng(1)
+    model.norm.weight = nnx.Param(values(rng, EMBED))
+    head = model.embed_tokens if tied else model.lm_head
+    head.weight = nnx.Param(jax.device_put(values(rng, 96, EMBED), sharding.named("vocab")))
+    hidden = values(rng, 1, EMBED)
+    got = jax.jit(lambda x: model.logits(x, FusedProject(sharding)))(hidden)
+    assert got.dtype == jnp.float32 and got.shape == (1, 96)
+    np.testing.assert_allclose(got, model.logits(hidden), rtol=1e-2, atol=0.1)

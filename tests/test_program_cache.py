@@ -1,0 +1,176 @@
+"""Programs kept on disk: found, loaded without lowering, and never mistaken for one another."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import greedy, prompt, tokens
+from jax.experimental.compilation_cache import compilation_cache
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine import program_cache
+from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.engine.program_cache import ProgramCache
+
+ARGS, OUTPUTS = ({"x": 0}, 0), (0, {"y": 0})  # of `program`
+
+
+@pytest.fixture(autouse=True)
+def without_the_other_cache():
+    """On a CPU, a program that JAX has loaded from its own cache cannot be stored again."""
+
+    def use(whether):
+        jax.config.update("jax_enable_compilation_cache", whether)
+        compilation_cache.reset_cache()
+
+    used = jax.config.jax_enable_compilation_cache
+    use(False)
+    yield
+    use(used)
+
+
+def program(term=2, size=1000):
+    """A compiled ({x}, n) -> (x + term, {y: n * x}), which takes x over."""
+
+    def run(inputs, n):
+        x = inputs["x"]
+        return x + term, {"y": n * x}
+
+    x = jax.ShapeDtypeStruct((size,), jnp.float32)
+    n = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.jit(run, donate_argnums=0).lower({"x": x}, n).compile()
+
+
+def cache(folder, made_from="test"):
+    return ProgramCache(Path(folder), jax.devices()[:1], made_from)
+
+
+def test_a_stored_program_runs_and_donates(tmp_path):
+    assert cache(tmp_path / "new").load("step", ARGS, OUTPUTS) is None
+    cache(tmp_path / "new").store("step", program())
+    loaded = cache(tmp_path / "new").load("step", ARGS, OUTPUTS)
+    x = jnp.arange(1000, dtype=jnp.float32)
+    place = x.unsafe_buffer_pointer()
+    total, rest = loaded({"x": x}, jnp.float32(3))
+    assert x.is_deleted() and total.unsafe_buffer_pointer() == place
+    np.testing.assert_array_equal(total, np.arange(1000) + 2)
+    np.testing.assert_array_equal(rest["y"], 3 * np.arange(1000))
+    assert cache(tmp_path / "new").load("other", ARGS, OUTPUTS) is None
+
+
+def test_a_program_of_several_devices_is_loaded_for_them(tmp_path):
+    devices = jax.devices()[:2]
+    mesh = jax.sharding.Mesh(np.array(devices), ("i",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
+    x = jax.device_put(jnp.arange(8.0), split)
+    compiled = jax.jit(lambda x: x - x.sum(), out_shardings=split).lower(x).compile()
+    ProgramCache(tmp_path, devices, "test").store("step", compiled)
+    loaded = ProgramCache(tmp_path, devices, "test").load("step", (0,), 0)
+    out = loaded(x)
+    assert out.sharding == split
+    np.testing.assert_array_equal(out, np.arange(8.0) - 28)
+
+
+def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):
+    source = tmp_path / "sources" / "layers" / "norm.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("eps = 1")
+    monkeypatch.setattr(program_cache, "SOURCES", (tmp_path / "sources",))
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+
+    def key(made_from="test", devices=1):
+        return ProgramCache(tmp_path, jax.devices()[:devices], made_from).key
+
+    keys = [key(), key("another"), key(("test", (1, 2))), key(devices=2)]
+    source.write_text("eps = 2")
+    keys.append(key())
+    (source.parent / "new.py").write_text("")
+    keys.append(key())
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--some_flag")
+    keys.append(key())
+    with jax.default_matmul_precision("float32"):
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    (source.parent / "new.py").unlink()
+    source.write_text("eps = 1")
+    (source.parent / "notes.txt").write_text("no source")
+    assert key() == keys[0]
+
+
+def test_the_sources_are_the_two_packages():
+    names = {"nanovllm_jax": "engine/step.py", "pallas_kernels": "fused_linear.py"}
+    assert {path.name for path in program_cache.SOURCES} == set(names)
+    assert all((path / names[path.name]).is_file() for path in program_cache.SOURCES)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[::-1]])
+def test_a_damaged_file_is_named_and_made_anew(tmp_path, damage):
+    cache(tmp_path).store("step", program())
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{file.name} cannot be loaded"):
+        assert cache(tmp_path).load("step", ARGS, OUTPUTS) is None
+    cache(tmp_path).store("step", program())
+    assert cache(tmp_path).load("step", ARGS, OUTPUTS) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="step cannot be written"):
+        cache(tmp_path / "file").store("step", program())
+
+
+def test_concurrent_stores_leave_one_whole_file(tmp_path):
+    programs = [program(term) for term in (1, 2, 3, 4)]
+    stored = cache(tmp_path)
+    stored.store("step", programs[0])
+    with ThreadPoolExecutor(8) as pool:
+        stores = [pool.submit(stored.store, "step", p) for p in programs * 8]
+        loads = [pool.submit(stored.load, "step", ARGS, OUTPUTS) for _ in range(8)]
+        loaded = [load.result() for load in loads]  # a partial file would give None, and warn
+        assert all(store.result() is None for store in stores)
+    assert [file.name for file in tmp_path.iterdir()] == [f"{stored.key}-step"]
+    for each in (*loaded, stored.load("step", ARGS, OUTPUTS)):
+        total, _ = each({"x": jnp.zeros(1000)}, jnp.float32(1))
+        assert total[0] in (1, 2, 3, 4) and len(set(total.tolist())) == 1
+
+
+def test_a_second_runner_loads_every_program_and_lowers_none(
+    new_engine, checkpoint, tmp_path, monkeypatch
+):
+    """As on a GPU; a CPU's runners keep no programs."""
+    assert new_engine(checkpoint(), enforce_eager=True).runner.program_cache is None
+    lowered = []
+
+    def record(name):
+        lower = getattr(ModelRunner, name)
+        monkeypatch.setattr(
+            ModelRunner, name, lambda *args: (lowered.append(args), lower(*args))[1]
+        )
+
+    record("_lower_step")
+    record("_lower_redraw")
+    monkeypatch.setattr(ModelRunner, "_program_cache", lambda self: cache(tmp_path))
+
+    small = dict(max_num_seqs=2, max_model_len=300, max_num_batched_tokens=300)
+    prompts = [prompt(n) for n in (3, 60, 255, 257)]
+    params = [greedy()] * len(prompts)
+    params[1] = SamplingParams(temperature=1.0, top_k=5, max_tokens=9, seed=3)
+    first = new_engine(checkpoint(), **small)
+    programs = len(first.runner.steps) + len(first.runner.redraws)
+    assert len(lowered) == programs == len(list(tmp_path.iterdir()))
+    want = tokens(first, prompts, params)
+
+    lowered.clear()
+    second = new_engine(checkpoint(), **small)
+    assert lowered == []
+    assert tokens(second, prompts, params) == want
+    assert tokens(first, prompts, params) == want  # each with a state of its own
+
+    new_engine(checkpoint(), **small, num_kvcache_blocks=17)
+    assert len(lowered) == programs  # other shapes are other programs
