@@ -67,7 +67,7 @@ class ProgramCache:
             return None
 
     def store(self, name: str, program: jax.stages.Compiled) -> None:
-        """Keep a program if the disk takes it; readers see the old file or the new, no part."""
+        """Keep a program if that can be done; readers see the old file or the new, no part."""
         path = self._path(name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class ProgramCache:
                 whole = Path(folder) / path.name
                 whole.write_bytes(serialize(program)[0])
                 os.replace(whole, path)
-        except OSError as error:  # a full disk, say: the program itself is fine
+        except Exception as error:  # a full disk, say: the program itself is fine
             warnings.warn(f"{path} cannot be written: {error!r}", stacklevel=2)
 
     def _path(self, name: str) -> Path:
