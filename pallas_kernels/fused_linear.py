@@ -60,7 +60,7 @@ def fused_linear(
             f"fused_linear takes one row of 16 bits, outputs in multiples of {_MAX_BLOCK} and "
             f"inputs in multiples of {_CHUNKS[-1]}, not {x.dtype}{x.shape} with {weight.shape}"
         )
-    # Measured on an H100, with the shapes of 0.6B and 8B; few outputs are spread over more programs.
+    # Measured on an H100, with the shapes of 0.6B and 8B. Few outputs go to more programs.
     block = _MAX_BLOCK if num_out >= 2048 else 2
     chunk = next(c for c in _CHUNKS if width % c == 0)
     kernel = functools.partial(
