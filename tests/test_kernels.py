@@ -701,10 +701,10 @@ def test_fused_linear_names_what_it_does_not_take():
         linear(dtype="float32")
     with pytest.raises(ValueError, match=r"multiples of 128, not bfloat16\(1, 192\)"):
         linear(width=192)
-    with pytest.raises(ValueError, match=r"multiples of 8 .* with \(2, 12, 256\)"):
-        linear(num_out=12)
-    with pytest.raises(ValueError, match=r"with \(2, 24, 256\)"):
-        linear(num_out=24, gated=True)  # two halves of 12
+    with pytest.raises(ValueError, match=r"multiples of 4 .* with \(2, 10, 256\)"):
+        linear(num_out=10)
+    with pytest.raises(ValueError, match=r"with \(2, 20, 256\)"):
+        linear(num_out=20, gated=True)  # two halves of 10
     with pytest.raises(ValueError, match=r"bfloat16\(1, 256\) with \(2, 16, 128\)"):
         linear(weight_width=128)
 
@@ -716,7 +716,7 @@ def test_fused_linear_names_what_it_does_not_take():
         (1, 151936, 3072, "float16", True),
         (2, 8, 128, "bfloat16", False),
         (0, 8, 128, "bfloat16", False),
-        (1, 12, 128, "bfloat16", False),
+        (1, 10, 128, "bfloat16", False),
         (1, 8, 64, "bfloat16", False),
         (1, 8, 128, "float32", False),
         (1, 8, 128, FP8, False),

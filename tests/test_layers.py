@@ -95,7 +95,7 @@ def test_fused_products_are_the_plain_ones(name, layer, devices):
     [
         ("qkv", dict(rows=2)),
         ("qkv", dict(dtype=jnp.float32)),
-        ("gate and up", dict(ffn=24)),  # two halves of 12 on each of two devices
+        ("gate and up", dict(ffn=20)),  # two halves of 10 on each of two devices
         ("down", dict(ffn=320)),  # 160 on each
         ("logits", dict(vocab=132)),
     ],

@@ -32,8 +32,8 @@ def without_the_other_cache():
     use(used)
 
 
-def program(term=2, size=1000):
-    """A compiled ({x}, n) -> (x + term, {y: n * x}), which takes x over."""
+def lowered(term=2, size=1000):
+    """A lowered ({x}, n) -> (x + term, {y: n * x}), which takes x over."""
 
     def run(inputs, n):
         x = inputs["x"]
@@ -41,7 +41,12 @@ def program(term=2, size=1000):
 
     x = jax.ShapeDtypeStruct((size,), jnp.float32)
     n = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(run, donate_argnums=0).lower({"x": x}, n).compile()
+    return jax.jit(run, donate_argnums=0).lower({"x": x}, n)
+
+
+def program(term=2, size=1000):
+    """The same, compiled."""
+    return lowered(term, size).compile()
 
 
 def cache(folder, made_from="test"):
@@ -72,6 +77,22 @@ def test_a_program_of_several_devices_is_loaded_for_them(tmp_path):
     out = loaded(x)
     assert out.sharding == split
     np.testing.assert_array_equal(out, np.arange(8.0) - 28)
+
+
+def test_what_jax_has_kept_is_not_kept_again(tmp_path, monkeypatch):
+    folder, used = str(tmp_path / "jax"), jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    try:
+        for name, kept in (("first", True), ("second", False)):
+            jax.clear_caches()
+            stored = cache(tmp_path / "own")
+            stored.compile(name, lowered(), {})
+            assert (stored.load(name, ARGS, OUTPUTS) is not None) == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", used)
 
 
 def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):

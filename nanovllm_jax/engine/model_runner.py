@@ -304,9 +304,10 @@ class ModelRunner:
                 return program
 
             def compile_one(name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-                program = lowered.compile(self._compiler_options())
-                if cache:
-                    cache.store(name, program)
+                options = self._compiler_options()
+                program = (
+                    cache.compile(name, lowered, options) if cache else lowered.compile(options)
+                )
                 bar.update()
                 return program
 

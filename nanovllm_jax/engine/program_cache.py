@@ -8,6 +8,7 @@ from: the packages' sources, shapes and options, the versions, the flags and the
 import hashlib
 import os
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 import pallas_kernels
 
 SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
+
+_thread = threading.local()  # .found_by_jax: whether JAX's cache had what this thread compiled last
+
+
+def _listen(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _thread.found_by_jax = True
+
+
+jax.monitoring.register_event_listener(_listen)
 
 
 class ProgramCache:
@@ -65,6 +76,20 @@ class ProgramCache:
         except Exception as error:  # whatever is wrong with the file, compiling still works
             warnings.warn(f"{path} cannot be loaded and is made anew: {error!r}", stacklevel=2)
             return None
+
+    def compile(
+        self, name: str, lowered: jax.stages.Lowered, options: dict[str, bool | str]
+    ) -> jax.stages.Compiled:
+        """Compile a program and keep it under `name`.
+
+        What JAX's own cache had (after a change of sources that changed no program) is not kept:
+        on a CPU, a program that has been loaded once and is stored again does not run.
+        """
+        _thread.found_by_jax = False
+        program = lowered.compile(options)
+        if not _thread.found_by_jax:
+            self.store(name, program)
+        return program
 
     def store(self, name: str, program: jax.stages.Compiled) -> None:
         """Keep a program if that can be done; readers see the old file or the new, no part."""
