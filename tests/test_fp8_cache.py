@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import edge_prompts, greedy, make_checkpoint, tokens
+from helpers import greedy, make_checkpoint, prompt, tokens
 from safetensors.numpy import load_file, save_file
 
 from nanovllm_jax import LLM
@@ -73,9 +73,10 @@ def test_scaling_is_by_powers_of_two_that_cancel(tmp_path, devices):
 
 def test_tokens_do_not_depend_on_the_size_of_keys_and_values(tmp_path):
     """e4m3 alone would flush values of 2^-9 to zero."""
+    options = dict(max_num_seqs=2, max_num_batched_tokens=256, max_model_len=256)
     answers = []
-    for size in (1.0, 2.0**-9, 2.0**9):
+    for size in (1.0, 2.0**-9):
         path = shrink(make_checkpoint(tmp_path / str(size)), size)
-        with LLM(str(path), kv_cache_dtype="fp8", num_kvcache_blocks=32) as llm:
-            answers.append(tokens(llm, edge_prompts(), greedy()))
-    assert answers[0] == answers[1] == answers[2]
+        with LLM(str(path), kv_cache_dtype="fp8", num_kvcache_blocks=4, **options) as llm:
+            answers.append(tokens(llm, [prompt(5), prompt(120)], greedy()))
+    assert answers[0] == answers[1]
