@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -38,7 +39,7 @@ def main() -> int:
     add("--runs", type=int, default=3, help="timed runs of each (default: 3)")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    peer = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    peer: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     vocab = min(1000, peer.config.vocab_size)
     rng = random.Random(0)
 

@@ -135,7 +135,7 @@ class Qwen3(nnx.Module):
         The size of values is estimated: their input is normed, so its elements have a variance
         near 1 times the square of the norm's weight.
         """
-        layers = weights["layers"]
+        layers: Any = weights["layers"]
         attn, input_norm = layers["self_attn"], layers["input_layernorm"]["weight"].get_value()
 
         def change(module: str, scale: Callable[[Array], Array]) -> None:
