@@ -1,4 +1,4 @@
-"""Time the attention kernels at the shapes of Qwen3-0.6B and Qwen3-8B, beside an H100's ceilings.
+"""Time the kernels at the shapes of Qwen3-0.6B and Qwen3-8B, beside an H100's ceilings.
 
     python scripts/bench_kernels.py                        # on a GPU: under 100 s
     python scripts/bench_kernels.py --tiny                 # on a CPU: does it run?
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from pallas_kernels import norm_rope_write, paged_decode, paged_prefill
+from pallas_kernels import fused_linear, norm_rope_write, paged_decode, paged_prefill
 
 # Measured on an H100 SXM: a copy or a sum in PyTorch, and a large bfloat16 matrix product.
 BYTES_PER_SECOND = 2.99e12
@@ -30,6 +30,7 @@ FLOPS_PER_SECOND = 790e12
 
 KV_HEADS, HEAD_DIM = 8, 128  # of Qwen3-0.6B and 8B alike
 MODELS = {"0.6B": 16, "8B": 32}  # query heads
+SIZES = {"0.6B": (1024, 3072), "8B": (4096, 12288)}  # hidden size, width of the MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +141,20 @@ def write_case(tokens, heads, scale, options) -> Case:
     return Case(f"write {tokens} tokens", run, args, scale.calls, bytes_moved, BYTES_PER_SECOND)
 
 
+def linear_case(name, width, outputs, gated, scale) -> Case:
+    """A normed (and gated) linear layer of one row, whose work is the bytes of its weight."""
+    layers = jnp.arange(scale.calls, dtype=jnp.int32) % scale.layers
+
+    def run(k_cache, v_cache, x, weight, norm):
+        outs = [fused_linear(x, weight, i, norm, eps=1e-6, gated=gated) for i in layers]
+        return k_cache, v_cache, jnp.concatenate(outs)
+
+    weight = normal(0, (scale.layers, outputs, width))
+    args = (normal(1, (1, width)), weight, jnp.ones((scale.layers, width), jnp.bfloat16))
+    bytes_moved = weight.nbytes / scale.layers
+    return Case(f"linear {name}", run, args, scale.calls, bytes_moved, BYTES_PER_SECOND)
+
+
 def cases(model: str, scale: Scale, options: dict):
     """The cases of one model, each made when its turn comes."""
     heads, rng = MODELS[model], np.random.default_rng(0)
@@ -164,6 +179,16 @@ def cases(model: str, scale: Scale, options: dict):
     )  # fmt: skip
     for tokens in scale.write_tokens:
         yield functools.partial(write_case, tokens, heads, scale, options)
+    hidden, ffn = (size // (8 if scale is TINY else 1) for size in SIZES[model])
+    q_width = heads * HEAD_DIM
+    for name, width, outputs in (
+        ("qkv", hidden, q_width + 2 * KV_HEADS * HEAD_DIM),
+        ("o", q_width, hidden),
+        ("gate and up", hidden, 2 * ffn),
+        ("down", ffn, hidden),
+    ):
+        gated = name == "gate and up"
+        yield functools.partial(linear_case, name, width, outputs, gated, scale)
 
 
 def measure(case: Case, caches, repeats: int):
@@ -181,7 +206,7 @@ def measure(case: Case, caches, repeats: int):
 
 def main():
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description="Time the attention kernels.")
+    parser = argparse.ArgumentParser(description="Time the kernels.")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
     parser.add_argument("--implementation", default="triton", choices=["triton", "mosaic", "xla"])
     parser.add_argument("--only", default="", help="cases whose name contains this")
