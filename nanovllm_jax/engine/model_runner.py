@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -124,12 +125,19 @@ class ModelRunner:
     def _attention_backends(self) -> tuple[str, str]:
         """The kernels of prefill and of decode: as told, or those that measured best."""
         backend, c = self.config.attention_backend, self.model_config
+        if self.platform != "gpu":
+            return ("xla", "xla") if backend == "auto" else (backend, backend)
+        device = self.sharding.mesh.devices.flat[0]
+        version = re.search(r"cuda (\d+)", device.client.platform_version)
+        wrong_masks = version is not None and 12080 <= int(version[1]) < 12091
+        if backend == "mosaic" and wrong_masks:
+            raise ValueError(
+                "attention_backend='mosaic' needs another CUDA than 12.8.0 to 12.9.0, whose "
+                'compiler gets causal masks wrong: install "jax[cuda13]", or use "triton"'
+            )
         if backend != "auto":
             return backend, backend
-        if self.platform != "gpu":
-            return "xla", "xla"
-        device = self.sharding.mesh.devices.flat[0]
-        hopper = float(device.compute_capability) == 9.0
+        hopper = float(device.compute_capability) == 9.0 and not wrong_masks
         fits = c.dtype == self.cache_dtype == "bfloat16" and c.head_dim in (64, 128)
         return "mosaic" if hopper and fits else "triton", "triton"
 
