@@ -4,9 +4,10 @@ The cache of each of K and V is one array `[L, P, S, K, H]`: layers, pages, posi
 heads, head dim. A block table lists the pages of a sequence in order, so that position p of
 sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 
-Every function takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere on; interpreted
-where there is no GPU), "mosaic" (the same, with Hopper's own instructions for prefill) or "xla"
-(plain JAX: the CPU path, and what the kernels are compared with).
+Every function of attention takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere on;
+interpreted where there is no GPU), "mosaic" (Pallas with Hopper's own instructions, in bfloat16;
+the KV write stays in Triton) or "xla" (plain JAX: the CPU path, and what the kernels are compared
+with). `fused_linear`, the linear layer of a single row, is a Triton kernel only.
 """
 
 from pallas_kernels.fused_linear import fits_fused_linear, fused_linear
