@@ -272,7 +272,7 @@ def _padded(row: list[list[int]], length: int) -> Int[np.ndarray, "3 S"]:
 class MatmulEmbedding(Embedding):
     """The lookup as a product, whose gradient is summed in float32 and not by bfloat16 scatter."""
 
-    def __call__(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+    def lookup(self, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
         table = self.weight[...]
         return jax.nn.one_hot(token_ids, table.shape[0], dtype=table.dtype) @ table
 

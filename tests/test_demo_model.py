@@ -258,3 +258,24 @@ def test_exported_names_and_shapes_are_those_that_the_loader_joins():
         expected = np.asarray(value.astype("bfloat16").astype("float32"))
         np.testing.assert_array_equal(np.stack(joined) if stacked else joined[0], expected)
     assert used == set(tensors)
+
+
+# ---- the training ---------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss():
+    pytest.importorskip("optax", reason="training needs the extra 'train'")
+    train_demo = importlib.import_module("train_demo")
+    trainer = train_demo.Trainer(train_demo.TINY, dtype="float32")
+    model = trainer.model(trainer.params)
+    ids = np.array([3, 511, 0])
+    table = np.asarray(model.embed_tokens.weight[...])
+    np.testing.assert_array_equal(model.embed_tokens.lookup(ids), table[ids])
+    assert type(model.embed_tokens).lookup is train_demo.MatmulEmbedding.lookup
+
+    length = train_demo.TINY.row_length
+    rows = np.zeros((4, 3, length), np.int16)  # token, document, kind
+    rows[:, 0] = np.arange(length) % 7 + 3  # a text that is easy to learn
+    rows[:, 2] = 1
+    losses = [loss for _, loss, _ in trainer.run(rows, minutes=np.inf)]
+    assert len(losses) == 4 and losses[-1] < 0.8 * losses[0]
