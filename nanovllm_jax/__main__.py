@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
-# First words that mean a tool, not a prompt; `nanovllm-jax -- WORD` makes one a prompt again.
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {}
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
 
 ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "max_model_len": (int, "longest prompt plus output, in tokens"),
@@ -83,6 +84,29 @@ class TextStream:
     def _pending(self) -> str:
         printed = self._decode(self._ids[self._start : self._end])
         return self._decode(self._ids[self._start :])[len(printed) :]
+
+
+def script(module: str) -> Callable[[Sequence[str]], int]:
+    """A command that is `main(argv)` of a module in the repository's scripts/."""
+
+    def run(argv: Sequence[str]) -> int:
+        if not SCRIPTS.is_dir():
+            raise UsageError(
+                f"this command needs the repository's scripts, and {SCRIPTS} is not there: clone "
+                "the repository and install it with `pip install -e .`"
+            )
+        sys.path.insert(0, str(SCRIPTS))
+        return importlib.import_module(module).main(argv)
+
+    return run
+
+
+# First words that mean a tool, not a prompt; `nanovllm-jax -- WORD` makes one a prompt again.
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "compare": script("compare.main"),
+    "profile": script("profile_engine"),
+    "sharding": script("sharding_report"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
