@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from nanovllm_jax.sharding import MESH_AXES, Rule, merge_rules
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION_BACKENDS = ("auto", "triton", "mosaic", "xla")
@@ -51,33 +54,40 @@ class ModelConfig:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
-    def over(self, shards: int) -> "ModelConfig":
-        """This model laid out over `shards` devices: the same function, with each KV head copied
-        where there are more devices than heads, and the vocabulary padded to a multiple.
+    def over(self, shards: Callable[[str], int]) -> "ModelConfig":
+        """This model cut into `shards(axis)` parts along each logical axis: the same function, with
+        each KV head copied where there are more shards than heads, and the vocabulary padded.
 
         Raises:
-            ValueError: the heads or the hidden units of the MLP cannot be split so.
+            ValueError: heads, hidden units of the MLP or the hidden size cannot be split so.
         """
-        valid = [n for n in range(1, 9) if self._divides(n)]
-        if shards not in valid:
-            raise ValueError(
-                f"tensor_parallel_size={shards} does not divide this model (query heads "
-                f"{self.num_heads}, key/value heads {self.num_kv_heads}, intermediate_size "
-                f"{self.intermediate_size}); valid sizes: {valid}"
-            )
-        copies = max(1, shards // self.num_kv_heads)
+        for axis in ("heads", "ffn", "embed", "activation_embed"):
+            if not self._divides(axis, shards(axis)):
+                tensor = ("heads", "ffn")
+                valid = [n for n in range(1, 9) if all(self._divides(a, n) for a in tensor)]
+                raise ValueError(
+                    f"{axis!r} cannot be split over {shards(axis)} devices (tensor_parallel_size "
+                    f"or mesh_shape): this model has {self.num_heads} query heads, "
+                    f"{self.num_kv_heads} key/value heads, intermediate_size "
+                    f"{self.intermediate_size}, hidden_size {self.hidden_size}; valid tensor "
+                    f"parallel sizes: {valid}"
+                )
+        copies = max(1, shards("kv_heads") // self.num_kv_heads)
+        padding = -self.vocab_size % shards("vocab")
         return replace(
             self,
             num_kv_heads=self.num_kv_heads * copies,
             kv_head_copies=copies,
-            vocab_size=self.vocab_size + -self.vocab_size % shards,
-            vocab_padding=-self.vocab_size % shards,
+            vocab_size=self.vocab_size + padding,
+            vocab_padding=padding,
         )
 
-    def _divides(self, shards: int) -> bool:
+    def _divides(self, axis: str, shards: int) -> bool:
         kv_heads = self.num_kv_heads
-        split = kv_heads % shards == 0 or shards % kv_heads == 0
-        return split and self.num_heads % shards == 0 and self.intermediate_size % shards == 0
+        if axis == "heads":
+            split = kv_heads % shards == 0 or shards % kv_heads == 0
+            return split and self.num_heads % shards == 0
+        return (self.intermediate_size if axis == "ffn" else self.hidden_size) % shards == 0
 
     @classmethod
     def from_directory(cls, path: Path) -> "ModelConfig":
@@ -127,6 +137,8 @@ class EngineConfig:
     max_model_len: int = 4096
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    mesh_shape: Mapping[str, int] | None = None
+    sharding_rules: Mapping[str, Rule] | None = None
     enforce_eager: bool = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int | None = None
@@ -156,6 +168,7 @@ class EngineConfig:
         assert (path / "config.json").is_file(), f"{path} has no config.json"
         object.__setattr__(self, "model", str(path))
         self._check_types()
+        self._check_mesh()
         model = ModelConfig.from_directory(path)
         dtype = self.dtype or model.dtype
         object.__setattr__(self, "model_config", replace(model, dtype=dtype))
@@ -172,12 +185,31 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
+        for name in ("mesh_shape", "sharding_rules"):
+            if not isinstance(getattr(self, name), Mapping | None):
+                raise TypeError(f"{name} must be a dict or None, got {getattr(self, name)!r}")
         for name in ("enforce_eager", "async_scheduling"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float):
             raise TypeError(f"gpu_memory_utilization must be a number, got {share!r}")
+
+    def _check_mesh(self) -> None:
+        """Make `mesh_shape` and `sharding_rules` complete."""
+        mesh = dict(self.mesh_shape or {"tensor": self.tensor_parallel_size})
+        for axis, size in mesh.items():
+            if axis not in MESH_AXES:
+                raise ValueError(f"mesh_shape has no axis {axis!r}; valid: {list(MESH_AXES)}")
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"mesh_shape[{axis!r}] must be a positive integer, got {size!r}")
+        if self.tensor_parallel_size not in (1, mesh.get("tensor", 1)):
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size} contradicts "
+                f"mesh_shape={self.mesh_shape}; give one of them"
+            )
+        object.__setattr__(self, "mesh_shape", mesh)
+        object.__setattr__(self, "sharding_rules", merge_rules(self.sharding_rules or {}))
 
     def _check_ranges(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:

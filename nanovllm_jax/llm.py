@@ -15,6 +15,11 @@ class LLM(LLMEngine):
         gpu_memory_utilization: share, in (0, 1], of the memory that JAX holds of each GPU to use
             for weights, steps and KV cache.
         tensor_parallel_size: devices to split the model over, 1 to 8.
+        mesh_shape: instead, devices along each axis of the mesh, {"data": 2, "tensor": 4}: "data"
+            splits the sequences and their cache, "tensor" the model. num_kvcache_blocks is then
+            the size of one data shard's cache.
+        sharding_rules: changes to nanovllm_jax.sharding.DEFAULT_RULES, logical axis -> mesh axis,
+            a list of them, or None.
         enforce_eager: run operation by operation, without compiling the model; to debug.
         kvcache_block_size: tokens of a KV-cache block, a multiple of 256.
         num_kvcache_blocks: size of the KV cache; None fills the memory.

@@ -1,5 +1,8 @@
 """The device mesh, and the one table that says how arrays are laid out over it."""
 
+import difflib
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -8,11 +11,24 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-# Logical axis -> mesh axis; an axis that is not named here is replicated. Megatron's tensor
-# parallelism (arXiv:1909.08053): attention is split by KV head together with the query heads
-# that share it, the MLP by its hidden units, embedding and logits by vocabulary entry.
-DEFAULT_RULES: Mapping[str, str | None] = MappingProxyType(
-    {"kv_heads": "tensor", "heads": "tensor", "ffn": "tensor", "vocab": "tensor"}
+MESH_AXES = ("data", "tensor")
+
+Rule = str | tuple[str, ...] | None  # the mesh axis or axes that a logical axis is split over
+
+# Logical axis -> mesh axis. "tensor" is Megatron's tensor parallelism (arXiv:1909.08053): attention
+# is split by KV head together with the query heads that share it, the MLP by its hidden units,
+# embedding and logits by vocabulary entry. "data" splits the sequences: tokens, rows and cache.
+DEFAULT_RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "vocab": "tensor",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "ffn": "tensor",
+        "embed": None,  # of weights: the side that meets the residual stream
+        "batch": "data",  # sequences: their tokens, rows and cache pages
+        "activation_tokens": "data",  # the residual stream between a layer's two halves
+        "activation_embed": None,
+    }
 )
 
 
@@ -21,11 +37,32 @@ class Sharding:
     """A mesh and the rules that map logical axes onto it."""
 
     mesh: Mesh
-    rules: Mapping[str, str | None] = field(default_factory=lambda: DEFAULT_RULES, hash=False)
+    rules: Mapping[str, Rule] = field(default_factory=lambda: DEFAULT_RULES, hash=False)
+
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is split over."""
+        rule = self.rules.get(axis) if axis else None
+        return (rule,) if isinstance(rule, str) else tuple(rule or ())
+
+    def size(self, axis: str | None) -> int:
+        """How many shards a logical axis is cut into."""
+        return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.mesh_axes(axis))
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """PartitionSpec of an array whose dimensions carry these logical names (None: unnamed)."""
-        return PartitionSpec(*(self.rules.get(axis) if axis else None for axis in axes))
+        """PartitionSpec of an array whose dimensions carry these logical names (None: unnamed).
+
+        Raises:
+            ValueError: the rules split two of the dimensions over the same mesh axis.
+        """
+        used = Counter(mesh_axis for axis in axes for mesh_axis in self.mesh_axes(axis))
+        if any(count > 1 for count in used.values()):
+            rules = {axis: self.rules[axis] for axis in axes if axis and self.mesh_axes(axis)}
+            raise ValueError(
+                f"sharding_rules split an array [{', '.join(map(str, axes))}] twice over the "
+                f"same mesh axis: {rules}; set one of them to None"
+            )
+        names = (self.mesh_axes(axis) for axis in axes)
+        return PartitionSpec(*(n[0] if len(n) == 1 else n or None for n in names))
 
     def named(self, *axes: str | None) -> NamedSharding:
         """NamedSharding of an array whose dimensions carry these logical names."""
@@ -35,14 +72,10 @@ class Sharding:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def size(self, axis: str) -> int:
-        """How many shards a logical axis is cut into."""
-        mesh_axis = self.rules.get(axis)
-        return self.mesh.shape[mesh_axis] if mesh_axis else 1
-
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Tell the compiler the layout of an intermediate array."""
-        return jax.lax.with_sharding_constraint(x, self.named(*axes))
+        """Tell the compiler the layout of an intermediate array; axes too short stay whole."""
+        fitting = [a if n % self.size(a) == 0 else None for a, n in zip(axes, x.shape, strict=True)]
+        return jax.lax.with_sharding_constraint(x, self.named(*fitting))
 
     def shard_map(self, fn: Callable, in_axes: tuple, out_axes: tuple | PartitionSpec) -> Callable:
         """Run `fn` on each device's shards; axes are PartitionSpecs made by `spec`."""
@@ -52,22 +85,54 @@ class Sharding:
         )
 
 
-def make_sharding(tensor_parallel_size: int = 1) -> Sharding:
-    """A mesh of the first `tensor_parallel_size` local devices along the axis "tensor".
+def make_sharding(
+    mesh_shape: Mapping[str, int], rules: Mapping[str, Rule] | None = None
+) -> Sharding:
+    """A mesh of the first devices, and the default rules changed by `rules`.
+
+    Args:
+        mesh_shape: devices along each of MESH_AXES; 1 where one is left out.
+        rules: logical axis -> mesh axis (or several, or None: not split).
 
     Raises:
-        ValueError: fewer devices are visible.
+        ValueError: a rule names an unknown axis, rules that belong together differ, or fewer
+            devices are visible.
     """
+    merged = merge_rules(rules or {})
     devices = jax.devices()
-    if tensor_parallel_size > len(devices):
+    shape = tuple(mesh_shape.get(axis, 1) for axis in MESH_AXES)
+    if math.prod(shape) > len(devices):
+        wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise ValueError(
-            f"tensor_parallel_size={tensor_parallel_size}, but only {len(devices)} "
-            f"{devices[0].platform} device(s) are visible"
+            f"tensor_parallel_size or mesh_shape asks for {math.prod(shape)} devices ({wanted}), "
+            f"but only {len(devices)} {devices[0].platform} device(s) are visible"
         )
     mesh = jax.make_mesh(
-        (tensor_parallel_size,),
-        ("tensor",),
-        axis_types=(AxisType.Auto,),
-        devices=devices[:tensor_parallel_size],
+        shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: math.prod(shape)]
     )
-    return Sharding(mesh)
+    return Sharding(mesh, merged)
+
+
+def merge_rules(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+    """DEFAULT_RULES changed by `rules`, checked; see `make_sharding`."""
+    for axis, rule in rules.items():
+        if axis not in DEFAULT_RULES:
+            near = difflib.get_close_matches(axis, DEFAULT_RULES, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"sharding_rules: there is no logical axis {axis!r}; did you mean {near!r}? "
+                f"Valid: {list(DEFAULT_RULES)}"
+            )
+        names = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        if unknown := [name for name in names if name not in MESH_AXES]:
+            raise ValueError(
+                f"sharding_rules: {axis!r} is split over {unknown[0]!r}, which is no mesh axis; "
+                f"valid: {list(MESH_AXES)}, a list of them, or None"
+            )
+    lists_as_tuples = {a: tuple(r) if isinstance(r, list) else r for a, r in rules.items()}
+    merged = {**DEFAULT_RULES, **lists_as_tuples}
+    if merged["heads"] != merged["kv_heads"]:
+        raise ValueError(
+            f"sharding_rules must split 'heads' ({merged['heads']!r}) and 'kv_heads' "
+            f"({merged['kv_heads']!r}) alike: query heads attend on the device of their KV head"
+        )
+    return MappingProxyType(merged)

@@ -74,7 +74,7 @@ def engine(checkpoint, _shared_engines):
     def get(shape="gqa", *, checkpoint=None, **options):
         llm = _shared_engines.get(made_with(shape, **(checkpoint or {})), options)
         llm.reset_prefix_cache()
-        llm.block_manager.check([])
+        llm.pools[0].check([])
         return llm
 
     return get

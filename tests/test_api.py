@@ -116,7 +116,9 @@ def test_a_directory_without_config_json_is_an_assertion_error(tmp_path):
 
 
 def test_heads_that_cannot_be_split_name_the_valid_sizes(checkpoint):
-    with pytest.raises(ValueError, match=r"tensor_parallel_size=4.*valid sizes: \[1, 2, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"over 4 devices.*valid tensor parallel sizes: \[1, 2, 6\]"
+    ):
         LLM(str(checkpoint()), tensor_parallel_size=4)
 
 
@@ -350,7 +352,7 @@ def test_a_request_that_outgrows_the_pool_fails_alone(engine):
     assert len(big["token_ids"]) == 513 - 505
     assert "error" not in small and len(small["token_ids"]) == 30
     assert llm.is_finished()
-    llm.block_manager.check([])
+    llm.pools[0].check([])
     assert tokens(llm, [prompts[1]], greedy(30)) == [small["token_ids"]]
 
 
@@ -407,7 +409,7 @@ def test_closing_a_stream_ends_its_request(llm):
     next(stream)
     stream.close()
     assert llm.is_finished()
-    llm.block_manager.check([])
+    llm.pools[0].check([])
 
 
 def test_a_stream_loses_nothing_to_a_generate_in_between(llm):
@@ -469,7 +471,7 @@ def test_an_interrupted_generate_leaves_a_usable_engine(llm, monkeypatch, at):
             llm.generate(edge_prompts(), greedy(ignore_eos=True), use_tqdm=False)
     results, _ = drain(llm)
     assert [results[i] for i in ids] == want_others, "requests that were not generate's go on"
-    llm.block_manager.check([])
+    llm.pools[0].check([])
     assert tokens(llm, edge_prompts(), greedy(ignore_eos=True)) == want
 
 

@@ -30,8 +30,8 @@ def shrink(path: Path, size: float) -> Path:
 
 
 def scaled(path: Path, devices: int = 1):
-    config = ModelConfig.from_directory(path).over(devices)
-    sharding = make_sharding(devices)
+    config = ModelConfig.from_directory(path).over(lambda axis: 1 if "embed" in axis else devices)
+    sharding = make_sharding({"tensor": devices})
     load = lambda: load_weights(Qwen3, config, sharding, path)  # noqa: E731
     return load(), jax.jit(Qwen3.scale_for_8_bits)(load())
 

@@ -78,7 +78,7 @@ def run(how, args, options):
 @pytest.mark.parametrize("layer", [None, LAYER])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_fused_products_are_the_plain_ones(name, layer, devices):
-    sharding = make_sharding(devices)
+    sharding = make_sharding({"tensor": devices})
     args, options = make_product(name, sharding, layer)
     got, fused = run(FusedProject(sharding), args, options)
     want, plain_fused = run(project, args, options)
@@ -101,7 +101,7 @@ def test_fused_products_are_the_plain_ones(name, layer, devices):
     ],
 )
 def test_what_the_kernel_does_not_take_is_computed_plainly(name, change):
-    sharding = make_sharding(2)
+    sharding = make_sharding({"tensor": 2})
     args, options = make_product(name, sharding, LAYER, **change)
     got, fused = run(FusedProject(sharding), args, options)
     assert not fused
@@ -116,7 +116,7 @@ def test_fused_logits_are_the_plain_ones(tied, devices):
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=64,
         rms_norm_eps=1.0, tie_word_embeddings=tied,
     )  # fmt: skip
-    model, sharding = Qwen3(config, rngs=nnx.Rngs(0)), make_sharding(devices)
+    model, sharding = Qwen3(config, rngs=nnx.Rngs(0)), make_sharding({"tensor": devices})
     rng = np.random.default_rng(1)
     model.norm.weight = nnx.Param(values(rng, EMBED))
     head = model.embed_tokens if tied else model.lm_head

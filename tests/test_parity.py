@@ -57,7 +57,7 @@ def test_preemption(engine, expected, monkeypatch):
     got = tokens(llm, [prompts[i] for i in order], greedy())
     assert got == [want[i] for i in order]
     assert spy.preempted
-    llm.block_manager.check([])
+    llm.pools[0].check([])
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3])

@@ -118,7 +118,7 @@ def test_06_identical_prompts_in_one_step_share_blocks(engine, monkeypatch):
     first, *rest = tokens(llm, [prompt(BLOCK + 40)] * 3, greedy(4))
     assert rest == [first] * 2
     assert [n for _, _, n in spy.batches[0][1]] == [BLOCK + 40, 40, 40]
-    assert len(llm.block_manager.cached) == 1
+    assert len(llm.pools[0].cached) == 1
     assert tokens(llm, [prompt(BLOCK + 40)], greedy(4)) == [first]
 
 
@@ -133,7 +133,7 @@ def test_07_no_stale_hash_after_blocks_are_reused(engine, reference):
     for start in range(0, 14, 5):
         part = slice(start, start + 5)
         assert tokens(llm, prompts[part], greedy(4)) == want[part]
-        llm.block_manager.check([])
+        llm.pools[0].check([])
 
 
 def test_08_chunked_prefill_reads_no_unwritten_position(engine, reference, monkeypatch):
@@ -318,7 +318,7 @@ def test_15_the_block_size_belongs_to_the_engine(engine, reference):
     poison(large)
     for llm in (large, small, large):
         assert tokens(llm, prompts, greedy()) == want
-    assert small.block_manager.block_size == 256 and large.block_manager.block_size == 512
+    assert small.pools[0].block_size == 256 and large.pools[0].block_size == 512
 
 
 def test_15_leftover_requests_are_not_mixed_into_generate(engine):
@@ -350,10 +350,10 @@ def test_16_the_books_balance_after_every_step(engine):
             if not victim.is_finished:
                 aborted.add(victim.seq_id)
             llm.scheduler.finish(victim)
-        llm.block_manager.check([seq for seq in seqs.values() if seq.block_table])
+        llm.pools[0].check([seq for seq in seqs.values() if seq.block_table])
     assert llm.is_finished()
     assert sorted(reported) == sorted(set(ids) - aborted) and aborted
-    llm.block_manager.check([])
+    llm.pools[0].check([])
 
 
 def test_16_batches_are_in_the_order_of_arrival(engine, monkeypatch):
@@ -469,7 +469,7 @@ def test_20_a_hash_collision_gives_nobody_anothers_cache(engine, reference, monk
     poison(llm)
     for _ in range(2):
         assert tokens(llm, prompts, greedy(4)) == want
-        llm.block_manager.check([])
+        llm.pools[0].check([])
 
 
 def test_20_a_block_is_reused_behind_its_own_prefix_alone(engine, reference, monkeypatch):

@@ -158,12 +158,12 @@ def test_greedy_ignores_the_filters():
 @pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.parametrize("kind", ["normal", "ties", "masked"])
 def test_a_sharded_vocabulary_gives_the_same(devices, kind):
-    sharding = make_sharding(devices)
+    sharding = make_sharding({"tensor": devices})
     vocab = V - 5  # the last shard is partly padding
     logits, opts = logits_of(kind), options(24)
     seeds, positions = np.arange(24, dtype=np.uint32), np.arange(24, dtype=np.int32) * 7
 
-    def run(logits, axis=None):
+    def run(logits, axis=()):
         kept = apply(logits, opts, vocab_size=vocab, axis=axis)
         draw = functools.partial(sample, vocab_size=vocab, axis=axis)
         plain = draw(logits, opts["temperature"], seeds, positions)
@@ -171,7 +171,7 @@ def test_a_sharded_vocabulary_gives_the_same(devices, kind):
 
     over_devices = jax.jit(
         sharding.shard_map(
-            functools.partial(run, axis="tensor"),
+            functools.partial(run, axis=("tensor",)),
             (P(None, "tensor"),),
             (P(None, "tensor"), P(), P()),
         )

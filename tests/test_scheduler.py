@@ -31,7 +31,7 @@ BLOCK = 4
 
 def make_scheduler(num_blocks=8, *, max_num_seqs=4, max_tokens=32, max_prefill_seqs=4, eos=(EOS,)):
     return Scheduler(
-        BlockManager(num_blocks, BLOCK),
+        [BlockManager(num_blocks, BLOCK)],
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         max_prefill_seqs=max_prefill_seqs,
@@ -171,7 +171,7 @@ def test_a_sequence_that_outgrows_the_pool_fails_alone():
             scheduler.failed = []
     assert "9 tokens need 3 blocks of 4, the pool has 2" in big.error
     assert small.error is None and small.completion_token_ids == [9] * 3
-    scheduler.block_manager.check([])
+    scheduler.pools[0].check([])
 
 
 def test_a_token_in_flight_may_be_the_last_that_fits():
@@ -234,11 +234,11 @@ def test_abort_frees_everything_whatever_the_state(rounds):
         step(scheduler)
     scheduler.finish(seq)
     scheduler.finish(seq)
-    scheduler.block_manager.check([other])
+    scheduler.pools[0].check([other])
     while not scheduler.is_finished:
         step(scheduler)
     assert len(other.completion_token_ids) == 8
-    assert sorted(scheduler.free_slots) == list(range(4))
+    assert sorted(scheduler.free_slots[0]) == list(range(4))
 
 
 # --- a random machine ---
@@ -281,7 +281,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_tokens=max_tokens,
             max_prefill_seqs=max_prefill_seqs,
         )
-        self.books = self.scheduler.block_manager
+        self.books = self.scheduler.pools[0]
         self.max_num_seqs, self.vocab = max_num_seqs, vocab
         self.seqs, self.prompts, self.ended, self.aborted = [], {}, [], set()
         self.in_flight = []  # dispatched and not yet read: (batch, tokens)
@@ -400,7 +400,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert seq.completion_token_ids == want
         self.books.check([])
         assert self.books.num_free_blocks == len(self.books.blocks)
-        assert sorted(self.scheduler.free_slots) == list(range(self.max_num_seqs))
+        assert sorted(self.scheduler.free_slots[0]) == list(range(self.max_num_seqs))
 
     # The parts of a step.
 

@@ -67,6 +67,10 @@ class BlockManager:
         """Blocks that hold `num_tokens` positions."""
         return -(-num_tokens // self.block_size)
 
+    def num_cached(self, seq: Sequence) -> int:
+        """How many of the sequence's tokens `allocate` would find in the prefix cache."""
+        return len(self._match(seq)) * self.block_size
+
     def allocate(self, seq: Sequence) -> bool:
         """Give a waiting sequence blocks for all of its tokens, cached ones where they match.
 

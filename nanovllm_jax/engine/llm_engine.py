@@ -29,11 +29,14 @@ class LLMEngine:
         self.tokenizer = _load_tokenizer(Path(self.config.model))
         self.vocab_size = self.config.model_config.vocab_size
         self.runner: ModelRunner | None = ModelRunner(self.config)
-        self.block_manager = BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
+        self.pools = [
+            BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
+            for _ in range(self.runner.batch_shards)
+        ]
         self.scheduler = Scheduler(
-            self.block_manager,
+            self.pools,
             max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_num_batched_tokens=self.runner.prefill_buckets[-1].num_tokens,
             max_prefill_seqs=self.runner.max_prefill_seqs,
             eos_token_ids=self._eos_token_ids(),
         )
@@ -160,7 +163,8 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self.block_manager.reset_prefix_cache()
+        for pool in self.pools:
+            pool.reset_prefix_cache()
 
     def exit(self) -> None:
         """Free all device memory; the engine cannot be used after it. May be called twice."""
@@ -205,7 +209,7 @@ class LLMEngine:
                 f"the prompt has {n} tokens, which leaves no room for an output within "
                 f"max_model_len={longest}"
             )
-        needed, pool = self.block_manager.blocks_for(n), len(self.block_manager.blocks)
+        needed, pool = self.pools[0].blocks_for(n), len(self.pools[0].blocks)
         if needed > pool:
             raise ValueError(
                 f"the prompt has {n} tokens and needs {needed} blocks of "

@@ -31,7 +31,10 @@ CPU_CACHE_SHARE = 1 / 32  # of the machine's memory
 
 
 class Bucket(NamedTuple):
-    """A shape that steps are padded to: of tokens (prefill), or of rows (decode, tokens = 0)."""
+    """A shape that steps are padded to: of tokens (prefill), or of rows (decode, tokens = 0).
+
+    Of each shard, where the batch is sharded.
+    """
 
     num_tokens: int
     num_rows: int
@@ -62,13 +65,13 @@ def prefill_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> list[Buck
 class TokenFuture:
     """A step's sampled tokens on their way to the host."""
 
-    def __init__(self, tokens: jax.Array, num_rows: int):
-        self._tokens, self._num_rows = tokens, num_rows
+    def __init__(self, tokens: jax.Array, rows: list[int]):
+        self._tokens, self._rows = tokens, rows  # of the device's rows, those of the batch
         tokens.copy_to_host_async()
 
     def result(self) -> list[int]:
         """Wait for the tokens, one for each row of the batch."""
-        return np.asarray(self._tokens)[: self._num_rows].tolist()
+        return np.asarray(self._tokens)[self._rows].tolist()
 
 
 class ModelRunner:
@@ -78,9 +81,10 @@ class ModelRunner:
         _claim_gpu_memory()
         _use_compilation_cache()
         self.config = config
-        self.sharding = make_sharding(config.tensor_parallel_size)
+        self.sharding = make_sharding(config.mesh_shape or {}, config.sharding_rules)
+        self.batch_shards = self.sharding.size("batch")
         self.platform = self.sharding.mesh.devices.flat[0].platform
-        self.model_config = config.model_config.over(config.tensor_parallel_size)
+        self.model_config = config.model_config.over(self.sharding.size)
         if self.platform == "cpu" and config.dtype is None:
             # XLA's CPU backend converts bfloat16 caches and operands at every use: 7 times slower.
             self.model_config = replace(self.model_config, dtype="float32")
@@ -110,8 +114,10 @@ class ModelRunner:
 
         self.table_width = -(-config.max_model_len // config.kvcache_block_size)
         self.table = RowTable(config.max_num_seqs, self.table_width)
-        self.decode_buckets = decode_buckets(config.max_num_seqs)
-        self.prefill_buckets = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+        num_seqs = -(-config.max_num_seqs // self.batch_shards)
+        num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
+        self.decode_buckets = decode_buckets(num_seqs)
+        self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
         self.program_cache = self._program_cache()
         self.num_blocks = config.num_kvcache_blocks or self._size_cache()
         self.state = self._make_state(self.num_blocks)
@@ -147,16 +153,26 @@ class ModelRunner:
 
     def dispatch(self, batch: Batch) -> TokenFuture:
         """Start a step on the devices and return at once; its tokens come with the future."""
-        num_tokens = batch.num_tokens if batch.is_prefill else 0
+        shards = [batch.rows_of(shard) for shard in range(self.batch_shards)]
+        num_rows = max(map(len, shards))
+        num_tokens = max(sum(batch.lengths[i] for i in shard) for shard in shards)
         buckets = self.prefill_buckets if batch.is_prefill else self.decode_buckets
         bucket = next(
-            b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= len(batch.seqs)
+            b
+            for b in buckets
+            if b.num_rows >= num_rows and (b.num_tokens >= num_tokens or not batch.is_prefill)
         )
-        rows, packed = self._pack(batch, bucket)
+        parts = [self._pack(batch, shard, bucket) for shard in shards]
+        rows, packed = (np.concatenate(part) for part in zip(*parts, strict=True))
         self.state, tokens, logits = self.steps[bucket](self.weights, self.state, packed)
         if any(seq.params.filters for seq in batch.seqs):
             self.state, tokens = self.redraws[bucket.num_rows](self.state, logits, rows)
-        return TokenFuture(tokens, len(batch.seqs))
+        position = {
+            i: s * bucket.num_rows + k
+            for s, shard in enumerate(shards)
+            for k, i in enumerate(shard)
+        }
+        return TokenFuture(tokens, [position[i] for i in range(len(batch.seqs))])
 
     def shut_down(self) -> None:
         """Give all device memory back."""
@@ -165,20 +181,25 @@ class ModelRunner:
                 array.delete()
         self.weights, self.steps, self.redraws = [], {}, {}
 
-    def _pack(self, batch: Batch, bucket: Bucket) -> tuple[np.ndarray, np.ndarray]:
-        """The batch's rows, and the one array that the step takes."""
+    def _pack(
+        self, batch: Batch, shard: list[int], bucket: Bucket
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of one shard of the batch, and its part of the one array that the step takes."""
         block_size = self.config.kvcache_block_size
-        for seq, start in zip(batch.seqs, batch.starts, strict=True):
+        seqs, starts, lengths = (
+            [column[i] for i in shard] for column in (batch.seqs, batch.starts, batch.lengths)
+        )
+        for seq, start in zip(seqs, starts, strict=True):
             if batch.is_prefill:
                 self.table.fill(seq)
             elif start % block_size == 0:
                 self.table.add_block(seq)
-        slots = [seq.slot for seq in batch.seqs]
-        rows = self.table.gather(slots, batch.starts, batch.lengths, bucket.num_rows)
+        slots = [seq.slot for seq in seqs]
+        rows = self.table.gather(slots, starts, lengths, bucket.num_rows)
         token_ids = np.zeros(bucket.num_tokens, np.int32)
         if batch.is_prefill:
             end = 0
-            for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+            for seq, start, length in zip(seqs, starts, lengths, strict=True):
                 token_ids[end : end + length] = seq.token_ids[start : start + length]
                 end += length
         return rows, np.concatenate([token_ids, rows.ravel()])
@@ -205,15 +226,15 @@ class ModelRunner:
     def _make_state(self, num_blocks: int, make=jnp.zeros) -> DeviceState:
         """The cache and the last tokens, zeroed on the devices (or other arrays by `make`)."""
         c = self.model_config
-        shape = (c.num_layers, num_blocks, self.config.kvcache_block_size)
+        shape = (c.num_layers, self.batch_shards * num_blocks, self.config.kvcache_block_size)
         shape += (c.num_kv_heads, c.head_dim)
         sharding = self.sharding.named(*KVCache.AXES)
         k, v = (make(shape, self.cache_dtype, device=sharding) for _ in range(2))
-        slots = (self.config.max_num_seqs + 1,)
-        return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self.sharding.replicated))
+        slots = (self.batch_shards * (self.config.max_num_seqs + 1),)
+        return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self._rows_sharding()))
 
     def _size_cache(self) -> int:
-        """How many blocks of KV cache fit; prints the arithmetic.
+        """How many blocks of KV cache fit for each shard of the batch; prints the arithmetic.
 
         Raises:
             ValueError: not even one does.
@@ -332,6 +353,7 @@ class ModelRunner:
             lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), self.weights
         )
         packed = bucket.num_tokens + bucket.num_rows * self.table.rows.shape[1]
+        packed *= self.batch_shards
         step = functools.partial(self.program.run, **bucket._asdict())
         out = (self._state_sharding(), self.sharding.replicated, self._logits_sharding())
         return jax.jit(step, donate_argnums=1, out_shardings=out).lower(
@@ -340,13 +362,15 @@ class ModelRunner:
 
     def _lower_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Lowered:
         logits = jax.ShapeDtypeStruct(
-            (num_rows, self.model_config.vocab_size), jnp.float32, sharding=self._logits_sharding()
+            (self.batch_shards * num_rows, self.model_config.vocab_size),
+            jnp.float32,
+            sharding=self._logits_sharding(),
         )
         out = (self._state_sharding(), self.sharding.replicated)
         return jax.jit(self.program.redraw, donate_argnums=0, out_shardings=out).lower(
             self._abstract_state(num_blocks),
             logits,
-            self._abstract(num_rows, self.table.rows.shape[1]),
+            self._abstract(self.batch_shards * num_rows, self.table.rows.shape[1]),
         )
 
     def _compiler_options(self) -> dict[str, bool | str]:
@@ -385,12 +409,12 @@ class ModelRunner:
         for bucket in [*self.prefill_buckets, *self.decode_buckets]:
             run = functools.partial(self.program.run, **bucket._asdict())
             self.steps[bucket] = lambda weights, state, packed, run=run: run(
-                weights, state, jax.device_put(packed, self.sharding.replicated)
+                weights, state, jax.device_put(packed, self._rows_sharding())
             )
             self.redraws[bucket.num_rows] = self.program.redraw
 
     def _abstract(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.sharding.replicated)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows_sharding())
 
     def _abstract_state(self, num_blocks: int) -> DeviceState:
         return self._make_state(
@@ -403,7 +427,10 @@ class ModelRunner:
         return jax.tree.map(lambda x: x.sharding, self._abstract_state(PROBE_BLOCKS))
 
     def _logits_sharding(self):
-        return self.sharding.named("rows", "vocab")
+        return self.sharding.named("batch", "vocab")
+
+    def _rows_sharding(self):
+        return self.sharding.named("batch")
 
 
 def _claim_gpu_memory() -> None:

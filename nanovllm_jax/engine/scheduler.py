@@ -4,10 +4,15 @@ Each round runs either a prefill batch (chunks of prompts, packed up to a token 
 batch (one token of every running sequence). While both kinds of work are there the rounds
 alternate, so that neither arriving prompts nor running sequences starve.
 
+The batch may be sharded: a sequence then lives in one shard, with the blocks of that shard's pool,
+from its admission until it ends or is preempted. Each shard has its part of the slots and of the
+token budget; without sharding there is one shard, which has it all.
+
 The scheduler works one step ahead of what the host has read: a sequence may have a sampled token
 `in_flight`. It decides from counts alone, never from the value of such a token.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -30,34 +35,39 @@ class Batch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    def rows_of(self, shard: int) -> list[int]:
+        """The rows whose sequences live in a shard of the batch."""
+        return [i for i, seq in enumerate(self.seqs) if seq.shard == shard]
+
 
 class Scheduler:
     """Queues of sequences, and the policy over them.
 
     Args:
-        block_manager: gives and takes KV-cache blocks.
+        pools: the KV-cache blocks of each shard of the batch.
         max_num_seqs: sequences admitted at once; each holds one slot of the runner's tables.
-        max_num_batched_tokens: tokens of one prefill batch at most.
+        max_num_batched_tokens: tokens of one prefill batch at most, in each shard.
         max_prefill_seqs: how many sequences a prefill batch of so many tokens may hold.
         eos_token_ids: tokens that end a sequence unless it ignores them.
     """
 
     def __init__(
         self,
-        block_manager: BlockManager,
+        pools: list[BlockManager],
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_seqs: int,
         eos_token_ids: Collection[int] = (),
     ):
-        self.block_manager = block_manager
+        self.pools = pools
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_seqs = max_prefill_seqs
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.waiting: deque[Sequence] = deque()  # only the first may be partly computed
+        self.waiting: deque[Sequence] = deque()  # at most one a shard is partly computed; first
         self.running: list[Sequence] = []  # in the order of admission
-        self.free_slots = list(range(max_num_seqs))[::-1]
+        shards = range(len(pools))
+        self.free_slots = [list(range(s, max_num_seqs, len(pools)))[::-1] for s in shards]
         self.failed: list[Sequence] = []  # finished with an error, not yet reported
         self.decode_next = False
 
@@ -87,7 +97,7 @@ class Scheduler:
                 continue
             seq.in_flight -= 1
             seq.token_ids.append(token_id)
-            self.block_manager.register(seq)
+            self.pools[seq.shard].register(seq)
             if self._ends(seq, token_id):
                 self.finish(seq)
                 finished.append(seq)
@@ -106,30 +116,37 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def preempt(self, seq: Sequence) -> None:
-        """Take a sequence's blocks; it waits, first in the queue, to be computed again."""
-        if seq.status is Status.RUNNING:
-            self.running.remove(seq)
-            self.waiting.appendleft(seq)
+        """Take a sequence's blocks; it waits to be computed again, first of those without any."""
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
         seq.status = Status.WAITING
         self._release(seq)
+        partly_computed = itertools.takewhile(lambda other: other.block_table, self.waiting)
+        self.waiting.insert(len(list(partly_computed)), seq)
 
     def _schedule_prefill(self) -> Batch | None:
         batch = Batch(True, [], [], [], [])
-        budget = self.max_num_batched_tokens
-        while self.waiting and budget > 0 and len(batch.seqs) < self.max_prefill_seqs:
-            seq = self.waiting[0]
-            if not seq.block_table and not self._admit(seq):
+        budgets = [self.max_num_batched_tokens] * len(self.pools)
+        rooms = [self.max_prefill_seqs] * len(self.pools)
+        index = 0
+        while index < len(self.waiting):
+            seq = self.waiting[index]
+            open_shards = [s for s, n in enumerate(budgets) if n > 0 and rooms[s] > 0]
+            if not open_shards or not (seq.block_table or self._admit(seq, open_shards)):
                 if seq.is_finished:
                     continue
                 break
             start = seq.num_computed
-            length = min(seq.num_tokens - start, budget)
+            length = min(seq.num_tokens - start, budgets[seq.shard])
             completes = start + length == seq.num_tokens
             self._extend(batch, seq, start, length, completes)
-            budget -= length
+            budgets[seq.shard] -= length
+            rooms[seq.shard] -= 1
             if completes:
                 seq.status = Status.RUNNING
-                self.running.append(self.waiting.popleft())
+                del self.waiting[index]
+                self.running.append(seq)
+            else:
+                index += 1
         return batch if batch.seqs else None
 
     def _schedule_decode(self) -> Batch | None:
@@ -141,44 +158,53 @@ class Scheduler:
                 self._extend(batch, seq, seq.num_computed, 1, True)
         return batch if batch.seqs else None
 
-    def _admit(self, seq: Sequence) -> bool:
-        """Give a waiting sequence a slot and blocks for all of its tokens, if there are any."""
-        if seq.in_flight or not self.free_slots:
+    def _admit(self, seq: Sequence, shards: list[int]) -> bool:
+        """Give a waiting sequence a slot and blocks for all of its tokens in one of `shards`."""
+        if seq.in_flight:
             return False
-        if self.block_manager.blocks_for(seq.num_tokens) > len(self.block_manager.blocks):
+        pool = self.pools[0]
+        if pool.blocks_for(seq.num_tokens) > len(pool.blocks):
             self._fail(seq)  # it has grown since it was accepted, and was preempted
             return False
-        if not self.block_manager.allocate(seq):
-            return False
-        seq.slot = self.free_slots.pop()
-        return True
+        shards = [shard for shard in shards if self.free_slots[shard]]
+        if len(shards) > 1:  # most of it cached, then most slots, then most blocks free
+            shards.sort(key=lambda s: self._attraction(seq, s), reverse=True)
+        for shard in shards:
+            if self.pools[shard].allocate(seq):
+                seq.shard, seq.slot = shard, self.free_slots[shard].pop()
+                return True
+        return False
+
+    def _attraction(self, seq: Sequence, shard: int) -> tuple[int, int, int]:
+        pool = self.pools[shard]
+        return pool.num_cached(seq), len(self.free_slots[shard]), pool.num_free_blocks
 
     def _make_room(self, seq: Sequence) -> bool:
         """A block for the sequence's next token, preempting the newest others if need be."""
-        while not self.block_manager.append(seq):
-            victim = self._newest()
+        while not self.pools[seq.shard].append(seq):
+            victim = self._newest(seq.shard)
             if victim is not seq:
                 self.preempt(victim)
                 continue
-            if seq is not self.running[0]:
+            if seq is not next(s for s in self.running if s.shard == seq.shard):
                 self.preempt(seq)  # the older ones go on and will free blocks
             elif not seq.in_flight:  # a token in flight may be its last: wait for it
                 self._fail(seq)
             return False
         return True
 
-    def _newest(self) -> Sequence:
-        """The last admitted sequence: a partly computed prompt, or else the last to run."""
-        if self.waiting and self.waiting[0].block_table:
-            return self.waiting[0]
-        return self.running[-1]
+    def _newest(self, shard: int) -> Sequence:
+        """A shard's last admitted sequence: a partly computed prompt, or else the last to run."""
+        partly = (seq for seq in self.waiting if seq.block_table and seq.shard == shard)
+        running = (seq for seq in reversed(self.running) if seq.shard == shard)
+        return next(partly, None) or next(running)
 
     def _fail(self, seq: Sequence) -> None:
-        blocks = len(self.block_manager.blocks)
+        pool = self.pools[seq.shard]
         seq.error = (
             f"the sequence outgrew the KV cache: {seq.num_tokens} tokens need "
-            f"{self.block_manager.blocks_for(seq.num_tokens)} blocks of "
-            f"{self.block_manager.block_size}, the pool has {blocks}; raise num_kvcache_blocks or "
+            f"{pool.blocks_for(seq.num_tokens)} blocks of {pool.block_size}, "
+            f"the pool has {len(pool.blocks)}; raise num_kvcache_blocks or "
             f"gpu_memory_utilization, or lower max_tokens"
         )
         self.finish(seq)
@@ -192,7 +218,7 @@ class Scheduler:
         seq.num_computed = start + length
         seq.in_flight += samples
         # Within this very step too: every layer writes keys and values before it attends.
-        self.block_manager.register(seq)
+        self.pools[seq.shard].register(seq)
 
     def _ends(self, seq: Sequence, token_id: int) -> bool:
         if not seq.params.ignore_eos and token_id in self.eos_token_ids:
@@ -202,7 +228,7 @@ class Scheduler:
         return seq.num_completion_tokens >= seq.max_tokens
 
     def _release(self, seq: Sequence) -> None:
-        self.block_manager.free(seq)
+        self.pools[seq.shard].free(seq)
         if seq.slot != NO_SLOT:
-            self.free_slots.append(seq.slot)
+            self.free_slots[seq.shard].append(seq.slot)
             seq.slot = NO_SLOT

@@ -37,6 +37,7 @@ class Sequence:
     num_cached: int = 0  # tokens found in the prefix cache: computed, and never written again
     in_flight: int = 0
     slot: int = NO_SLOT  # row of the runner's tables while admitted
+    shard: int = 0  # of the batch: where its blocks are, while it has any
     block_table: list[int] = field(default_factory=list)
     prefix: list[tuple[int, int]] = field(default_factory=list)  # (hash, uid) of hashed blocks
 

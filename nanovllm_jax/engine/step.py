@@ -54,7 +54,8 @@ class DeviceState(NamedTuple):
     """What stays on the device from step to step, donated to each and updated in place."""
 
     cache: KVCache
-    last_tokens: Int32[Array, " slots"]  # of each slot; one more slot takes the padding rows'
+    # Of each slot; one more slot takes the padding rows'. For each shard of the batch by itself.
+    last_tokens: Int32[Array, " slots"]
 
 
 @dataclass(frozen=True)
@@ -75,22 +76,22 @@ class StepProgram:
     ) -> tuple[DeviceState, Int32[Array, " B"], Float[Array, "B V"]]:  # fmt: skip
         """Compute a batch; returns the state, each row's new token, and the logits behind it.
 
+        Where the batch is sharded, `num_tokens` and `num_rows` are those of one shard, and `packed`
+        holds the inputs of one shard after another.
+
         The tokens are drawn without top-k, top-p and min-p; where a row asks for those, `redraw`
         draws again from the logits.
         """
         stacked = [w.stacked() if isinstance(w, LayerWeights) else w for w in weights]
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, stacked))
-        inputs, rows = unpack(
-            packed, state.last_tokens,
-            num_tokens=num_tokens, num_rows=num_rows, block_size=self.block_size,
-        )  # fmt: skip
+        inputs, rows = self._unpack(packed, state.last_tokens, num_tokens, num_rows)
         backend = self.prefill if num_tokens else self.decode
         attend = PagedAttention(inputs.batch, self.sharding, backend)
         how = project if backend == "xla" else FusedProject(self.sharding)
         hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache, how)
         if num_tokens:
-            hidden = hidden[inputs.last_tokens]
-        logits = self.sharding.constrain(model.logits(hidden, how), "rows", "vocab")
+            hidden = self._last_rows(hidden, inputs.last_tokens)
+        logits = self.sharding.constrain(model.logits(hidden, how), "batch", "vocab")
         last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=False)
         return DeviceState(cache, last_tokens), tokens, logits
 
@@ -101,13 +102,29 @@ class StepProgram:
         last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=True)
         return state._replace(last_tokens=last_tokens), tokens
 
-    # Jitted for the eager engine's sake: a shard_map is slow to run operation by operation. The
-    # cache stays out of it, since what passes through a jitted function undonated is copied.
+    # The rest works on each shard of the batch by itself. Jitted for the eager engine's sake: a
+    # shard_map is slow to run operation by operation. The cache stays out of it, since what passes
+    # through a jitted function undonated is copied.
+
+    @functools.partial(jax.jit, static_argnames=("self", "num_tokens", "num_rows"))
+    def _unpack(self, packed, last_tokens, num_tokens: int, num_rows: int):
+        read = functools.partial(
+            unpack, num_tokens=num_tokens, num_rows=num_rows, block_size=self.block_size
+        )
+        rows = self.sharding.spec("batch")
+        return self.sharding.shard_map(read, (rows, rows), rows)(packed, last_tokens)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _last_rows(self, hidden, last_tokens):
+        rows = self.sharding.spec("batch")
+        pick = self.sharding.shard_map(lambda h, last: h[last], (rows, rows), rows)
+        return pick(hidden, last_tokens)
+
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
     def _draw(self, last_tokens, logits, rows, *, filtered: bool):
-        axis = self.sharding.rules.get("vocab")
+        axis = self.sharding.mesh_axes("vocab")
 
-        def on_shard(logits, rows):
+        def on_shard(last_tokens, logits, rows):
             temperatures = floats(rows, Column.TEMPERATURE)
             if filtered:
                 top_p, min_p = floats(rows, Column.TOP_P), floats(rows, Column.MIN_P)
@@ -115,13 +132,14 @@ class StepProgram:
                     logits, temperatures, rows[:, Column.TOP_K], top_p, min_p,
                     vocab_size=self.vocab_size, axis=axis,
                 )  # fmt: skip
-            return sample(
+            tokens = sample(
                 logits, temperatures, seeds(rows), sampled_positions(rows),
                 vocab_size=self.vocab_size, axis=axis,
             )  # fmt: skip
+            return last_tokens.at[rows[:, Column.SLOT]].set(tokens), tokens
 
-        spec = self.sharding.spec
-        tokens = self.sharding.shard_map(on_shard, (spec("rows", "vocab"), spec()), spec())(
-            logits, rows
+        spec, by_row = self.sharding.spec, self.sharding.spec("batch")
+        draw = self.sharding.shard_map(
+            on_shard, (by_row, spec("batch", "vocab"), by_row), (by_row, by_row)
         )
-        return last_tokens.at[rows[:, Column.SLOT]].set(tokens), tokens
+        return draw(last_tokens, logits, rows)

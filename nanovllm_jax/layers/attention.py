@@ -18,11 +18,14 @@ class KVCache(NamedTuple):
     k: Float[Array, "L P S K H"]
     v: Float[Array, "L P S K H"]
 
-    AXES = ("layers", "pages", "positions", "kv_heads", "head_dim")
+    AXES = ("layers", "batch", "positions", "kv_heads", "head_dim")
 
 
 class PagedBatch(NamedTuple):
-    """Where a step's tokens live in the cache. Without `query_starts` each row is one token."""
+    """Where a step's tokens live in the cache. Without `query_starts` each row is one token.
+
+    Where the batch is sharded, each shard's part counts from its own first token and page.
+    """
 
     slots: Int32[Array, " T"]  # position in the cache that a token is written to; -1: nowhere
     block_tables: Int32[Array, "B W"]
@@ -76,12 +79,11 @@ def _attend(qkv, q_norm, k_norm, rope, cache, layer, batch, *, eps, sharding, im
         )  # fmt: skip
         return out, KVCache(*cache)
 
-    spec, replicated = sharding.spec, sharding.spec()
+    spec = sharding.spec
     cache_spec = KVCache(*[spec(*KVCache.AXES)] * 2)
-    heads_out = spec("tokens", "heads", "head_dim")
-    qkv_spec = spec("tokens", "kv_heads", "group", "head_dim")
+    rows, whole = spec("batch"), spec()
     return sharding.shard_map(
         on_shard,
-        (qkv_spec, replicated, replicated, replicated, cache_spec, replicated, replicated),
-        (heads_out, cache_spec),
+        (spec("batch", "kv_heads"), whole, whole, rows, cache_spec, whole, rows),
+        (spec("batch", "heads"), cache_spec),
     )(qkv, q_norm, k_norm, rope, cache, layer, batch)

@@ -110,11 +110,14 @@ class FusedProject:
             norm_weight = norm.weight[...][None] if layer is None else norm.weight[...]
         local = [n // self.sharding.size(a) for n, a in zip(weight.shape[1:], axes, strict=True)]
         num_out, width = math.prod(local[:-num_in]), math.prod(local[-num_in:])
-        if not fits_fused_linear(len(x), num_out // (1 + gated), width, x.dtype):
+        rows = len(x) // self.sharding.size("batch")
+        whole = self.sharding.size("embed") == self.sharding.size("activation_embed") == 1
+        if not whole or not fits_fused_linear(rows, num_out // (1 + gated), width, x.dtype):
             return project(x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype)
 
         # Devices that hold parts of the input's axes hold parts of the sum.
-        summed = [self.sharding.rules[a] for a in linear.in_axes if self.sharding.size(a) > 1]
+        summed = [m for a in linear.in_axes for m in self.sharding.mesh_axes(a)]
+        summed = [m for m in summed if self.sharding.mesh.shape[m] > 1]
 
         def on_shard(x, weight, norm_weight, residual, layer):
             x = x.reshape(1, width)
@@ -126,10 +129,10 @@ class FusedProject:
 
         spec = self.sharding.spec
         layer = jnp.int32(0) if layer is None else layer
-        out_spec = spec(None, *linear.out_axes[gated:])
+        out_spec = spec("batch", *linear.out_axes[gated:])
         y = self.sharding.shard_map(
             on_shard,
-            (spec(None, *linear.in_axes), spec(None, *axes), spec(), out_spec, spec()),
+            (spec("batch", *linear.in_axes), spec(None, *axes), spec(), out_spec, spec()),
             out_spec,
         )(x, weight, norm_weight, None if summed else residual, layer)
         return residual + y if summed and residual is not None else y

@@ -34,9 +34,9 @@ def sample(
     positions: Int[Array, " B"],
     *,
     vocab_size: int,
-    axis: str | None = None,
+    axis: tuple[str, ...] = (),
 ) -> Int[Array, " B"]:
-    """One token a row. `logits` is this device's shard of the vocabulary along mesh axis `axis`.
+    """One token a row. `logits` is this device's shard of the vocabulary over mesh axes `axis`.
 
     Args:
         temperatures: 0 is greedy; ties go to the lowest token id.
@@ -56,7 +56,7 @@ def sample(
     scores = jnp.where(ids[None, :] < vocab_size, scores, -jnp.inf)
     best = jnp.argmax(scores, axis=-1)
     token = ids[0] + best.astype(jnp.int32)
-    if axis is None:
+    if not axis:
         return token
     score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
     shards, tokens = jax.lax.all_gather((score, token), axis)  # [shards, B] each
@@ -72,7 +72,7 @@ def filter_logits(
     min_p: Float[Array, " B"],
     *,
     vocab_size: int,
-    axis: str | None = None,
+    axis: tuple[str, ...] = (),
 ) -> Float[Array, "B V"]:
     """Set to -inf what min_p, top_k and then top_p drop, in vLLM's order.
 
@@ -109,7 +109,7 @@ def filter_logits(
     return jnp.where(keep, logits, -jnp.inf)
 
 
-def _shard_ids(logits: Float[Array, "B V"], axis: str | None) -> Int[Array, " V"]:
+def _shard_ids(logits: Float[Array, "B V"], axis: tuple[str, ...]) -> Int[Array, " V"]:
     """The vocabulary entries of this device's columns."""
     local = logits.shape[-1]
     first = jax.lax.axis_index(axis) * local if axis else 0

@@ -70,9 +70,9 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x, rope, attend: Attend, project: Project, cache, layer, constrain):
         x, cache = self.self_attn(x, self.input_layernorm, rope, attend, project, cache, layer)
-        x = constrain(x, "tokens", "embed")
+        x = constrain(x, "activation_tokens", "activation_embed")
         x = self.mlp(x, self.post_attention_layernorm, layer, project)
-        return constrain(x, "tokens", "embed"), cache
+        return constrain(x, "activation_tokens", "activation_embed"), cache
 
 
 class Qwen3(nnx.Module):
@@ -98,7 +98,8 @@ class Qwen3(nnx.Module):
         project: Project = project,
     ) -> tuple[Float[Array, "T D"], Any]:
         """Run all layers over T tokens; returns hidden states, not yet normed, and the cache."""
-        x = self.constrain(self.embed_tokens.lookup(token_ids), "tokens", "embed")
+        x = self.embed_tokens.lookup(token_ids)
+        x = self.constrain(x, "activation_tokens", "activation_embed")
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, weights = nnx.split(self.layers)
 
