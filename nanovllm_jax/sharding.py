@@ -72,6 +72,11 @@ class Sharding:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def by_device(self) -> PartitionSpec:
+        """Of an array [devices, ...] with a row for each device of the mesh."""
+        return PartitionSpec(self.mesh.axis_names)
+
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """Tell the compiler the layout of an intermediate array; axes too short stay whole."""
         fitting = [a if n % self.size(a) == 0 else None for a, n in zip(axes, x.shape, strict=True)]

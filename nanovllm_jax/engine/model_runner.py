@@ -21,9 +21,11 @@ from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.step import DeviceState, LayerWeights, StepProgram
 from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.layers.linear import MAX_ONE_SHOT_ELEMENTS
 from nanovllm_jax.models import model_class
 from nanovllm_jax.sharding import make_sharding
 from nanovllm_jax.weights import load_weights, random_weights
+from pallas_kernels import Mailboxes, make_mailboxes
 
 PROBE_BLOCKS = 8  # cache size with which a program's temporary memory is found out
 GPU_MARGIN_BYTES = 512 << 20  # for what the compiler's account leaves out, cuBLAS workspaces say
@@ -119,8 +121,10 @@ class ModelRunner:
         self.decode_buckets = decode_buckets(num_seqs)
         self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
         self.program_cache = self._program_cache()
+        self.mailboxes = self._make_mailboxes()
         self.num_blocks = config.num_kvcache_blocks or self._size_cache()
-        self.state = self._make_state(self.num_blocks)
+        addresses = self.mailboxes.addresses if self.mailboxes else None
+        self.state = self._make_state(self.num_blocks)._replace(mailbox=addresses)
         self.steps: dict[Bucket, Callable] = {}
         self.redraws: dict[int, Callable] = {}
         if config.enforce_eager:
@@ -176,10 +180,10 @@ class ModelRunner:
 
     def shut_down(self) -> None:
         """Give all device memory back."""
-        for array in jax.tree.leaves((self.weights, self.state)):
+        for array in jax.tree.leaves((self.weights, self.state, self.mailboxes)):
             if not array.is_deleted():
                 array.delete()
-        self.weights, self.steps, self.redraws = [], {}, {}
+        self.weights, self.steps, self.redraws, self.mailboxes = [], {}, {}, None
 
     def _pack(
         self, batch: Batch, shard: list[int], bucket: Bucket
@@ -231,7 +235,15 @@ class ModelRunner:
         sharding = self.sharding.named(*KVCache.AXES)
         k, v = (make(shape, self.cache_dtype, device=sharding) for _ in range(2))
         slots = (self.batch_shards * (self.config.max_num_seqs + 1),)
-        return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self._rows_sharding()))
+        last_tokens = make(slots, jnp.int32, device=self._rows_sharding())
+        return DeviceState(KVCache(k, v), None, last_tokens)
+
+    def _make_mailboxes(self) -> Mailboxes | None:
+        """For sums over the GPUs of one process that share a layer; else the sums are XLA's."""
+        kernels = self.platform == "gpu" and self.program.decode != "xla"
+        if not kernels or jax.process_count() > 1 or self.sharding.mesh.shape["tensor"] == 1:
+            return None
+        return make_mailboxes(self.sharding.mesh, "tensor", MAX_ONE_SHOT_ELEMENTS)
 
     def _size_cache(self) -> int:
         """How many blocks of KV cache fit for each shard of the batch; prints the arithmetic.
@@ -417,10 +429,14 @@ class ModelRunner:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows_sharding())
 
     def _abstract_state(self, num_blocks: int) -> DeviceState:
-        return self._make_state(
-            num_blocks,
-            lambda shape, dtype, device: jax.ShapeDtypeStruct(shape, dtype, sharding=device),
-        )
+        def abstract(shape, dtype, device):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+        state = self._make_state(num_blocks, abstract)
+        if self.mailboxes is None:
+            return state
+        addresses = self.mailboxes.addresses
+        return state._replace(mailbox=abstract(addresses.shape, jnp.int32, addresses.sharding))
 
     def _state_sharding(self) -> DeviceState:
         """The layout of the state, in its own structure."""

@@ -54,6 +54,7 @@ class DeviceState(NamedTuple):
     """What stays on the device from step to step, donated to each and updated in place."""
 
     cache: KVCache
+    mailbox: Int32[Array, "devices 2"] | None  # addresses; None: sums over devices are XLA's
     # Of each slot; one more slot takes the padding rows'. For each shard of the batch by itself.
     last_tokens: Int32[Array, " slots"]
 
@@ -87,13 +88,13 @@ class StepProgram:
         inputs, rows = self._unpack(packed, state.last_tokens, num_tokens, num_rows)
         backend = self.prefill if num_tokens else self.decode
         attend = PagedAttention(inputs.batch, self.sharding, backend)
-        how = project if backend == "xla" else FusedProject(self.sharding)
+        how = project if backend == "xla" else FusedProject(self.sharding, state.mailbox)
         hidden, cache = model(inputs.token_ids, inputs.positions, attend, state.cache, how)
         if num_tokens:
             hidden = self._last_rows(hidden, inputs.last_tokens)
         logits = self.sharding.constrain(model.logits(hidden, how), "batch", "vocab")
         last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=False)
-        return DeviceState(cache, last_tokens), tokens, logits
+        return DeviceState(cache, state.mailbox, last_tokens), tokens, logits
 
     def redraw(
         self, state: DeviceState, logits: Float[Array, "B V"], rows: Int32[Array, "B R"]

@@ -16,15 +16,31 @@ from jaxtyping import Array, Float, Int, Int32
 
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import fits_fused_linear, fused_linear
+from pallas_kernels import fits_fused_linear, fits_one_shot, fused_linear, one_shot_all_reduce
 
 Layer = Int32[Array, ""] | None  # which one of a stack
+
+# Sums over GPUs of up to so many numbers (256 rows of 8B's width) take the one-shot kernel; larger
+# ones are bound by the link, where each GPU should send each number once and not to all others.
+MAX_ONE_SHOT_ELEMENTS = 1 << 20
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
     """float32 means float32: never TF32 on the tensor cores."""
     exact = dtype == jnp.float32
     return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def product(
+    x: Float[Array, "T *in"], weight: Float[Array, "*out_in"], num_in: int, dtype=None
+) -> Float[Array, "T *out"]:
+    """The product over the last `num_in` axes of both."""
+    x_dims = tuple(range(x.ndim - num_in, x.ndim))
+    w_dims = tuple(range(weight.ndim - num_in, weight.ndim))
+    return jax.lax.dot_general(
+        x, weight, ((x_dims, w_dims), ((), ())),
+        precision=matmul_precision(x.dtype), preferred_element_type=dtype,
+    )  # fmt: skip
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, dtype, scale: float):
@@ -49,13 +65,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "T *out"]:
         """The product in `dtype` (default: x's), with layer `layer` of a stack [L, *out, *in]."""
         weight = self.weight[...] if layer is None else self.weight[...][layer]
-        num_in = len(self.in_axes)
-        x_dims = tuple(range(x.ndim - num_in, x.ndim))
-        w_dims = tuple(range(weight.ndim - num_in, weight.ndim))
-        return jax.lax.dot_general(
-            x, weight, ((x_dims, w_dims), ((), ())),
-            precision=matmul_precision(x.dtype), preferred_element_type=dtype,
-        )  # fmt: skip
+        return product(x, weight, len(self.in_axes), dtype)
 
 
 class Embedding(Linear):
@@ -98,9 +108,14 @@ def project(x, linear, layer=None, *, norm=None, gated=False, residual=None, dty
 
 @dataclass(frozen=True)
 class FusedProject:
-    """`Project` as one GPU kernel, for a single token in 16 bits; else `project`."""
+    """`Project` with the project's own GPU kernels, where they fit; else `project`.
+
+    A single token in 16 bits takes one kernel for a layer and what surrounds it. A sum over the
+    GPUs that share a layer takes one kernel, with the residual, where it is small.
+    """
 
     sharding: Sharding
+    mailbox: Int32[Array, "devices 2"] | None = None  # addresses, for `one_shot_all_reduce`
 
     def __call__(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
         axes, num_in = linear.out_axes + linear.in_axes, len(linear.in_axes)
@@ -111,28 +126,45 @@ class FusedProject:
         local = [n // self.sharding.size(a) for n, a in zip(weight.shape[1:], axes, strict=True)]
         num_out, width = math.prod(local[:-num_in]), math.prod(local[-num_in:])
         rows = len(x) // self.sharding.size("batch")
-        whole = self.sharding.size("embed") == self.sharding.size("activation_embed") == 1
-        if not whole or not fits_fused_linear(rows, num_out // (1 + gated), width, x.dtype):
-            return project(x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype)
-
         # Devices that hold parts of the input's axes hold parts of the sum.
         summed = [m for a in linear.in_axes for m in self.sharding.mesh_axes(a)]
         summed = [m for m in summed if self.sharding.mesh.shape[m] > 1]
 
-        def on_shard(x, weight, norm_weight, residual, layer):
-            x = x.reshape(1, width)
-            y = fused_linear(
-                x, weight.reshape(len(weight), -1, width), layer, norm_weight, residual,
-                eps=norm.eps if norm is not None else 0.0, gated=gated, dtype=dtype or x.dtype,
-            ).reshape(1, *local[gated:-num_in])  # fmt: skip
-            return jax.lax.psum(y, tuple(summed)) if summed else y
+        whole = all(self.sharding.size(a) == 1 for a in ("embed", "activation_embed"))
+        one_row = fits_fused_linear(rows, num_out // (1 + gated), width, x.dtype)
+        one_shot = (
+            self.mailbox is not None
+            and residual is not None
+            and summed == ["tensor"]
+            and fits_one_shot((rows, num_out), x.dtype, MAX_ONE_SHOT_ELEMENTS)
+        )
+        if not whole or not (one_row or one_shot):
+            return project(x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype)
+
+        def on_shard(x, weight, norm_weight, residual, layer, mailbox):
+            shape = (rows, *local[gated:-num_in])
+            added = None if summed else residual
+            if one_row:
+                y = fused_linear(
+                    x.reshape(1, width), weight.reshape(len(weight), -1, width), layer,
+                    norm_weight, added,
+                    eps=norm.eps if norm is not None else 0.0, gated=gated, dtype=dtype or x.dtype,
+                ).reshape(shape)  # fmt: skip
+            else:
+                y = product(x, weight[layer], num_in, dtype)
+            if not summed:
+                return y
+            if one_shot:
+                return one_shot_all_reduce(y, residual, mailbox, summed[0], MAX_ONE_SHOT_ELEMENTS)
+            y = jax.lax.psum(y, tuple(summed))
+            return y if residual is None else residual + y
 
         spec = self.sharding.spec
         layer = jnp.int32(0) if layer is None else layer
         out_spec = spec("batch", *linear.out_axes[gated:])
-        y = self.sharding.shard_map(
+        return self.sharding.shard_map(
             on_shard,
-            (spec("batch", *linear.in_axes), spec(None, *axes), spec(), out_spec, spec()),
+            (spec("batch", *linear.in_axes), spec(None, *axes), spec(), out_spec, spec(),
+             self.sharding.by_device),
             out_spec,
-        )(x, weight, norm_weight, None if summed else residual, layer)
-        return residual + y if summed and residual is not None else y
+        )(x, weight, norm_weight, residual, layer, self.mailbox)  # fmt: skip

@@ -1,0 +1,117 @@
+"""The one-shot all-reduce on two or more GPUs that reach each other's memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import make_mailboxes, one_shot_all_reduce
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two GPUs"
+    ),
+]
+
+MOST = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.array(jax.devices()), ("tensor",))
+
+
+@pytest.fixture(scope="module")
+def mailboxes(mesh):
+    return make_mailboxes(mesh, "tensor", MOST)
+
+
+def reduce_on(mesh, fn, num_parts):
+    """fn(parts, residual, address) on each device's part; the result of every device, apart."""
+    parts, whole = PartitionSpec("tensor"), PartitionSpec()
+
+    def on_device(parts, residual, address):
+        return fn([part[0] for part in parts], residual, address)[None]
+
+    return jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=([parts] * num_parts, whole, parts),
+            out_specs=parts,
+            check_vma=False,
+        )
+    )
+
+
+def draw(mesh, shape, seed):
+    parts = np.random.default_rng(seed).standard_normal((mesh.size, *shape))
+    sharding = NamedSharding(mesh, PartitionSpec("tensor"))
+    return jax.device_put(jnp.asarray(parts, jnp.bfloat16), sharding)
+
+
+def exact(parts, residual):
+    return np.asarray(residual, np.float32) + np.asarray(parts, np.float32).sum(axis=0)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1024), (1, 5120), (7, 2560), (3, 256), (16, 5120), (64, 4096), (256, 4096)]
+)
+def test_sum(mesh, mailboxes, shape):
+    residual = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.bfloat16)
+
+    def add(parts, residual, address):
+        return one_shot_all_reduce(parts[0], residual, address, "tensor", MOST)
+
+    run = reduce_on(mesh, add, 1)
+    for seed in range(5):
+        part = draw(mesh, shape, seed)
+        got = np.asarray(run([part], residual, mailboxes.addresses))
+        assert (got == got[0]).all(), "the devices got different sums"
+        want = exact(part, residual)
+        np.testing.assert_array_equal(got[0], want.astype(jnp.bfloat16))
+
+
+def test_chains_of_changing_shapes(mesh, mailboxes):
+    """Thousands of calls, each of which depends on the one before; many fast and slow devices."""
+    shapes = [(1, 1024), (16, 5120), (2, 2560), (64, 4096)]
+    parts = [draw(mesh, shape, i) for i, shape in enumerate(shapes)]
+
+    def chain(parts, residual, address):
+        total = residual
+        for _ in range(25):
+            for part in parts:
+                rest = jnp.zeros_like(part).at[0, 0].set(total[0, 0] / 256)
+                out = one_shot_all_reduce(part, rest, address, "tensor", MOST)
+                total = total + out[:1, :1]
+        return total
+
+    run = reduce_on(mesh, chain, len(parts))
+    residual = jnp.ones((1, 1), jnp.bfloat16)
+    outs = [np.asarray(run(parts, residual, mailboxes.addresses)) for _ in range(20)]
+    assert all((out == outs[0][0]).all() for out in outs)
+
+    def same_by_xla(parts, residual, address):
+        total = residual
+        for _ in range(25):
+            for part in parts:
+                rest = (total[0, 0] / 256).astype(jnp.float32)
+                first = jax.lax.psum(part[:1, :1].astype(jnp.float32), "tensor") + rest
+                total = total + first.astype(jnp.bfloat16)
+        return total
+
+    want = np.asarray(
+        reduce_on(mesh, same_by_xla, len(parts))(parts, residual, mailboxes.addresses)
+    )
+    np.testing.assert_array_equal(outs[0][0], want[0])
+
+
+def test_too_much_is_refused(mesh, mailboxes):
+    add = functools.partial(one_shot_all_reduce, axis="tensor", max_elements=MOST)
+    run = reduce_on(mesh, lambda parts, r, a: add(parts[0], r, a), 1)
+    with pytest.raises(ValueError, match="up to 1048576 elements"):
+        run([draw(mesh, (2, MOST), 0)], jnp.zeros((2, MOST), jnp.bfloat16), mailboxes.addresses)
