@@ -7,8 +7,8 @@ sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 Every function of attention takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere on;
 interpreted where there is no GPU), "mosaic" (Pallas with Hopper's own instructions, in bfloat16;
 the KV write stays in Triton) or "xla" (plain JAX: the CPU path, and what the kernels are compared
-with). `fused_linear`, the linear layer of a single row, and `one_shot_all_reduce`, the sum over
-GPUs, are Triton kernels only.
+with). Triton kernels only: `fused_linear`, the linear layer of a single row, and sums and maxima
+over the GPUs of a process, `one_shot_all_reduce` and `one_shot_max`.
 """
 
 from pallas_kernels.all_reduce import (
@@ -16,6 +16,7 @@ from pallas_kernels.all_reduce import (
     fits_one_shot,
     make_mailboxes,
     one_shot_all_reduce,
+    one_shot_max,
 )
 from pallas_kernels.fused_linear import fits_fused_linear, fused_linear
 from pallas_kernels.kv_write import norm_rope_write
@@ -31,6 +32,7 @@ __all__ = [
     "make_mailboxes",
     "norm_rope_write",
     "one_shot_all_reduce",
+    "one_shot_max",
     "paged_decode",
     "paged_prefill",
 ]

@@ -1,14 +1,14 @@
-"""A small sum over the GPUs of one process, in one kernel that writes into its peers' memory.
+"""Small sums and maxima over the GPUs of one process: one kernel that writes into peers' memory.
 
-The "one-shot" all-reduce: every GPU sends its part to all others and adds up what arrives, so that
-a sum takes one crossing of the link. Beside its operands it needs a *mailbox* on each GPU, whose
+The "one-shot" all-reduce: every GPU sends its part to all others and combines what arrives, so that
+it takes one crossing of the link. Beside its operands it needs a *mailbox* on each GPU, whose
 address the others know:
 
-    addresses [peers]                            of their mailboxes, 8 bytes each
-    calls     [programs]                         how often each program has run
-    arrived   [peers, programs]                  the number of the last call that a peer has sent
-    data      [2, peers, elements]               of this call and the one before: a fast GPU may be
-                                                 one call ahead of a slow one, never two
+    addresses [peers]                      of their mailboxes, 8 bytes each
+    calls     [programs]                   how often each program has run
+    arrived   [peers, programs]            the number of the last call that a peer has sent
+    data      [2, peers, programs, block]  of this call and the one before: a fast GPU may be one
+                                           call ahead of a slow one, never two
 
 A program sends its block of elements to the same program on every GPU, then the number of the call,
 and waits for that number from all of them. Mailboxes are reached by address, in inline PTX: XLA
@@ -17,6 +17,7 @@ knows nothing of them, and the kernel is to XLA, and to its command buffers, lik
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,19 +30,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-_BLOCKS = (1024, 512, 256)  # elements of a program: 16 bytes, one load, for each thread
-_THREAD = 8  # elements
+_MAX_BLOCK = 512  # words of a program, of 4 bytes; a thread has four of them, one load
+_MIN_BLOCK = 128
 
 
 class Layout(NamedTuple):
     """Where the parts of a mailbox begin, in bytes."""
 
     peers: int
-    max_elements: int
+    max_words: int
 
     @property
     def programs(self) -> int:
-        return self.max_elements // _BLOCKS[-1]
+        return self.max_words // _MAX_BLOCK
 
     @property
     def calls(self) -> int:
@@ -58,7 +59,12 @@ class Layout(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.data + 2 * self.peers * 2 * self.max_elements
+        return self.data + 2 * self.peers * self.part
+
+    @property
+    def part(self) -> int:
+        """Bytes of one peer's data."""
+        return 4 * _MAX_BLOCK * self.programs
 
 
 class Mailboxes(NamedTuple):
@@ -68,19 +74,24 @@ class Mailboxes(NamedTuple):
     addresses: Int32[Array, "devices 2"]  # low and high word of each GPU's own
 
 
-def fits_one_shot(shape: tuple[int, ...], dtype: DTypeLike, max_elements: int) -> bool:
+def fits_one_shot(shape: tuple[int, ...], dtype: DTypeLike, max_words: int) -> bool:
     """Whether `one_shot_all_reduce` takes an array of this shape."""
-    size = math.prod(shape)
-    return jnp.dtype(dtype) == jnp.bfloat16 and size <= max_elements and size % _BLOCKS[-1] == 0
+    words = math.prod(shape) // 2
+    divided = words % _MIN_BLOCK == 0 and words // _block(words) <= max_words // _MAX_BLOCK
+    return jnp.dtype(dtype) == jnp.bfloat16 and divided
 
 
-def make_mailboxes(mesh: Mesh, axis: str, max_elements: int) -> Mailboxes:
-    """Mailboxes on every GPU of a mesh, for sums over `axis` of up to so many elements.
+def _block(words: int) -> int:
+    return math.gcd(words, _MAX_BLOCK)
+
+
+def make_mailboxes(mesh: Mesh, axis: str, max_words: int) -> Mailboxes:
+    """Mailboxes on every GPU of a mesh, to combine up to so many words of 4 bytes over `axis`.
 
     The mesh must lie within one process, and its GPUs must reach each other's memory (NVLink, or
     PCIe peer access; JAX enables it where it exists).
     """
-    layout = Layout(mesh.shape[axis], max_elements)
+    layout = Layout(mesh.shape[axis], max_words)
     everyone = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     memory = jnp.zeros((mesh.size, layout.size // 4), jnp.int32, device=everyone)
     own = {s.device: s.data.unsafe_buffer_pointer() for s in memory.addressable_shards}
@@ -110,7 +121,7 @@ def one_shot_all_reduce(
     residual: Float[Array, "M D"],
     address: Int32[Array, "1 2"],
     axis: str,
-    max_elements: int,
+    max_words: int,
 ) -> Float[Array, "M D"]:
     """Return residual + the sum of `x` over mesh axis `axis`; for use under `jax.shard_map`.
 
@@ -120,86 +131,138 @@ def one_shot_all_reduce(
         x: this GPU's part, in bfloat16.
         residual: the same on every GPU of the axis.
         address: of this GPU's mailbox: its shard of `Mailboxes.addresses`.
-        max_elements: as given to `make_mailboxes`.
+        max_words: as given to `make_mailboxes`.
 
     Raises:
         ValueError: see `fits_one_shot`.
     """
-    if not fits_one_shot(x.shape, x.dtype, max_elements) or residual.shape != x.shape:
+    if not fits_one_shot(x.shape, x.dtype, max_words) or residual.shape != x.shape:
         raise ValueError(
-            f"one_shot_all_reduce takes up to {max_elements} elements of bfloat16, a multiple of "
-            f"{_BLOCKS[-1]}, not {x.dtype}{x.shape} and a residual of {residual.shape}"
+            f"one_shot_all_reduce takes up to {2 * max_words} numbers in bfloat16, a multiple of "
+            f"{2 * _MIN_BLOCK}, not {x.dtype}{x.shape} and a residual of {residual.shape}"
         )
-    block = next(b for b in _BLOCKS if x.size % b == 0)
-    code = _ptx(Layout(lax.axis_size(axis), max_elements))
-    out = pl.pallas_call(
-        functools.partial(_kernel, block=block, code=code),
-        grid=(x.size // block,),
-        out_shape=jax.ShapeDtypeStruct((x.size // 2,), jnp.int32),
-        compiler_params=plgpu.CompilerParams(num_warps=block // _THREAD // 32, num_stages=1),
-        name="one_shot_all_reduce",
-    )(_pairs(x), _pairs(residual), address.reshape(2), lax.axis_index(axis).reshape(1))
+
+    def words(x):
+        return lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
+
+    out = _exchange(_SUM, words(x), words(residual), address, axis, max_words)
     return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(x.shape)
 
 
-def _pairs(x: Array) -> Int32[Array, " words"]:
-    """Pairs of bfloat16 as words."""
-    return lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
+def one_shot_max(
+    keys: Int32[Array, "B 2"], address: Int32[Array, "1 2"], axis: str, max_words: int
+) -> Int32[Array, "B 2"]:
+    """The largest of each key over mesh axis `axis`, as unsigned 64-bit integers [low, high].
+
+    Raises:
+        ValueError: there are more keys than fit into the mailboxes.
+    """
+    padding = -keys.size % _MIN_BLOCK
+    if keys.size + padding > max_words:
+        raise ValueError(f"one_shot_max takes up to {max_words // 2} keys, not {len(keys)}")
+    words = jnp.pad(keys.reshape(-1), (0, padding))
+    out = _exchange(_MAX, words, words, address, axis, max_words)
+    return out[: keys.size].reshape(keys.shape)
+
+
+def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: int):
+    """Combine the words of `x` over an axis, and with `residual` where `combine` uses it."""
+    block = _block(x.size)
+    code = _ptx(Layout(lax.axis_size(axis), max_words), combine)
+    return pl.pallas_call(
+        functools.partial(_kernel, block=block, code=code),
+        grid=(x.size // block,),
+        out_shape=jax.ShapeDtypeStruct((x.size,), jnp.int32),
+        compiler_params=plgpu.CompilerParams(num_warps=block // 4 // 32, num_stages=1),
+        name="one_shot_all_reduce",
+    )(x, residual, address.reshape(2), lax.axis_index(axis).reshape(1))
 
 
 def _kernel(x_ref, residual_ref, address_ref, me_ref, out_ref, *, block: int, code: str):
-    """One program for `block` elements. Each thread runs the snippet once, with four words."""
-    words = block // 2
-    mine = pl.program_id(0) * words + jnp.arange(words)
+    """One program for `block` words. Each thread runs the snippet once, with four of them."""
+    own = jnp.arange(block)
+    mine = pl.program_id(0) * block + own
 
     def spread(scalar):
-        return jnp.full((words,), scalar, jnp.int32)
+        return jnp.full((block,), scalar, jnp.int32)
 
     args = [
         plgpu.load(x_ref.at[mine]),
         plgpu.load(residual_ref.at[mine]),
-        mine * 4,
+        4 * (pl.program_id(0) * _MAX_BLOCK + own),
         spread(address_ref[0]),
         spread(address_ref[1]),
         spread(me_ref[0]),
         spread(pl.program_id(0)),
     ]
-    per_thread = _THREAD // 2
     (out,) = plgpu.elementwise_inline_asm(
         code,
         args=args,
-        constraints=",".join(["=r"] * per_thread + ["r"] * per_thread * len(args)),
-        pack=per_thread,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((words,), jnp.int32)],
+        constraints=",".join(["=r"] * 4 + ["r"] * 4 * len(args)),
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((block,), jnp.int32)],
     )
     plgpu.store(out_ref.at[mine], out)
 
 
-def _ptx(layout: Layout) -> str:
+class Combine(NamedTuple):
+    """How four words of every peer become four words of the result, in PTX."""
+
+    start: str
+    add: Callable[[list[str]], str]  # four words of a peer
+    finish: Callable[[list[str], list[str]], str]  # (residual, result)
+
+
+def _add_pairs(words: list[str]) -> str:
+    """Add pairs of bfloat16 to eight sums; a bfloat16 is the upper half of a float32."""
+    return "".join(
+        f"shl.b32 v, {word}, 16; mov.b32 f, v; add.f32 s{2 * i}, s{2 * i}, f;"
+        f"and.b32 v, {word}, 0xffff0000; mov.b32 f, v; add.f32 s{2 * i + 1}, s{2 * i + 1}, f;"
+        for i, word in enumerate(words)
+    )
+
+
+def _round_pairs(residual: list[str], out: list[str]) -> str:
+    rounded = (f"cvt.rn.bf16x2.f32 {out[i]}, s{2 * i + 1}, s{2 * i};" for i in range(4))
+    return _add_pairs(residual) + "".join(rounded)
+
+
+def _max_keys(words: list[str]) -> str:
+    pairs = ((0, words[0], words[1]), (1, words[2], words[3]))
+    return "".join(f"mov.b64 k, {{{lo}, {hi}}}; max.u64 m{i}, m{i}, k;" for i, lo, hi in pairs)
+
+
+_SUM = Combine("".join(f"mov.f32 s{i}, 0f00000000;" for i in range(8)), _add_pairs, _round_pairs)
+_MAX = Combine(
+    "mov.u64 m0, 0; mov.u64 m1, 0;",
+    _max_keys,
+    lambda _, out: "".join(f"mov.b64 {{{out[2 * i]}, {out[2 * i + 1]}}}, m{i};" for i in range(2)),
+)
+
+
+def _ptx(layout: Layout, combine: Combine) -> str:
     """The exchange, as one snippet: Pallas takes snippets for pure, and keeps no order of several.
 
     Operands: four words each of the result, x and residual, then (four times the same, but for the
-    first) a word's offset in bytes, the mailbox's address low and high, this GPU's number, the
-    program's. The first threads of a program, one for each peer, exchange the calls' numbers.
+    first) where a thread's data begins in bytes, the mailbox's address low and high, this GPU's
+    number, the program's. The first threads, one for each peer, exchange the calls' numbers.
     """
-    peers, programs = layout.peers, layout.programs
+    peers, programs, part = layout.peers, layout.programs, layout.part
     out, x, residual = (["$" + str(first + i) for i in range(4)] for first in (0, 4, 8))
     offset, low, high, me, program = (f"${12 + 4 * i}" for i in range(5))
-    part = 2 * layout.max_elements  # bytes of a peer's data
     send = "".join(
         f"ld.global.b64 peer, [mine+{8 * p}]; add.u64 a, peer, to;"
         f"st.global.v4.b32 [a+{layout.data}], {{{', '.join(x)}}};"
         for p in range(peers)
     )
-    add_up = "".join(
+    receive = "".join(
         f"ld.relaxed.sys.global.v4.b32 {{w0, w1, w2, w3}}, [from+{layout.data + p * part}];"
-        + _add_words(["w0", "w1", "w2", "w3"])
+        + combine.add(["w0", "w1", "w2", "w3"])
         for p in range(peers)
     )
-    results = "".join(f"cvt.rn.bf16x2.f32 {out[i]}, s{2 * i + 1}, s{2 * i};" for i in range(4))
     return f"""{{
         .reg .pred ready, flags;
-        .reg .b64 mine, peer, a, to, from, o;
+        .reg .b64 mine, peer, a, to, from, o, k, m0, m1;
         .reg .b32 call, tid, slot, seen, v, w0, w1, w2, w3;
         .reg .f32 s0, s1, s2, s3, s4, s5, s6, s7, f;
         mov.b64 mine, {{{low}, {high}}};
@@ -240,17 +303,7 @@ def _ptx(layout: Layout) -> str:
         mul.wide.u32 o, {program}, 4;
         add.u64 a, mine, o;
         st.global.b32 [a+{layout.calls}], call;
-        {"".join(f"mov.f32 s{i}, 0f00000000;" for i in range(8))}
-        {add_up}
-        {_add_words(residual)}
-        {results}
+        {combine.start}
+        {receive}
+        {combine.finish(residual, out)}
     }}"""
-
-
-def _add_words(words: list[str]) -> str:
-    """Add pairs of bfloat16 to the eight sums; a bfloat16 is the upper half of a float32."""
-    return "".join(
-        f"shl.b32 v, {word}, 16; mov.b32 f, v; add.f32 s{2 * i}, s{2 * i}, f;"
-        f"and.b32 v, {word}, 0xffff0000; mov.b32 f, v; add.f32 s{2 * i + 1}, s{2 * i + 1}, f;"
-        for i, word in enumerate(words)
-    )

@@ -21,7 +21,7 @@ from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.step import DeviceState, LayerWeights, StepProgram
 from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.layers.linear import MAX_ONE_SHOT_ELEMENTS
+from nanovllm_jax.layers.linear import MAX_ONE_SHOT_WORDS
 from nanovllm_jax.models import model_class
 from nanovllm_jax.sharding import make_sharding
 from nanovllm_jax.weights import load_weights, random_weights
@@ -243,7 +243,7 @@ class ModelRunner:
         kernels = self.platform == "gpu" and self.program.decode != "xla"
         if not kernels or jax.process_count() > 1 or self.sharding.mesh.shape["tensor"] == 1:
             return None
-        return make_mailboxes(self.sharding.mesh, "tensor", MAX_ONE_SHOT_ELEMENTS)
+        return make_mailboxes(self.sharding.mesh, "tensor", MAX_ONE_SHOT_WORDS)
 
     def _size_cache(self) -> int:
         """How many blocks of KV cache fit for each shard of the batch; prints the arithmetic.

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int32
 
 from nanovllm_jax.engine.inputs import Column, floats, sampled_positions, seeds, unpack
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
-from nanovllm_jax.layers.linear import FusedProject, project
+from nanovllm_jax.layers.linear import MAX_ONE_SHOT_WORDS, FusedProject, project
 from nanovllm_jax.layers.sampler import filter_logits, sample
 from nanovllm_jax.sharding import Sharding
+from pallas_kernels import one_shot_max
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["order"])
@@ -93,14 +94,18 @@ class StepProgram:
         if num_tokens:
             hidden = self._last_rows(hidden, inputs.last_tokens)
         logits = self.sharding.constrain(model.logits(hidden, how), "batch", "vocab")
-        last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=False)
+        last_tokens, tokens = self._draw(
+            state.last_tokens, logits, rows, state.mailbox, filtered=False
+        )
         return DeviceState(cache, state.mailbox, last_tokens), tokens, logits
 
     def redraw(
         self, state: DeviceState, logits: Float[Array, "B V"], rows: Int32[Array, "B R"]
     ) -> tuple[DeviceState, Int32[Array, " B"]]:
         """Draw the rows' tokens again, with top-k, top-p and min-p."""
-        last_tokens, tokens = self._draw(state.last_tokens, logits, rows, filtered=True)
+        last_tokens, tokens = self._draw(
+            state.last_tokens, logits, rows, state.mailbox, filtered=True
+        )
         return state._replace(last_tokens=last_tokens), tokens
 
     # The rest works on each shard of the batch by itself. Jitted for the eager engine's sake: a
@@ -122,10 +127,14 @@ class StepProgram:
         return pick(hidden, last_tokens)
 
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
-    def _draw(self, last_tokens, logits, rows, *, filtered: bool):
+    def _draw(self, last_tokens, logits, rows, mailbox, *, filtered: bool):
         axis = self.sharding.mesh_axes("vocab")
+        one_shot = mailbox is not None and axis == ("tensor",)
 
-        def on_shard(last_tokens, logits, rows):
+        def on_shard(last_tokens, logits, rows, mailbox):
+            def largest_key(keys):
+                return one_shot_max(keys, mailbox, "tensor", MAX_ONE_SHOT_WORDS)
+
             temperatures = floats(rows, Column.TEMPERATURE)
             if filtered:
                 top_p, min_p = floats(rows, Column.TOP_P), floats(rows, Column.MIN_P)
@@ -136,11 +145,14 @@ class StepProgram:
             tokens = sample(
                 logits, temperatures, seeds(rows), sampled_positions(rows),
                 vocab_size=self.vocab_size, axis=axis,
+                largest_key=largest_key if one_shot else None,
             )  # fmt: skip
             return last_tokens.at[rows[:, Column.SLOT]].set(tokens), tokens
 
         spec, by_row = self.sharding.spec, self.sharding.spec("batch")
         draw = self.sharding.shard_map(
-            on_shard, (by_row, spec("batch", "vocab"), by_row), (by_row, by_row)
+            on_shard,
+            (by_row, spec("batch", "vocab"), by_row, self.sharding.by_device),
+            (by_row, by_row),
         )
-        return draw(last_tokens, logits, rows)
+        return draw(last_tokens, logits, rows, mailbox)

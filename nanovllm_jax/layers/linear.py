@@ -20,9 +20,9 @@ from pallas_kernels import fits_fused_linear, fits_one_shot, fused_linear, one_s
 
 Layer = Int32[Array, ""] | None  # which one of a stack
 
-# Sums over GPUs of up to so many numbers (256 rows of 8B's width) take the one-shot kernel; larger
+# Sums over GPUs of up to so many words (256 rows of 8B's width) take the one-shot kernel; larger
 # ones are bound by the link, where each GPU should send each number once and not to all others.
-MAX_ONE_SHOT_ELEMENTS = 1 << 20
+MAX_ONE_SHOT_WORDS = 1 << 19
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -81,7 +81,10 @@ class Embedding(Linear):
 
 
 class Project(Protocol):
-    """A linear layer and what surrounds it; a decoder layer is four of these and attention."""
+    """A linear layer and what surrounds it; a decoder layer is four of these and attention.
+
+    `lookup` is the other way to use weights: rows of an embedding table.
+    """
 
     def __call__(
         self,
@@ -95,15 +98,25 @@ class Project(Protocol):
         dtype: DTypeLike | None = None,  # of the output; default: x's
     ) -> Float[Array, "T *out"]: ...
 
+    def lookup(self, table: Embedding, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]: ...
 
-def project(x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
+
+class PlainProject:
     """`Project` in plain JAX."""
-    if norm is not None:
-        x = norm(x, layer)
-    y = linear(x, layer, dtype)
-    if gated:
-        y = jax.nn.silu(y[:, 0]) * y[:, 1]
-    return y if residual is None else residual + y
+
+    def lookup(self, table, token_ids):
+        return table.lookup(token_ids)
+
+    def __call__(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
+        if norm is not None:
+            x = norm(x, layer)
+        y = linear(x, layer, dtype)
+        if gated:
+            y = jax.nn.silu(y[:, 0]) * y[:, 1]
+        return y if residual is None else residual + y
+
+
+project = PlainProject()
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,29 @@ class FusedProject:
 
     sharding: Sharding
     mailbox: Int32[Array, "devices 2"] | None = None  # addresses, for `one_shot_all_reduce`
+
+    def lookup(self, table, token_ids):
+        rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec
+        width = table.weight[...].shape[1]
+        whole = all(self.sharding.size(a) == 1 for a in ("embed", "activation_embed"))
+        split = self.sharding.mesh_axes("vocab") == ("tensor",)
+        if not (whole and split and self._one_shot((rows, width), table.weight.dtype)):
+            return table.lookup(token_ids)
+
+        def on_shard(weight, token_ids, mailbox):
+            ids = token_ids - jax.lax.axis_index("tensor") * len(weight)
+            here = (ids >= 0) & (ids < len(weight))
+            part = jnp.where(here[:, None], weight[jnp.where(here, ids, 0)], 0)
+            nothing = jnp.zeros_like(part)
+            return one_shot_all_reduce(part, nothing, mailbox, "tensor", MAX_ONE_SHOT_WORDS)
+
+        by_row = spec("batch")
+        return self.sharding.shard_map(
+            on_shard, (spec("vocab"), by_row, self.sharding.by_device), by_row
+        )(table.weight[...], token_ids, self.mailbox)
+
+    def _one_shot(self, shape: tuple[int, ...], dtype) -> bool:
+        return self.mailbox is not None and fits_one_shot(shape, dtype, MAX_ONE_SHOT_WORDS)
 
     def __call__(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
         axes, num_in = linear.out_axes + linear.in_axes, len(linear.in_axes)
@@ -133,10 +169,9 @@ class FusedProject:
         whole = all(self.sharding.size(a) == 1 for a in ("embed", "activation_embed"))
         one_row = fits_fused_linear(rows, num_out // (1 + gated), width, x.dtype)
         one_shot = (
-            self.mailbox is not None
-            and residual is not None
+            residual is not None
             and summed == ["tensor"]
-            and fits_one_shot((rows, num_out), x.dtype, MAX_ONE_SHOT_ELEMENTS)
+            and self._one_shot((rows, num_out), x.dtype)
         )
         if not whole or not (one_row or one_shot):
             return project(x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype)
@@ -155,7 +190,7 @@ class FusedProject:
             if not summed:
                 return y
             if one_shot:
-                return one_shot_all_reduce(y, residual, mailbox, summed[0], MAX_ONE_SHOT_ELEMENTS)
+                return one_shot_all_reduce(y, residual, mailbox, summed[0], MAX_ONE_SHOT_WORDS)
             y = jax.lax.psum(y, tuple(summed))
             return y if residual is None else residual + y
 

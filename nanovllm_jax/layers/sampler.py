@@ -6,9 +6,11 @@ a hash of (request seed, token position, vocabulary entry), so a sample depends 
 not on the batch, its order, the step or the mesh.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 
 def gumbel_noise(
@@ -35,6 +37,7 @@ def sample(
     *,
     vocab_size: int,
     axis: tuple[str, ...] = (),
+    largest_key: Callable[[Int32[Array, "B 2"]], Int32[Array, "B 2"]] | None = None,
 ) -> Int[Array, " B"]:
     """One token a row. `logits` is this device's shard of the vocabulary over mesh axes `axis`.
 
@@ -42,6 +45,8 @@ def sample(
         temperatures: 0 is greedy; ties go to the lowest token id.
         seeds, positions: the request's random stream, and where in it this token is.
         vocab_size: entries from here on are padding.
+        largest_key: the maximum over `axis` of unsigned 64-bit integers, as words [low, high];
+            without it scores and tokens are gathered.
     """
     ids = _shard_ids(logits, axis)
 
@@ -59,6 +64,9 @@ def sample(
     if not axis:
         return token
     score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
+    if largest_key:
+        order = jax.lax.bitcast_convert_type(_ordered_key(score), jnp.int32)
+        return ~largest_key(jnp.stack([~token, order], axis=-1))[:, 0]  # ~: the lowest token wins
     shards, tokens = jax.lax.all_gather((score, token), axis)  # [shards, B] each
     winner = jnp.argmax(shards, axis=0)  # the first of equals: the lowest token id
     return jnp.take_along_axis(tokens, winner[None, :], axis=0)[0]
@@ -116,7 +124,7 @@ def _shard_ids(logits: Float[Array, "B V"], axis: tuple[str, ...]) -> Int[Array,
     return jnp.arange(local, dtype=jnp.int32) + first
 
 
-def _ordered_key(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+def _ordered_key(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """Unsigned integers in the order of the floats."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)

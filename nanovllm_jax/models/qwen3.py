@@ -98,7 +98,7 @@ class Qwen3(nnx.Module):
         project: Project = project,
     ) -> tuple[Float[Array, "T D"], Any]:
         """Run all layers over T tokens; returns hidden states, not yet normed, and the cache."""
-        x = self.embed_tokens.lookup(token_ids)
+        x = project.lookup(self.embed_tokens, token_ids)
         x = self.constrain(x, "activation_tokens", "activation_embed")
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, weights = nnx.split(self.layers)

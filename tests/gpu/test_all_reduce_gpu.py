@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import make_mailboxes, one_shot_all_reduce
+from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +17,7 @@ pytestmark = [
     ),
 ]
 
-MOST = 1 << 20
+MOST = 1 << 19
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,25 @@ def test_chains_of_changing_shapes(mesh, mailboxes):
     np.testing.assert_array_equal(outs[0][0], want[0])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64, 500])
+def test_max(mesh, mailboxes, rows):
+    keys = np.random.default_rng(rows).integers(-(2**31), 2**31, (mesh.size, rows, 2), np.int64)
+    keys[:, : rows // 2, 1] = 7  # of equal high words the low ones decide
+    words = jax.device_put(keys.astype(np.int32), NamedSharding(mesh, PartitionSpec("tensor")))
+
+    def largest(parts, residual, address):
+        return one_shot_max(parts[0], address, "tensor", MOST)
+
+    got = np.asarray(reduce_on(mesh, largest, 1)([words], jnp.zeros(1), mailboxes.addresses))
+    bits = keys.astype(np.int32).view(np.uint32).astype(np.uint64)
+    want = (bits[..., 0] | bits[..., 1] << np.uint64(32)).max(axis=0)
+    assert (got == got[0]).all()
+    bits = got[0].view(np.uint32).astype(np.uint64)
+    np.testing.assert_array_equal(bits[:, 0] | bits[:, 1] << np.uint64(32), want)
+
+
 def test_too_much_is_refused(mesh, mailboxes):
-    add = functools.partial(one_shot_all_reduce, axis="tensor", max_elements=MOST)
+    add = functools.partial(one_shot_all_reduce, axis="tensor", max_words=MOST)
     run = reduce_on(mesh, lambda parts, r, a: add(parts[0], r, a), 1)
     with pytest.raises(ValueError, match="up to 1048576 elements"):
         run([draw(mesh, (2, MOST), 0)], jnp.zeros((2, MOST), jnp.bfloat16), mailboxes.addresses)
