@@ -30,7 +30,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-_MAX_BLOCK = 512  # words of a program, of 4 bytes; a thread has four of them, one load
+# Words of a program, of 4 bytes; a thread has four of them, one load. On two H200s 2,048 took
+# 8.7 us for 640 KiB where 512 took 10.7, and no longer for less.
+_MAX_BLOCK = 2048
 _MIN_BLOCK = 128
 
 

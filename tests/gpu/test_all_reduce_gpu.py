@@ -129,5 +129,5 @@ def test_max(mesh, mailboxes, rows):
 def test_too_much_is_refused(mesh, mailboxes):
     add = functools.partial(one_shot_all_reduce, axis="tensor", max_words=MOST)
     run = reduce_on(mesh, lambda parts, r, a: add(parts[0], r, a), 1)
-    with pytest.raises(ValueError, match="up to 1048576 elements"):
-        run([draw(mesh, (2, MOST), 0)], jnp.zeros((2, MOST), jnp.bfloat16), mailboxes.addresses)
+    with pytest.raises(ValueError, match="up to 1048576 numbers"):
+        run([draw(mesh, (4, MOST), 0)], jnp.zeros((4, MOST), jnp.bfloat16), mailboxes.addresses)
