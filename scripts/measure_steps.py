@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import bench
 import jax
+import numpy as np
 from kernel_trace import Event, read_events, whole_steps
 
 from nanovllm_jax import LLM, SamplingParams
@@ -134,10 +135,8 @@ def time_alone(llm: LLM, batch: Batch, calls: int) -> tuple[Bucket, float]:
     engine can go on after it (with other tokens).
     """
     runner = runner_of(llm)
-    tokens = batch.num_tokens if batch.is_prefill else 0
-    buckets = runner.prefill_buckets if batch.is_prefill else runner.decode_buckets
-    bucket = next(b for b in buckets if b.num_tokens >= tokens and b.num_rows >= len(batch.seqs))
-    packed = jax.device_put(runner._pack(batch, bucket)[1], runner.sharding.replicated)
+    bucket, packed = step_input(runner, batch)
+    packed = jax.device_put(packed, runner.sharding.named("batch"))
 
     def call() -> jax.Array:
         runner.state, tokens, _ = runner.steps[bucket](runner.weights, runner.state, packed)
@@ -152,6 +151,25 @@ def time_alone(llm: LLM, batch: Batch, calls: int) -> tuple[Bucket, float]:
         before = after
     before.block_until_ready()
     return bucket, (time.perf_counter() - began) / calls
+
+
+def step_input(runner: ModelRunner, batch: Batch) -> tuple[Bucket, np.ndarray]:
+    """The bucket and the input array with which the runner calls the step of a batch."""
+    steps, inputs = runner.steps, []
+
+    def recorded(bucket: Bucket):
+        def step(weights, state, packed):
+            inputs.append((bucket, packed))
+            return steps[bucket](weights, state, packed)
+
+        return step
+
+    runner.steps = {bucket: recorded(bucket) for bucket in steps}
+    try:
+        runner.dispatch(batch)
+    finally:
+        runner.steps = steps
+    return inputs[0]
 
 
 def runner_of(llm: LLM) -> ModelRunner:

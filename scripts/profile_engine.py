@@ -260,11 +260,11 @@ def check_fit(args: argparse.Namespace, config: EngineConfig) -> None:
 
 def check_blocks(args: argparse.Namespace, llm: LLM) -> None:
     """Refuse a workload whose sequences do not lie in the KV cache at the same time."""
-    pool = len(llm.block_manager.blocks)
+    pool = sum(len(pool.blocks) for pool in llm.pools)
     needs = [(f"--batch {b}", b, args.context + _decode_tokens(args)) for b in args.batch]
     needs.append(("--prefill", args.prefill[0], args.prefill[1] + 1))
     for what, count, tokens in needs:
-        if (blocks := count * llm.block_manager.blocks_for(tokens)) > pool:
+        if (blocks := count * llm.pools[0].blocks_for(tokens)) > pool:
             raise UsageError(
                 f"{what}: {count} sequences of {tokens} tokens need {blocks} blocks of KV cache, "
                 f"there are {pool}: lower it, or raise --num-kvcache-blocks or "
@@ -311,8 +311,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     with bench.model_directory(args) as path, load(args, path) as llm:
         check_blocks(args, llm)
-        runner, config = runner_of(llm), llm.config
-        model, devices = runner.model_config, config.tensor_parallel_size
+        runner = runner_of(llm)
+        model, devices = runner.model_config, runner.sharding.size("heads")
         kind = runner.sharding.mesh.devices.flat[0].device_kind
         bandwidth = args.bandwidth or bench.rate_of(bench.BANDWIDTH, kind)
         # The products' known rates are those of 16 bits.

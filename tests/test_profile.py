@@ -56,6 +56,7 @@ def test_time_is_counted_once_where_kernels_overlap(script):
         ("loop_multiply_fusion_27", "jit(run)/mul", "norms, activations, inputs"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args<4096ul>)", "", "communication"),
         ("void stream_executor::gpu::AllReduceKernel<x>()", "", "communication"),
+        ("one_shot_all_reduce", "", "communication"),
         ("all_reduce_1", "jit(run)/jit(run_layer)/dot_general", "communication"),
         ("all_gather_9", "jit(run)/jit(_draw)/shard_map/all_gather", "communication"),
     ],
@@ -197,7 +198,9 @@ def test_costs_of_a_prefill_behind_a_prefix_with_an_8_bit_cache(script):
 
 def test_two_devices_share_the_weights_and_exchange_hidden_states(script):
     one = script("step_costs").step_costs(MODEL, [8], [1])
-    two = script("step_costs").step_costs(MODEL.over(2), [8], [1], devices=2)
+    parts = {"kv_heads": 2, "heads": 2, "ffn": 2, "vocab": 2}
+    split = MODEL.over(lambda axis: parts.get(axis, 1))
+    two = script("step_costs").step_costs(split, [8], [1], devices=2)
     copied = 2 * 2 * (4 * 2 * 2)  # operations of the second copy of the one KV head's k and v
     assert two["products"].flops == (one["products"].flops + copied) / 2
     assert two["sampling"].bytes == one["sampling"].bytes / 2
@@ -308,7 +311,7 @@ def test_bad_usage_is_one_line_and_status_2(model_dir, capsys, argv, said):
 
 def test_more_sequences_than_the_cache_holds_are_refused(script):
     profile = script("profile_engine")
-    llm = SimpleNamespace(block_manager=BlockManager(2, 256))
+    llm = SimpleNamespace(pools=[BlockManager(2, 256)])
     profile.check_blocks(profile.parse(["--batch", "2"]), llm)
     refused = "--batch 3: 3 sequences of 160 tokens need 3 blocks of KV cache, there are 2"
     with pytest.raises(UsageError, match=refused):
