@@ -148,7 +148,7 @@ def generate(argv: Sequence[str]) -> int:
         return _print_all(llm, args.prompts, prompts, sampling)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports a bad option like any other bad usage: in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -156,7 +156,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="nanovllm-jax",
         usage="%(prog)s [options] PROMPT [PROMPT ...]",
         description="Generate text with a language model.",
@@ -191,7 +191,7 @@ def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
     try:
         return SamplingParams(**{name: getattr(args, name) for name in names})
     except (TypeError, ValueError) as error:
-        raise _usage_error(error) from error
+        raise usage_error(error) from error
 
 
 def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
@@ -203,12 +203,12 @@ def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
     try:
         longest = EngineConfig.from_kwargs(str(model), **options).max_model_len
     except (AssertionError, TypeError, ValueError) as error:
-        raise _usage_error(error) from error
+        raise usage_error(error) from error
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for what is generated
             return LLM(str(model), **{"max_num_batched_tokens": longest, **options})
     except (ValueError, OSError) as error:  # the weights do not fit config.json, or the memory
-        raise _usage_error(error) from error
+        raise usage_error(error) from error
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
@@ -218,7 +218,7 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
             tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         )
     except ValueError as error:  # the tokenizer has no template
-        raise _usage_error(error) from error
+        raise usage_error(error) from error
 
 
 def _print_stream(llm: "LLM", text: TextStream, prompt: str, sampling: "SamplingParams") -> int:
@@ -238,7 +238,7 @@ def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "Samp
     try:
         results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
     except (TypeError, ValueError) as error:
-        raise _usage_error(error) from error
+        raise usage_error(error) from error
     failed = 0
     for name, result in zip(names, results, strict=True):
         print(f">>> {name}\n{result['text']}\n")
@@ -253,13 +253,14 @@ def _refusals(stream: Iterator[list[int]]) -> Iterator[list[int]]:
     try:
         first = next(stream, None)
     except (TypeError, ValueError) as error:
-        raise _usage_error(error) from error
+        raise usage_error(error) from error
     if first is not None:
         yield first
         yield from stream
 
 
-def _usage_error(error: Exception) -> UsageError:
+def usage_error(error: Exception) -> UsageError:
+    """What an exception says, in one line for the user."""
     return UsageError(" ".join(str(error).split()) or type(error).__name__)
 
 
@@ -275,4 +276,6 @@ def _token_ids(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # This file, run by `python -m`, is a second module beside the one that the scripts import:
+    # their UsageError is that module's, so its `main` must be the one that catches it.
+    sys.exit(importlib.import_module("nanovllm_jax.__main__").main())

@@ -40,7 +40,9 @@ TB = 1e12
 say = functools.partial(print, flush=True)  # progress is seen through a pipe, too
 
 # Measured by copying, in TB/s: what a kernel that does nothing but read and write reaches.
-BANDWIDTH = {"H100": 2.99, "H200": 4.3}
+BANDWIDTH = {"H100": 2.99, "H200": 4.2}
+# Of a large bfloat16 matrix product, in TFLOP/s.
+FLOPS = {"H100": 790.0, "H200": 790.0}
 
 # The published dense shapes: hidden, intermediate, layers, query heads, KV heads, tied embeddings.
 QWEN3 = {
@@ -377,8 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = llm.runner.model_config  # as it lies on the devices
     devices = options.get("tensor_parallel_size", 1)
     kind = jax.devices()[0].device_kind
-    known = next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
-    bandwidth = args.bandwidth or known
+    bandwidth = args.bandwidth or rate_of(BANDWIDTH, kind)
     name = args.random_weights or str(args.model)
     say(
         f"{name} on {devices} x {kind}, {model.dtype}, jax {jax.__version__}\n"
@@ -409,6 +410,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with args.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
     return 0
+
+
+def rate_of(table: dict[str, float], device_kind: str) -> float | None:
+    """The device's entry of BANDWIDTH or FLOPS; None if it was never measured."""
+    return next((rate for name, rate in table.items() if name in device_kind), None)
 
 
 def _rate(amount: float, seconds: float) -> float:
