@@ -6,13 +6,14 @@ address the others know:
 
     addresses [peers]                      of their mailboxes, 8 bytes each
     calls     [programs]                   how often each program has run
-    arrived   [peers, programs]            the number of the last call that a peer has sent
     data      [2, peers, programs, block]  of this call and the one before: a fast GPU may be one
                                            call ahead of a slow one, never two
 
-A program sends its block of elements to the same program on every GPU, then the number of the call,
-and waits for that number from all of them. Mailboxes are reached by address, in inline PTX: XLA
-knows nothing of them, and the kernel is to XLA, and to its command buffers, like any other.
+A program sends its block of words to the same program on every GPU, each word beside the number of
+the call, and reads what it gets until it finds that number beside every word: the protocol that
+NCCL calls LL. A pair of words arrives as one, so nothing else need be waited for. Mailboxes are
+reached by address, in inline PTX: XLA knows nothing of them, and the kernel is to XLA, and to its
+command buffers, like any other.
 """
 
 import functools
@@ -51,12 +52,8 @@ class Layout(NamedTuple):
         return 8 * self.peers
 
     @property
-    def arrived(self) -> int:
-        return self.calls + 4 * self.programs
-
-    @property
     def data(self) -> int:
-        end = self.arrived + 4 * self.peers * self.programs
+        end = self.calls + 4 * self.programs
         return end + -end % 128
 
     @property
@@ -65,8 +62,8 @@ class Layout(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Bytes of one peer's data."""
-        return 4 * _MAX_BLOCK * self.programs
+        """Bytes of one peer's data, with the calls' numbers."""
+        return 8 * _MAX_BLOCK * self.programs
 
 
 class Mailboxes(NamedTuple):
@@ -170,7 +167,7 @@ def one_shot_max(
 def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: int):
     """Combine the words of `x` over an axis, and with `residual` where `combine` uses it."""
     block = _block(x.size)
-    code = _ptx(Layout(lax.axis_size(axis), max_words), combine)
+    code = _ptx(Layout(lax.axis_size(axis), max_words), combine, block)
     return pl.pallas_call(
         functools.partial(_kernel, block=block, code=code),
         grid=(x.size // block,),
@@ -191,7 +188,7 @@ def _kernel(x_ref, residual_ref, address_ref, me_ref, out_ref, *, block: int, co
     args = [
         plgpu.load(x_ref.at[mine]),
         plgpu.load(residual_ref.at[mine]),
-        4 * (pl.program_id(0) * _MAX_BLOCK + own),
+        pl.program_id(0) * (8 * _MAX_BLOCK) + 4 * own,
         spread(address_ref[0]),
         spread(address_ref[1]),
         spread(me_ref[0]),
@@ -242,37 +239,42 @@ _MAX = Combine(
 )
 
 
-def _ptx(layout: Layout, combine: Combine) -> str:
+def _ptx(layout: Layout, combine: Combine, block: int) -> str:
     """The exchange, as one snippet: Pallas takes snippets for pure, and keeps no order of several.
 
     Operands: four words each of the result, x and residual, then (four times the same, but for the
     first) where a thread's data begins in bytes, the mailbox's address low and high, this GPU's
-    number, the program's. The first threads, one for each peer, exchange the calls' numbers.
+    number, the program's.
     """
-    peers, programs, part = layout.peers, layout.programs, layout.part
+    peers, part = layout.peers, layout.part
     out, x, residual = (["$" + str(first + i) for i in range(4)] for first in (0, 4, 8))
     offset, low, high, me, program = (f"${12 + 4 * i}" for i in range(5))
+    second = layout.data + 4 * block  # the second two words of all threads follow the first two
     send = "".join(
         f"ld.global.b64 peer, [mine+{8 * p}]; add.u64 a, peer, to;"
-        f"st.global.v4.b32 [a+{layout.data}], {{{', '.join(x)}}};"
+        f"st.volatile.global.v4.b32 [a+{layout.data}], {{{x[0]}, call, {x[1]}, call}};"
+        f"st.volatile.global.v4.b32 [a+{second}], {{{x[2]}, call, {x[3]}, call}};"
         for p in range(peers)
     )
     receive = "".join(
-        f"ld.relaxed.sys.global.v4.b32 {{w0, w1, w2, w3}}, [from+{layout.data + p * part}];"
+        f"AGAIN{p}:"
+        f"ld.volatile.global.v4.b32 {{w0, c0, w1, c1}}, [from+{layout.data + p * part}];"
+        f"ld.volatile.global.v4.b32 {{w2, c2, w3, c3}}, [from+{second + p * part}];"
+        "setp.ne.b32 missing, c0, call;"
+        + "".join(f"setp.ne.or.b32 missing, c{i}, call, missing;" for i in (1, 2, 3))
+        + f"@missing bra AGAIN{p};"
         + combine.add(["w0", "w1", "w2", "w3"])
         for p in range(peers)
     )
     return f"""{{
-        .reg .pred ready, flags;
+        .reg .pred missing, first;
         .reg .b64 mine, peer, a, to, from, o, k, m0, m1;
-        .reg .b32 call, tid, slot, seen, v, w0, w1, w2, w3;
+        .reg .b32 call, v, w0, w1, w2, w3, c0, c1, c2, c3;
         .reg .f32 s0, s1, s2, s3, s4, s5, s6, s7, f;
         mov.b64 mine, {{{low}, {high}}};
-        mov.u32 tid, %tid.x;
-        setp.lt.u32 flags, tid, {peers};
         mul.wide.u32 o, {program}, 4;
         add.u64 a, mine, o;
-        ld.relaxed.sys.global.b32 call, [a+{layout.calls}];
+        ld.volatile.global.b32 call, [a+{layout.calls}];
         add.s32 call, call, 1;
         and.b32 v, call, 1;
         mul.wide.u32 from, v, {peers * part};
@@ -283,28 +285,11 @@ def _ptx(layout: Layout, combine: Combine) -> str:
         add.u64 from, from, mine;
         {send}
         bar.sync 0;
-        @!flags bra DONE;
-        mul.wide.u32 o, tid, 8;
-        add.u64 a, mine, o;
-        ld.global.b64 peer, [a];
-        mad.lo.u32 slot, {me}, {programs}, {program};
-        mul.wide.u32 o, slot, 4;
-        add.u64 a, peer, o;
-        fence.acq_rel.sys;
-        st.relaxed.sys.global.b32 [a+{layout.arrived}], call;
-        mad.lo.u32 slot, tid, {programs}, {program};
-        mul.wide.u32 o, slot, 4;
-        add.u64 a, mine, o;
-        AGAIN:
-        ld.acquire.sys.global.b32 seen, [a+{layout.arrived}];
-        sub.s32 v, seen, call;
-        setp.lt.s32 ready, v, 0;
-        @ready bra AGAIN;
-        DONE:
-        bar.sync 0;
+        mov.u32 v, %tid.x;
+        setp.eq.u32 first, v, 0;
         mul.wide.u32 o, {program}, 4;
         add.u64 a, mine, o;
-        st.global.b32 [a+{layout.calls}], call;
+        @first st.volatile.global.b32 [a+{layout.calls}], call;
         {combine.start}
         {receive}
         {combine.finish(residual, out)}
