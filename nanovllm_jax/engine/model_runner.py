@@ -184,8 +184,7 @@ class ModelRunner:
 
     def _input(self, x: np.ndarray) -> np.ndarray | jax.Array:
         """A step's input in the form that programs take: with several processes, on the devices."""
-        sharding = self._rows_sharding()
-        return x if sharding.is_fully_addressable else place(x, sharding)
+        return place(x, self._rows_sharding()) if jax.process_count() > 1 else x
 
     def shut_down(self) -> None:
         """Give all device memory back."""
