@@ -119,6 +119,10 @@ class Leader:
     def is_finished(self) -> bool:
         return self.scheduler.is_finished
 
+    @property
+    def waiting(self) -> deque[Sequence]:
+        return self.scheduler.waiting
+
     def add(self, seq: Sequence) -> None:
         fields = (seq.seq_id, seq.token_ids.copy(), asdict(seq.params), seq.seed, seq.max_tokens)
         self.calls.append(("add", *fields))
