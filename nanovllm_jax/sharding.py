@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -90,6 +91,13 @@ class Sharding:
         )
 
 
+def place(x: np.ndarray | Array, sharding: NamedSharding) -> Array:
+    """An array that each process has whole, laid out over the mesh: each shard from its process."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def make_sharding(
     mesh_shape: Mapping[str, int], rules: Mapping[str, Rule] | None = None
 ) -> Sharding:
@@ -104,13 +112,19 @@ def make_sharding(
             devices are visible.
     """
     merged = merge_rules(rules or {})
-    devices = jax.devices()
+    devices = jax.devices()  # of all processes
     shape = tuple(mesh_shape.get(axis, 1) for axis in MESH_AXES)
     if math.prod(shape) > len(devices):
         wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise ValueError(
             f"tensor_parallel_size or mesh_shape asks for {math.prod(shape)} devices ({wanted}), "
             f"but only {len(devices)} {devices[0].platform} device(s) are visible"
+        )
+    left_out = {d.process_index for d in devices[math.prod(shape) :]}
+    if left_out - {d.process_index for d in devices[: math.prod(shape)]}:
+        raise ValueError(
+            f"tensor_parallel_size or mesh_shape asks for {math.prod(shape)} devices, which leaves "
+            f"process {max(left_out)} without any: ask for all {len(devices)}"
         )
     mesh = jax.make_mesh(
         shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: math.prod(shape)]

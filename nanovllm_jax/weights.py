@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.models import Qwen3
-from nanovllm_jax.sharding import Sharding
+from nanovllm_jax.sharding import Sharding, place
 
 INDEX = "model.safetensors.index.json"
 STACKED = "layers."  # parameters under this path carry a leading axis of layers
@@ -135,12 +135,12 @@ def _place(
     for path, param in _parameters(model, config).items():
         axes, shape = param.get_metadata()["axes"], param.get_value().shape
         if not path.startswith(STACKED):
-            value = jax.device_put(source(path, 0, shape).astype(dtype), sharding.named(*axes))
+            value = place(source(path, 0, shape).astype(dtype), sharding.named(*axes))
         else:
             value = jnp.zeros(shape, dtype, device=sharding.named("layers", *axes))
             for i in range(config.num_layers):
                 one = source(path, i, shape[1:]).astype(dtype)
-                value = _fill(value, jax.device_put(one, sharding.named(*axes)), i)
+                value = _fill(value, place(one, sharding.named(*axes)), i)
         state.append((tuple(path.split(".")), param.replace(value)))
     return nnx.from_flat_state(state)
 

@@ -216,7 +216,7 @@ def sized(llm, *, limit, in_use=0, step=0, **config):
     """The number of blocks that the engine would take on GPUs with this memory."""
     runner = copy.copy(llm.runner)
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": in_use})
-    mesh = SimpleNamespace(devices=np.array([device]))
+    mesh = SimpleNamespace(local_devices=[device])
     runner.sharding = SimpleNamespace(mesh=mesh, size=lambda axis: 1)
     runner.platform = "gpu"
     runner._step_bytes = lambda: step

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import multihost
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
@@ -33,13 +34,16 @@ class LLMEngine:
             BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
             for _ in range(self.runner.batch_shards)
         ]
-        self.scheduler = Scheduler(
+        self.scheduler: Scheduler | multihost.Leader = Scheduler(
             self.pools,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.runner.prefill_buckets[-1].num_tokens,
             max_prefill_seqs=self.runner.max_prefill_seqs,
             eos_token_ids=self._eos_token_ids(),
         )
+        self.part = multihost.join(self.scheduler, self.runner)  # None in a single process
+        if isinstance(self.part, multihost.Leader):
+            self.scheduler = self.part
         self.next_seq_id = 0
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
         self.unclaimed: list[Sequence] = []  # finished during somebody else's generate()
@@ -78,20 +82,16 @@ class LLMEngine:
                 break
             self.in_flight.append((batch, runner.dispatch(batch)))
         if not self.in_flight:
-            failed = self._take_failed()
+            failed = self.scheduler.take_failed()
             assert failed or self.scheduler.is_finished, "requests are left, but none can run"
             return failed, 0
         batch, tokens = self.in_flight[0]
         token_ids = tokens.result()  # the wait of each round: an interruption here loses nothing
         self.in_flight.popleft()
-        finished = self._take_failed() + self.scheduler.postprocess(batch, token_ids)
+        finished = self.scheduler.take_failed() + self.scheduler.postprocess(batch, token_ids)
         if self.scheduler.is_finished:
             self.in_flight.clear()  # only rows of finished sequences are left in it
         return finished, batch.num_tokens if batch.is_prefill else -len(batch.seqs)
-
-    def _take_failed(self) -> list[Sequence]:
-        failed, self.scheduler.failed = self.scheduler.failed, []
-        return failed
 
     # --- whole requests ---
 
@@ -163,12 +163,26 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        for pool in self.pools:
-            pool.reset_prefix_cache()
+        self.scheduler.reset_prefix_cache()
+
+    def follow(self) -> None:
+        """On each process but the first of several: do what process 0's engine does, to its exit().
+
+        Raises:
+            RuntimeError: this is process 0, or the only one; or the processes do not agree.
+        """
+        if not isinstance(self.part, multihost.Follower):
+            raise RuntimeError("follow() is for the processes after the first (jax.distributed)")
+        try:
+            self.part.follow()
+        finally:
+            self.exit()
 
     def exit(self) -> None:
         """Free all device memory; the engine cannot be used after it. May be called twice."""
         if self.runner is not None:
+            if isinstance(self.part, multihost.Leader):
+                self.part.exit()
             self.in_flight.clear()
             self.runner.shut_down()
             self.runner = None
@@ -250,6 +264,8 @@ class LLMEngine:
     def _live_runner(self) -> ModelRunner:
         if self.runner is None:
             raise RuntimeError("the engine has been shut down by exit(); make a new LLM")
+        if isinstance(self.part, multihost.Follower):
+            raise RuntimeError("requests are entered on process 0; here, call follow()")
         return self.runner
 
 

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.inputs import RowTable
+from nanovllm_jax.engine.multihost import check_same_options, smallest
 from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.step import DeviceState, LayerWeights, StepProgram
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.layers.linear import MAX_ONE_SHOT_WORDS
 from nanovllm_jax.models import model_class
-from nanovllm_jax.sharding import make_sharding
+from nanovllm_jax.sharding import make_sharding, place
 from nanovllm_jax.weights import load_weights, random_weights
 from pallas_kernels import Mailboxes, make_mailboxes
 
@@ -82,6 +83,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig):
         _claim_gpu_memory()
         _use_compilation_cache()
+        check_same_options(config)
         self.config = config
         self.sharding = make_sharding(config.mesh_shape or {}, config.sharding_rules)
         self.batch_shards = self.sharding.size("batch")
@@ -168,8 +170,10 @@ class ModelRunner:
         )
         parts = [self._pack(batch, shard, bucket) for shard in shards]
         rows, packed = (np.concatenate(part) for part in zip(*parts, strict=True))
+        packed = self._input(packed)
         self.state, tokens, logits = self.steps[bucket](self.weights, self.state, packed)
         if any(seq.params.filters for seq in batch.seqs):
+            rows = self._input(rows)
             self.state, tokens = self.redraws[bucket.num_rows](self.state, logits, rows)
         position = {
             i: s * bucket.num_rows + k
@@ -177,6 +181,10 @@ class ModelRunner:
             for k, i in enumerate(shard)
         }
         return TokenFuture(tokens, [position[i] for i in range(len(batch.seqs))])
+
+    def _input(self, x: np.ndarray) -> np.ndarray | jax.Array:
+        """A step's input in the form that programs take: with several processes, on the devices."""
+        return place(x, self._rows_sharding()) if jax.process_count() > 1 else x
 
     def shut_down(self) -> None:
         """Give all device memory back."""
@@ -261,7 +269,7 @@ class ModelRunner:
             budget = int(memory * CPU_CACHE_SHARE)
             account = f"{CPU_CACHE_SHARE:.1%} of {memory // mib} MiB memory"
         else:
-            stats = [device.memory_stats() for device in self.sharding.mesh.devices.flat]
+            stats = [device.memory_stats() for device in self.sharding.mesh.local_devices]
             limit = min(s["bytes_limit"] for s in stats)
             in_use = max(s["bytes_in_use"] for s in stats)
             step = self._step_bytes()
@@ -274,6 +282,7 @@ class ModelRunner:
         blocks = max(0, budget) // block_bytes
         if self.platform == "cpu":
             blocks = min(blocks, config.max_num_seqs * self.table_width)
+        blocks = smallest(blocks)  # over the processes
         # Rounded down to five binary digits, so that the programs' shapes, and with them the
         # compilation cache's entries, do not change with every few megabytes.
         blocks -= blocks % (1 << max(0, blocks.bit_length() - 5))
@@ -401,9 +410,11 @@ class ModelRunner:
         }
 
     def _program_cache(self) -> ProgramCache | None:
-        """Beside JAX's cache; none without one, and on a CPU, whose programs fit only its model."""
+        """Beside JAX's cache; none without one, on a CPU, whose programs fit only its model, and
+        for several processes, where it has not been tried.
+        """
         folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        if folder is None or self.platform != "gpu":
+        if folder is None or self.platform != "gpu" or jax.process_count() > 1:
             return None
         program, config = self.program, self.config
         made_from = (
@@ -421,7 +432,7 @@ class ModelRunner:
         for bucket in [*self.prefill_buckets, *self.decode_buckets]:
             run = functools.partial(self.program.run, **bucket._asdict())
             self.steps[bucket] = lambda weights, state, packed, run=run: run(
-                weights, state, jax.device_put(packed, self._rows_sharding())
+                weights, state, place(packed, self._rows_sharding())
             )
             self.redraws[bucket.num_rows] = self.program.redraw
 

@@ -115,6 +115,16 @@ class Scheduler:
         self._release(seq)
         seq.status = Status.FINISHED
 
+    def take_failed(self) -> list[Sequence]:
+        """Sequences that ended with an error since the last call."""
+        failed, self.failed = self.failed, []
+        return failed
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        for pool in self.pools:
+            pool.reset_prefix_cache()
+
     def preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; it waits to be computed again, first of those without any."""
         (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Complete a file of prompts with many engines: Ray Data maps batches over actors, an LLM in each.
+
+    python scripts/ray_generate.py prompts.jsonl --output DIR --actors 8 --model MODEL_DIR
+
+A line of the input is {"id": 7, "prompt": "text, or token ids"}; the completions come in the same
+order in DIR/completions.jsonl, as {"id", "prompt", "text", "token_ids"} and, where a request was
+refused or outgrew the KV cache, "error". Every finished batch is a file DIR/part-*.jsonl, written
+whole or not at all. A killed actor is restarted by Ray and given its batches again; after a killed
+driver, the same command goes on with the prompts that are in no part. On several machines DIR must
+be a folder that all of them see.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.__main__ import DEMO_MODEL, UsageError, add_engine_options, engine_options
+from nanovllm_jax.config import EngineConfig
+
+SAMPLING = ("temperature", "max_tokens", "top_k", "top_p", "min_p")
+CHANGE_TOKENS = ("max_model_len", "dtype", "kv_cache_dtype", "load_format")  # engine options
+
+
+class Generate:
+    """An engine in its actor."""
+
+    def __init__(self, output: Path, model: str, engine: dict, sampling: dict, seed: int):
+        self.output, self.sampling, self.seed = output, sampling, seed
+        self.llm = LLM(model, **engine)
+        print(f"actor {os.getpid()}: engine ready", flush=True)
+
+    def __call__(self, batches: dict[str, Any]) -> dict[str, Any]:
+        for name, rows in zip(batches["name"], batches["rows"], strict=True):
+            if not (self.output / name).exists():  # finished by an actor that died before saying so
+                write(self.output / name, self.complete(json.loads(rows)))
+        return {"name": batches["name"]}
+
+    def complete(self, rows: list[dict]) -> list[dict]:
+        """The rows with their completions; a prompt that is refused gets the reason instead."""
+        # The seed is the prompt's own: no other actor, batch or restart changes its tokens.
+        seeds = [hashlib.sha256(f"{self.seed} {row['id']!r}".encode()).digest() for row in rows]
+        params = [SamplingParams(**self.sampling, seed=int.from_bytes(s[:4])) for s in seeds]
+        try:
+            outputs = self.llm.generate([row["prompt"] for row in rows], params, use_tqdm=False)
+        except (TypeError, ValueError) as error:  # raised before anything has run: look for it
+            if len(rows) == 1:
+                return [rows[0] | {"text": "", "token_ids": [], "error": str(error)}]
+            half = len(rows) // 2
+            return self.complete(rows[:half]) + self.complete(rows[half:])
+        return [row | output for row, output in zip(rows, outputs, strict=True)]
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Write a file of JSON lines: readers see all of it or none."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """The input's rows, {"id", "prompt"} each; UsageError names the line that is no such row."""
+    rows: dict[Any, dict] = {}
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            number, prompt = row["id"], row["prompt"]
+        except (ValueError, TypeError, KeyError):
+            raise UsageError(
+                f'{path}:{n} is not like {{"id": 7, "prompt": "Hello"}}: {line:.60}'
+            ) from None
+        if type(number) not in (int, str):
+            raise UsageError(f"{path}:{n}: an id is an integer or a string, not {number!r:.60}")
+        if number in rows:
+            raise UsageError(f"{path}:{n}: the id {number!r} has been used above; make ids unique")
+        rows[number] = {"id": number, "prompt": prompt}
+    if not rows:
+        raise UsageError(f"{path} has no prompts")
+    return list(rows.values())
+
+
+def key(row: dict) -> str:
+    """What makes a finished row the answer to this one: a changed prompt is run again."""
+    return json.dumps([row["id"], row["prompt"]])
+
+
+def read_parts(output: Path) -> dict[str, dict]:
+    """The finished rows by key."""
+    lines = (line for path in output.glob("part-*.jsonl") for line in path.open())
+    return {key(row): row for row in map(json.loads, lines)}
+
+
+def batches(prompts: list[dict], done: dict[str, dict], size: int) -> list[dict[str, str]]:
+    """What is left to do: a part's file name, and its rows as JSON.
+
+    Cut before what is done is left out: a rerun gives the same names to the same work.
+    """
+    parts = []
+    for i in range(0, len(prompts), size):
+        if rows := [row for row in prompts[i : i + size] if key(row) not in done]:
+            text = json.dumps(rows)
+            name = f"part-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+            parts.append({"name": name, "rows": text})
+    return parts
+
+
+def check_settings(output: Path, settings: dict) -> None:
+    """Keep what makes the completions beside them, so that a rerun cannot mix two kinds."""
+    path = output / "settings.json"
+    if not path.exists():
+        write(path, [settings])
+    before = json.loads(path.read_text())
+    for name, value in settings.items():
+        if before[name] != value:
+            raise UsageError(
+                f"{output} was begun with {name}={before[name]!r}, not {value!r}: "
+                "repeat the first command, or choose another --output"
+            )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Complete what is not finished, then write completions.jsonl; 1 if a request failed."""
+    try:
+        import ray
+        import ray.data
+        import ray.exceptions
+    except ImportError:
+        raise UsageError('Ray is not installed: pip install "nanovllm-jax[ray]"') from None
+    engine = engine_options(args)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    try:
+        config = EngineConfig.from_kwargs(str(args.model), **engine)
+        SamplingParams(**sampling)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    if min(args.actors, args.batch_size) < 1:
+        raise UsageError("--actors and --batch-size must be at least 1")
+    prompts, output = read_prompts(args.input), args.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    model, seed = str(args.model.resolve()), args.seed
+    chosen = {name: engine.get(name) for name in CHANGE_TOKENS}
+    check_settings(output, {"model": model, "seed": seed} | sampling | chosen)
+    done = read_parts(output)
+    todo, left = batches(prompts, done, args.batch_size), sum(key(p) not in done for p in prompts)
+    print(f"{len(prompts)} prompts, {left} to do in {len(todo)} batches", flush=True)
+
+    if todo:
+        ray.init(include_dashboard=False)
+        gpus = config.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
+        for kind, each in (("CPU", 1), ("GPU", gpus)):
+            if each * args.actors > (there := ray.cluster_resources().get(kind, 0)):
+                raise UsageError(f"--actors {args.actors} at {each} {kind} each: there are {there}")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        finished = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            Generate,
+            fn_constructor_args=(output, model, engine, sampling, seed),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=args.actors),
+            num_cpus=1,
+            num_gpus=gpus,
+        )
+        try:
+            for count, _ in enumerate(finished.iter_rows(), 1):
+                print(f"{count} of {len(todo)} batches", flush=True)
+        except ray.exceptions.RayError as error:  # its last line is the actor's own exception
+            raise UsageError(f"an actor failed: {str(error).splitlines()[-1]}") from None
+
+    done = read_parts(output)
+    write(output / "completions.jsonl", [done[key(row)] for row in prompts])
+    failed = sum("error" in done[key(row)] for row in prompts)
+    print(f"{output / 'completions.jsonl'}: {len(prompts)} prompts, {failed} failed", flush=True)
+    return int(failed > 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all is done; 1: done, but some requests failed; 2: bad usage."""
+    parser = argparse.ArgumentParser(description="Complete a file of prompts with many engines.")
+    add = parser.add_argument
+    add("input", type=Path, help="JSON lines with an id and a prompt")
+    add("--output", type=Path, required=True, metavar="DIR", help="of this run, new or unfinished")
+    add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="default: the demo model")
+    add("--actors", type=int, default=1, help="engines, each with tensor_parallel_size GPUs")
+    add("--batch-size", type=int, default=1024, help="prompts that are given and kept together: "
+        "several times --max-num-seqs keeps an engine full")  # fmt: skip
+    defaults = {field.name: field.default for field in fields(SamplingParams)}
+    for name in SAMPLING:
+        default = defaults[name]
+        add("--" + name.replace("_", "-"), type=type(default), default=default)
+    add("--seed", type=int, default=0, help="every prompt's own seed comes from this and its id")
+    add_engine_options(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except UsageError as error:
+        print(f"ray_generate: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
