@@ -93,7 +93,7 @@ class Sharding:
 def make_sharding(
     mesh_shape: Mapping[str, int],
     rules: Mapping[str, Rule] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence | None = None,
 ) -> Sharding:
     """A mesh of the first devices, and the default rules changed by `rules`.
 
