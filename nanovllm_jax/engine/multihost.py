@@ -123,6 +123,10 @@ class Leader:
     def waiting(self) -> deque[Sequence]:
         return self.scheduler.waiting
 
+    @property
+    def running(self) -> list[Sequence]:
+        return self.scheduler.running
+
     def add(self, seq: Sequence) -> None:
         fields = (seq.seq_id, seq.token_ids.copy(), asdict(seq.params), seq.seed, seq.max_tokens)
         self.calls.append(("add", *fields))
