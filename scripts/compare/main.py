@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,11 +145,11 @@ class Plan:
     """All that is decided before the first engine starts."""
 
     model: Path
-    title: str
     device: str  # "gpu" or "cpu"
     config: ModelConfig
     scale: workloads.Scale
     cases: list[dict[str, Any]]  # what workers get: warm-up and timed workload
+    check: workloads.Wave  # to compare the engines' greedy tokens
     header: list[dict[str, Any]]  # the first lines of the results
 
 
@@ -208,7 +208,7 @@ def plan(args: argparse.Namespace) -> Plan:
         "kind": "settings",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": title,
-        "parameters": sum(map(int, _sizes(config))),
+        "parameters": parameters(config),
         "dtype": config.dtype,
         "device": device,
         "engines": args.engines,
@@ -218,21 +218,22 @@ def plan(args: argparse.Namespace) -> Plan:
         "bandwidth_tb_s": bandwidth,
         "peak_tflop_s": peak,
         "scale": asdict(scale),
-        "command": "nanovllm-jax compare",
     }
     header = [settings, {"kind": "machine", **machine.describe()}, *described]
-    return Plan(model, title, device, config, scale, cases, header)
+    [check] = workloads.make("batch16", scale, 7, config.vocab_size).main
+    return Plan(model, device, config, scale, cases, check, header)
 
 
-def known(table: dict[str, float], gpu: str | None) -> float | None:
+def known(table: Mapping[str, float], gpu: str | None) -> float | None:
     """The value of the first name that the GPU's contains."""
     return next((value for name, value in table.items() if name in (gpu or "")), None)
 
 
-def _sizes(config: ModelConfig) -> list[float]:
-    size = 4 if config.dtype == "float32" else 2
-    whole = bench.Traffic.of(config, "auto").weights_per_step / size
-    return [whole, 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size]
+def parameters(model: ModelConfig) -> int:
+    """How many weights the model has."""
+    size = 4 if model.dtype == "float32" else 2
+    read = bench.Traffic.of(model, "auto").weights_per_step // size  # every one but an embedding
+    return read + (0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size)
 
 
 def order(engines: Sequence[str], round_number: int) -> list[str]:
@@ -244,11 +245,11 @@ def run_all(args: argparse.Namespace, plan: Plan, results: Path) -> None:
     """Run every engine in every round, each within its time limit; `results` grows line by line."""
     default = args.limit.get("", LIMIT_S[plan.device])
     left = {name: args.limit.get(name, default) for name in args.engines}
-    absent = set()
+    done = set()  # absent, or out of time
     with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
         for number in range(args.rounds):
             for name in order(args.engines, number):
-                if name in absent:
+                if name in done:
                     continue
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
                 before = len(results.read_text().splitlines())
@@ -257,7 +258,7 @@ def run_all(args: argparse.Namespace, plan: Plan, results: Path) -> None:
                 left[name] -= time.perf_counter() - start
                 new = report.read(results)[before:]
                 if any(r["kind"] == "absent" for r in new) or left[name] < GRACE_S:
-                    absent.add(name)
+                    done.add(name)
 
 
 def _run_worker(
@@ -280,7 +281,7 @@ def _run_worker(
         "temperature": args.temperature,
         "runs": args.runs,
         "seconds": seconds,
-        "check": [[[(7 * i + j) % 1000 + 3 for j in range(16)] for i in range(8)], [16] * 8],
+        "check": plan.check,
         "workloads": [case | {"profile": case["profile"] and number == 0} for case in plan.cases],
         "results": str(results.resolve()),
         "log": str(log.resolve()),

@@ -14,7 +14,7 @@ from compare.report import Results, number
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",

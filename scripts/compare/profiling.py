@@ -8,7 +8,7 @@ call, in which XLA counts every thread and PyTorch the calling one.
 
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ CATEGORIES = {
 }
 
 Event = tuple[float, float, str]  # start, end (any unit of time), name
+Times = dict[str, float]  # by name
 
 
 def category(name: str) -> str:
@@ -31,9 +32,9 @@ def category(name: str) -> str:
     return next(c for c, words in CATEGORIES.items() if re.search(words, name, re.IGNORECASE))
 
 
-def uncovered(events: Iterable[Event]) -> tuple[Counter, float]:
+def uncovered(events: Iterable[Event]) -> tuple[Times, float]:
     """Time of each name that no earlier event covers, and the time that none covers."""
-    times, idle, covered = Counter(), 0.0, None
+    times, idle, covered = defaultdict(float), 0.0, None
     for start, end, name in sorted(events):
         if covered is not None:
             idle += max(0.0, start - covered)
@@ -44,9 +45,9 @@ def uncovered(events: Iterable[Event]) -> tuple[Counter, float]:
     return times, idle
 
 
-def self_times(events: Iterable[Event]) -> Counter:
+def self_times(events: Iterable[Event]) -> Times:
     """Time of each name less what is nested in it; the events are one thread's."""
-    times, open_events = Counter(), []
+    times, open_events = defaultdict(float), []
     for start, end, name in sorted(events, key=lambda e: (e[0], -e[1])):
         while open_events and open_events[-1][0] <= start:
             open_events.pop()
@@ -80,9 +81,11 @@ def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
         lines = [x for p in planes if "GPU:0" in p.name for x in p.lines if "Stream" in x.name]
         times, idle = uncovered(event for line in lines for event in events(line))
         return _summary(times, idle, "kernels", made_from, 1e-9)
-    total = Counter()
+    total = defaultdict(float)
     for line in (x for p in planes if "CPU" in p.name for x in p.lines if "tf_XLA" in x.name):
-        total.update({n: t for n, t in self_times(events(line)).items() if "::" not in n})
+        for name, time in self_times(events(line)).items():
+            if "::" not in name:  # the runtime's own: threads that wait for others
+                total[name] += time
     return _summary(total, None, "operators, all threads", made_from, 1e-9)
 
 
@@ -98,7 +101,7 @@ def torch_profile(run: Callable[[], Any]) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
     if not on_gpu:
-        times = Counter({e.key: e.self_cpu_time_total for e in profiler.key_averages()})
+        times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
         return _summary(times, None, "operators, calling thread", {}, 1e-6)
     kernels = [
         (e.time_range.start, e.time_range.end, e.name)
@@ -119,14 +122,14 @@ def _plain(name: str) -> str:
 
 
 def _summary(
-    times: Counter, idle: float | None, unit: str, made_from: dict[str, str], scale: float
+    times: Times, idle: float | None, unit: str, made_from: dict[str, str], scale: float
 ) -> dict[str, Any]:
     if not times:
         raise RuntimeError("the profiler saw nothing of this process")
-    seconds, named = Counter({name: 0.0 for name in CATEGORIES}), []
-    for name, time in times.most_common():
+    seconds, named = dict.fromkeys(CATEGORIES, 0.0), []
+    for name, time in sorted(times.items(), key=lambda item: -item[1]):
         kind = category(f"{name} {made_from.get(_plain(name), '')}")
         seconds[kind] += time * scale
         named.append([name[:80], kind, time * scale])
     idle = None if idle is None else idle * scale
-    return {"seconds": dict(seconds), "idle": idle, "unit": unit, "top": named[:12]}
+    return {"seconds": seconds, "idle": idle, "unit": unit, "top": named[:12]}

@@ -19,7 +19,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a Qwen3 checkpoint with this config.json."""
     hidden, mlp, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    layer = {
+    layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -32,7 +32,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }
-    tensors = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden)
+    }
     for i in range(config["num_hidden_layers"]):
         tensors |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     tensors["model.norm.weight"] = (hidden,)
@@ -67,7 +69,8 @@ def published(folder: Path, size: str) -> Path:
 
 def _write_tensors(file: Path, tensors: dict[str, tuple[int, ...]], seed: int) -> None:
     """A safetensors file: the header's length, the header as JSON, then the tensors' bytes."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, shape in tensors.items():
         end = offset + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}

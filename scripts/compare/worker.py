@@ -61,7 +61,7 @@ def run_batch(engine: Adapter, workload: Record, job: Record) -> Record:
     for part, waves in workload["parts"].items():
         empty_cache(engine)
         start = time.perf_counter()
-        done = [engine.generate(*wave, job["temperature"]) for wave in waves]
+        done = [engine.generate(p, n, job["temperature"]) for p, n in waves]
         seconds[part] = time.perf_counter() - start
         for completions, (_, outputs) in zip(done, waves, strict=True):
             check_completions(completions, outputs, job["vocab_size"])
@@ -189,7 +189,7 @@ def work(job: Record, emit: Any) -> None:
     try:
         tokens = engine.generate(prompts, outputs, 0.0)
         check_completions(tokens, outputs, job["vocab_size"])
-        emit("check", tokens=tokens)
+        emit("check", tokens=[list(row) for row in tokens])
         for case in job["workloads"]:
             _guarded(engine, case, job, clock, emit)
     finally:
@@ -219,7 +219,7 @@ def _case(engine: Adapter, case: Record, job: Record, clock: Clock, emit: Any) -
     if case["profile"]:
         empty_cache(engine)
         profile = engine.profile(
-            lambda: [engine.generate(*wave, job["temperature"]) for wave in _main(timed)],
+            lambda: [engine.generate(p, n, job["temperature"]) for p, n in _main(timed)],
             _batch(timed),
         )
         emit("profile", workload=name, **profile)

@@ -4,12 +4,10 @@ from compare.profiling import torch_profile
 
 
 class Adapter:
-    """Continuous batching with CUDA graphs."""
-
     note = "continuous batching; CUDA graphs for decoding; it always decodes its output to text"
 
     def __init__(self, model, limits):
-        import nanovllm
+        import nanovllm  # pyright: ignore[reportMissingImports]
 
         self.make_params, self.llm = nanovllm.SamplingParams, nanovllm.LLM(model, **limits.sizes)
 

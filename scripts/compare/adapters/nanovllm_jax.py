@@ -4,8 +4,6 @@ from compare.profiling import jax_profile
 
 
 class Adapter:
-    """Continuous batching, compiled for its buckets at the start."""
-
     note = "continuous batching; programs for all buckets compiled at the start, or found on disk"
 
     def __init__(self, model, limits):

@@ -9,8 +9,6 @@ STEP = 64  # cache lengths are multiples of it, so that like lengths share a com
 
 
 class Adapter(transformers_eager.Adapter):
-    """Compiles for each batch size and cache length, in the warm-up runs."""
-
     note = f"{transformers_eager.Adapter.note}; the decode step is compiled, prefill is not"
 
     def __init__(self, model, limits):

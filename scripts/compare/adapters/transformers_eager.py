@@ -9,8 +9,6 @@ BATCH = 64  # prompts of one call at most: generate keeps the whole cache of all
 
 
 class Adapter:
-    """Each call runs until its longest completion is done; what the others have over is cut off."""
-
     note = f"static batches of at most {BATCH}, left-padded; a batch ends with its longest request"
 
     def __init__(self, model, limits):
@@ -29,7 +27,7 @@ class Adapter:
             draw = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
             options = (draw if temperature else {}) | self.cache(len(batch), longest + count)
             out = self.model.generate(ids, attention_mask=mask, max_new_tokens=count, **options)
-            completions += [row[:n] for row, n in zip(out[:, longest:].tolist(), counts)]  # noqa: B905
+            completions += [row[longest:][:n] for row, n in zip(out.tolist(), counts, strict=True)]
         return completions
 
     def cache(self, batch, length):
