@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,13 @@ def gpu_name() -> str | None:
     """The first GPU's name; None without one, or where JAX_PLATFORMS=cpu rules it out."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return None
-    return _nvml("nvmlDeviceGetName", device=True)
+    if name := _nvml("nvmlDeviceGetName", device=True):
+        return name
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return answer.splitlines()[0] if answer.strip() else None
+    return None
 
 
 def energy() -> float | None:
@@ -49,7 +56,7 @@ def energy() -> float | None:
 def _nvml(function: str, device: bool = False) -> Any:
     """What NVML answers, of the first visible GPU with `device`; None if it does not."""
     try:
-        import pynvml
+        import pynvml  # pyright: ignore[reportMissingImports]  # of nvidia-ml-py
 
         pynvml.nvmlInit()
     except Exception:  # no such module, no driver, no GPU: an NVMLError of several kinds

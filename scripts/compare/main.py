@@ -292,7 +292,10 @@ def _run_worker(
     paths.append(os.environ.get("PYTHONPATH"))
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     if plan.device == "cpu":
-        env |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        cores = str(len(os.sched_getaffinity(0)))  # PyTorch may take fewer than JAX
+        env = (
+            {"OMP_NUM_THREADS": cores} | env | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        )
     command = [sys.executable, "-m", "compare.worker", str(path)]
     process = subprocess.Popen(command, env=env, start_new_session=True)
     reason = None

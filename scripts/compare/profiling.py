@@ -16,8 +16,8 @@ from typing import Any
 # Of a kernel's or operator's name and of what it was compiled from; the first match counts.
 CATEGORIES = {
     "copies between host and device": r"memcpy|memset",
-    "attention": r"flash|fmha|attention|attn|sdpa|paged_|mosaic_(decode|prefill)|combine",
     "KV write": r"reshape_and_cache|norm_rope_write|write_kv|\bcat\b|CatArray|index_copy|index_put",
+    "attention": r"flash|fmha|attention|attn|sdpa|paged_|mosaic_(decode|prefill)|combine",
     "sampling": r"sampl|multinomial|arg_?max|_draw|softmax|topk|gumbel|exponential|distribution",
     "matrix products": r"gemm|gemv|nvjet|cublas|cutlass|split_?k|\b(add|b)?mm\b|matmul|linear|dot",
     "norms, activations, the rest": r"",

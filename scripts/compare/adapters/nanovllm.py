@@ -7,7 +7,7 @@ class Adapter:
     note = "continuous batching; CUDA graphs for decoding; it always decodes its output to text"
 
     def __init__(self, model, limits):
-        import nanovllm  # pyright: ignore[reportMissingImports]
+        import nanovllm
 
         self.make_params, self.llm = nanovllm.SamplingParams, nanovllm.LLM(model, **limits.sizes)
 

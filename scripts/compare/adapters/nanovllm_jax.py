@@ -32,5 +32,5 @@ class Adapter:
 
     def profile(self, run, batch):
         runner = self.llm.runner
-        bucket = next(b for b in runner.decode_buckets if b.num_rows >= batch)
-        return jax_profile(run, runner.steps[bucket])
+        buckets = [b for b in runner.decode_buckets if b.num_rows >= batch]
+        return jax_profile(run, runner.steps[(buckets or runner.decode_buckets[-1:])[0]])

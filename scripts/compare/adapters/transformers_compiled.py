@@ -13,7 +13,7 @@ class Adapter(transformers_eager.Adapter):
 
     def __init__(self, model, limits):
         super().__init__(model, limits)
-        torch._dynamo.config.recompile_limit = 64  # a program for each shape  # pyright: ignore
+        torch._dynamo.config.recompile_limit = 64  # a program for each shape
         on_gpu = limits.device == "cuda"
         mode = "reduce-overhead" if on_gpu else "default"  # the former is CUDA graphs
         self.options = transformers.CompileConfig(mode=mode, dynamic=False)

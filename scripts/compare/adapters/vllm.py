@@ -1,7 +1,7 @@
 """vLLM, its engine in this process, where the profiler sees it."""
 
-import itertools
 import os
+from itertools import count
 
 from compare.profiling import torch_profile
 
@@ -11,28 +11,27 @@ class Adapter:
 
     def __init__(self, model, limits):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        import vllm  # pyright: ignore[reportMissingImports]
+        import vllm
 
-        self.make_params = vllm.SamplingParams
-        self.names = (f"stream-{i}" for i in itertools.count())
+        self.make_params, self.names = vllm.SamplingParams, map("stream-{}".format, count())
         self.llm = vllm.LLM(model, dtype=limits.dtype, seed=0, **limits.sizes)
 
     def params(self, output, temperature):
-        sampling = dict(temperature=temperature, max_tokens=output)
-        return self.make_params(**sampling, ignore_eos=True, detokenize=False)
+        options = dict(temperature=temperature, ignore_eos=True, detokenize=False)
+        return self.make_params(max_tokens=output, **options)
 
     def generate(self, prompts, outputs, temperature):
         params = [self.params(n, temperature) for n in outputs]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        results = self.llm.generate(requests, params, use_tqdm=False)
-        return [r.outputs[0].token_ids for r in results]
+        done = self.llm.generate(requests, params, use_tqdm=False)
+        return [r.outputs[0].token_ids for r in done]
 
     def reset_prefix_cache(self):
         return self.llm.reset_prefix_cache()
 
     def add_request(self, prompt, output, temperature):
-        name, params = next(self.names), self.params(output, temperature)
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        params, request = self.params(output, temperature), {"prompt_token_ids": prompt}
+        self.llm.llm_engine.add_request(name := next(self.names), request, params)
         return name
 
     def step(self):
