@@ -352,7 +352,7 @@ def test_the_figures_are_tokens_over_seconds():
     assert rows["batch 16, output tok/s"]["transformers_eager"] == [160 / 2.0]
     assert rows["batch 16, ms a token"]["nanovllm_jax"] == [(1.0 - 0.5) / 4 * 1e3]
     assert rows["prefill, input tok/s"]["nanovllm_jax"] == [64.0]
-    assert rows["bench.py, output tok/s"] == {"nanovllm_jax": [30.0], "transformers_eager": []}
+    assert rows["bench, output tok/s"] == {"nanovllm_jax": [30.0], "transformers_eager": []}
     assert rows["bench, joules an output token"]["nanovllm_jax"] == [0.1]
     assert rows["arrivals, time to first token, median ms"]["nanovllm_jax"] == [20.0]
 

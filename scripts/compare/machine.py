@@ -21,6 +21,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": gpu,
+        "load at the start": round(os.getloadavg()[0], 1),  # processes wanting to run, other's too
         "driver": _nvml("nvmlSystemGetDriverVersion") if gpu else None,
     }
 
@@ -28,7 +29,8 @@ def describe() -> dict[str, Any]:
 def versions(modules: tuple[str, ...]) -> dict[str, str]:
     """Versions of the distributions that those modules come from, those that are installed."""
     found = {}
-    for name in (*modules, "jaxlib", "triton", "numpy"):
+    below = {"jax": ("jaxlib",), "torch": ("triton",)}  # what carries their speed
+    for name in (*modules, *(n for m in modules for n in below.get(m, ()))):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -77,13 +77,13 @@ def _of_all(results: Results, values: Callable[[str], list[float]]) -> dict[str,
 
 
 def throughput(results: Results) -> Any:
-    """Tokens a second of bench.py and of prefill; energy where it is known."""
+    """Tokens a second of bench and of prefill; energy where it is known."""
     panels = [
-        ("nano-vLLM's bench.py", "output tok/s", True,
+        ("The bench workload", "output tok/s", True,
          _of_all(results, lambda e: results.rates("bench", e))),
         ("Prefill", "input tok/s", True,
          _of_all(results, lambda e: results.rates("prefill", e, "prompt_tokens"))),
-        ("Energy in bench.py", "joules an output token", False,
+        ("Energy in bench", "joules an output token", False,
          _of_all(results, lambda e: results.joules_per_token("bench", e))),
     ]  # fmt: skip
     panels = [panel for panel in panels if panel[-1]]
@@ -257,11 +257,12 @@ def profiles(results: Results) -> Any:
     if not names:
         return None
     on_gpu = any(results.profiles[e]["idle"] is not None for e in names)
-    figure, ax = plt.subplots(figsize=(10.4, 1.9 + 0.55 * len(names)), layout="constrained")
+    seen = {k for e in names for k, s in results.profiles[e]["seconds"].items() if s}
+    figure, ax = plt.subplots(figsize=(10.4, 2.0 + 0.55 * len(names)), layout="constrained")
     for row, name in enumerate(names):
         profile, left = results.profiles[name], 0.0
         total = sum(profile["seconds"].values())
-        parts = list(zip(CATEGORIES, KINDS, strict=True))
+        parts = [part for part in zip(CATEGORIES, KINDS, strict=True) if part[0] in seen]
         parts = [(kind, color, profile["seconds"].get(kind, 0.0)) for kind, color in parts]
         if profile["idle"] is not None:
             parts.append(("GPU idle", IDLE, profile["idle"]))
@@ -284,8 +285,10 @@ def profiles(results: Results) -> Any:
             "PyTorch, so that shares can be compared and times cannot."
         )
     ax.grid(axis="x")
-    ax.legend(
-        frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.28 - 0.12 / len(names))
+    figure.legend(frameon=False, ncols=3, loc="outside lower left")
+    text = (
+        f"{workload['title']}. {text} Profilers slow the "
+        "host down. Categories go by names: code that a compiler fused counts by what its name "
+        "says first, or as the rest."
     )
-    text = f"{workload['title']}. {text} Profilers slow the host down. By names of kernels."
     return "Where the time goes", text, figure

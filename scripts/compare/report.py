@@ -169,7 +169,7 @@ table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:ta
 th,td{padding:5px 10px;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
 th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #999}
 td small{color:#666;display:block;white-space:nowrap}
-td.best{font-weight:600;background:#eef6ee}table.words td{text-align:left}
+td.best{font-weight:600;background:#eef6ee}table.words td,table.words th{text-align:left}
 svg{width:100%;height:auto;max-width:1032px}.dot{display:inline-block;width:10px;height:10px;
  border-radius:5px;margin-right:6px}code{font-size:13px}
 """
@@ -211,7 +211,7 @@ def figures(results: Results) -> list[tuple[str, bool, dict[str, list[float]]]]:
         if any(found.values()):
             rows.append((title, more, found))
 
-    add("bench.py, output tok/s", True, lambda e: results.rates("bench", e))
+    add("bench, output tok/s", True, lambda e: results.rates("bench", e))
     for size in results.batches():
         name = f"batch{size}"
         add(f"batch {size}, output tok/s", True, lambda e, n=name: results.rates(n, e))
@@ -321,7 +321,7 @@ def _protocol(results: Results) -> str:
         "<li>Time a token is (whole run - run of one output token) / (output tokens - 1).</li>"
         f"{_agreement(results)}</ul><h3>Workloads</h3><ul>{works}</ul>"
         "<h3>What the engines do</h3><p>transformers' generate works on whole batches: where "
-        "lengths differ, as in bench.py, short requests are padded and wait for the longest of "
+        "lengths differ, as in bench, short prompts are padded and wait for the longest of "
         "their batch, and only the tokens that were asked for are counted. It cannot take "
         "requests as they arrive.</p>"
         f"<ul>{notes}</ul></section>"

@@ -39,7 +39,7 @@ SCALES = {
         output=256,
         prefill=(64, 1024),
         prefix=(32, 2048, 64, 32),
-        stream=(120, 512, 192),
+        stream=(80, 512, 192),
         rate=20,
         bench=(256, 1024),
         max_model_len=4096,
@@ -51,7 +51,7 @@ SCALES = {
         output=48,
         prefill=(32, 128),
         prefix=(16, 256, 16, 8),
-        stream=(24, 64, 48),
+        stream=(16, 64, 48),
         rate=8,
         bench=(32, 128),
         max_model_len=512,
@@ -104,9 +104,10 @@ def make(name: str, scale: Scale, seed: int, vocab_size: int) -> Workload:
         requests, longest = scale.bench
         # Seed 0 of full size is nano-vLLM's bench.py, token for token.
         work = bench.random_workload(seed, requests, longest, vocab_size)
+        full = (requests, longest) == bench.STANDARD[:2]
         title = (
-            f"nano-vLLM's bench.py: {requests} requests, {work.prompt_tokens:,} prompt and "
-            f"{work.output_tokens:,} output tokens"
+            f"nano-vLLM's bench.py{'' if full else ', scaled down'}: {requests} requests, "
+            f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
         )
         return Workload(name, title, {"whole": [_wave(work)]})
     raise ValueError(f"there is no workload {name!r}; there are {', '.join(NAMES)}")
