@@ -52,23 +52,23 @@ def _svg(figure: Any, title: str) -> str:
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _bars(axes: Any, values: dict[str, list[float]], what: str, more: bool) -> None:
+def _bars(axes: Any, names: list[str], values: dict[str, list[float]], what: str) -> None:
     """A horizontal bar an engine: its median, its range as a line, its runs as dots."""
-    names = [name for name in ENGINES if values.get(name)]
     for row, name in enumerate(names):
-        found, spec = values[name], ENGINES[name]
+        if not (found := values.get(name)):
+            continue
         middle = statistics.median(found)
-        axes.barh(row, middle, color=spec.color, height=0.62)
+        axes.barh(row, middle, color=ENGINES[name].color, height=0.62)
         axes.plot([min(found), max(found)], [row, row], color="black", lw=1.2)
         axes.plot(found, [row] * len(found), "o", color="black", ms=3)
         axes.annotate(
             number(middle), (max(found), row), (6, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(range(len(names)), [ENGINES[name].label for name in names])
-    axes.invert_yaxis()
-    axes.margins(x=0.16)
+    axes.margins(x=0.24)
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{what} ({'more' if more else 'less'} is better)")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(3))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.set_xlabel(what)
     axes.grid(axis="x")
 
 
@@ -79,23 +79,26 @@ def _of_all(results: Results, values: Callable[[str], list[float]]) -> dict[str,
 def throughput(results: Results) -> Any:
     """Tokens a second of bench and of prefill; energy where it is known."""
     panels = [
-        ("The bench workload", "output tok/s", True,
+        ("The bench workload", "output tok/s (more is better)",
          _of_all(results, lambda e: results.rates("bench", e))),
-        ("Prefill", "input tok/s", True,
+        ("Prefill", "input tok/s (more is better)",
          _of_all(results, lambda e: results.rates("prefill", e, "prompt_tokens"))),
-        ("Energy in bench", "joules an output token", False,
+        ("Energy in bench", "J an output token (less is better)",
          _of_all(results, lambda e: results.joules_per_token("bench", e))),
     ]  # fmt: skip
     panels = [panel for panel in panels if panel[-1]]
     if not panels:
         return None
-    rows = max(len(values) for *_, values in panels)
+    names = [name for name in results.engines if any(name in values for *_, values in panels)]
+    size = (10.4, 1.3 + 0.45 * len(names))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(10.4, 1.3 + 0.45 * rows), squeeze=False, layout="constrained"
+        1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True
     )
-    for ax, (title, what, more, values) in zip(axes[0], panels, strict=True):
+    for ax, (title, what, values) in zip(axes[0], panels, strict=True):
         ax.set_title(title)
-        _bars(ax, values, what, more)
+        _bars(ax, names, values, what)
+    axes[0][0].set_yticks(range(len(names)), [ENGINES[name].label for name in names])
+    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
     text = "Bars: medians. Dots: single runs, and the line their range."
     return "Throughput", text, figure
 
@@ -219,7 +222,7 @@ def limits(results: Results) -> Any:
     if not kinds or not names:
         return None
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(10.4, 3.6), squeeze=False, layout="constrained"
+        1, len(kinds), figsize=(10.4, 3.8), squeeze=False, layout="constrained"
     )
     for ax, (limit, need, title) in zip(axes[0], kinds, strict=True):
         width = 0.8 / max(len(results.engines), 1)
@@ -231,18 +234,19 @@ def limits(results: Results) -> Any:
                 least = results.workloads[name][need] / (results.settings[limit] * 1e12)
                 share = [100 * least / s for s in seconds]
                 middle, place = statistics.median(share), x - 0.4 + width * (i + 0.5)
-                first = spec.label if x == 0 else None
-                ax.bar(place, middle, width * 0.92, color=spec.color, label=first)
+                ax.bar(place, middle, width * 0.92, color=spec.color)
                 ax.plot([place] * 2, [min(share), max(share)], color="black", lw=1)
         ax.set_xticks(range(len(names)), names)
         ax.set_title(f"{title}: {results.settings[limit]:.3g} {_unit(limit)}")
         ax.set_ylabel("% of the limit (more is better)")
         ax.grid(axis="y")
-    axes[0][0].legend(frameon=False)
+    handles = [patches.Patch(color=ENGINES[e].color) for e in results.engines]
+    labels = [ENGINES[e].label for e in results.engines]
+    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside lower center")
     text = (
         "What the workload must move and compute at the very least, over what the machine can in "
         "the time that was taken. Decoding reads every weight once a step and every key and value "
-        "once a token; prefill is bound by products."
+        "once a token; prefill is bound by products, and its bytes are left out."
     )
     return "Share of the machine's limits", text, figure
 
