@@ -12,6 +12,7 @@ from compare.profiling import CATEGORIES
 from compare.report import Results, number
 
 mpl.use("svg")
+from matplotlib import patches, ticker
 from matplotlib import pyplot as plt
 
 STYLE: Any = {

@@ -53,15 +53,12 @@ class Limits:
 
 
 class Adapter(Protocol):
-    """One engine, ready to run. `add_request` and `step` are left out where it has no such thing:
+    """One engine, made by `Adapter(model, limits)`: a directory with config.json, safetensors and
+    tokenizer, and Limits. `add_request` and `step` are left out where it has no such thing:
     the stream of arrivals is then not measured.
     """
 
     note: str  # what a reader must know of this engine's way to work; may be empty
-
-    def __init__(self, model: str, limits: Limits):
-        """Load `model`, a directory with config.json, safetensors and tokenizer."""
-        ...
 
     def generate(
         self, prompts: list[list[int]], outputs: list[int], temperature: float

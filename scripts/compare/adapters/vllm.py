@@ -16,22 +16,21 @@ class Adapter:
         self.make_params, self.names = vllm.SamplingParams, map("stream-{}".format, count())
         self.llm = vllm.LLM(model, dtype=limits.dtype, seed=0, **limits.sizes)
 
-    def params(self, output, temperature):
-        options = dict(temperature=temperature, ignore_eos=True, detokenize=False)
-        return self.make_params(max_tokens=output, **options)
+    def params(self, n, heat):
+        return self.make_params(temperature=heat, max_tokens=n, ignore_eos=True, detokenize=False)
 
     def generate(self, prompts, outputs, temperature):
-        params = [self.params(n, temperature) for n in outputs]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        done = self.llm.generate(requests, params, use_tqdm=False)
-        return [r.outputs[0].token_ids for r in done]
+        params = [self.params(n, temperature) for n in outputs]
+        results = self.llm.generate(requests, params, use_tqdm=False)
+        return [result.outputs[0].token_ids for result in results]
 
     def reset_prefix_cache(self):
         return self.llm.reset_prefix_cache()
 
     def add_request(self, prompt, output, temperature):
-        params, request = self.params(output, temperature), {"prompt_token_ids": prompt}
-        self.llm.llm_engine.add_request(name := next(self.names), request, params)
+        name, request = next(self.names), {"prompt_token_ids": prompt}
+        self.llm.llm_engine.add_request(name, request, self.params(output, temperature))
         return name
 
     def step(self):
