@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench  # noqa: E402
-from compare import main, profiling, random_model, report, worker, workloads  # noqa: E402
+from compare import machine, main, profiling, random_model, report, worker, workloads  # noqa: E402
 from compare.adapters import ENGINES  # noqa: E402
 
 TINY = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -442,3 +442,11 @@ def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(
     assert len(started) == 1
     assert started[0].poll() is not None
     assert "time limit" in (tmp_path / "out.html").read_text()
+
+
+def test_hidden_gpus_are_not_asked(monkeypatch):
+    monkeypatch.setattr(machine.subprocess, "run", lambda *args, **options: pytest.fail("asked"))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.gpu_name() is None
+    assert machine.energy() is None

@@ -37,8 +37,8 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
 
 
 def gpu_name() -> str | None:
-    """The first GPU's name; None without one, or where JAX_PLATFORMS=cpu rules it out."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    """The first visible GPU's name; None without one."""
+    if _hidden():
         return None
     if name := _nvml("nvmlDeviceGetName", device=True):
         return name
@@ -55,8 +55,16 @@ def energy() -> float | None:
     return None if millijoules is None else millijoules / 1e3
 
 
+def _hidden() -> bool:
+    """Whether the environment says to use no GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return os.environ.get("JAX_PLATFORMS") == "cpu" or visible in ("", "-1")
+
+
 def _nvml(function: str, device: bool = False) -> Any:
     """What NVML answers, of the first visible GPU with `device`; None if it does not."""
+    if _hidden():
+        return None
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  # of nvidia-ml-py
 
