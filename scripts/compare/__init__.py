@@ -1,0 +1,1 @@
+"""`nanovllm-jax compare`: the same work for every engine that is installed, and one report."""
