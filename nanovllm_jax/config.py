@@ -197,16 +197,19 @@ class EngineConfig:
 
     def _check_mesh(self) -> None:
         """Make `mesh_shape` and `sharding_rules` complete."""
-        mesh = dict(self.mesh_shape or {"tensor": self.tensor_parallel_size})
-        for axis, size in mesh.items():
+        size = self.tensor_parallel_size
+        if not 1 <= size <= 8:
+            raise ValueError(f"tensor_parallel_size must be between 1 and 8, got {size!r}")
+        mesh = dict(self.mesh_shape or {"tensor": size})
+        for axis, n in mesh.items():
             if axis not in MESH_AXES:
                 raise ValueError(f"mesh_shape has no axis {axis!r}; valid: {list(MESH_AXES)}")
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"mesh_shape[{axis!r}] must be a positive integer, got {size!r}")
-        if self.tensor_parallel_size not in (1, mesh.get("tensor", 1)):
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+                raise ValueError(f"mesh_shape[{axis!r}] must be a positive integer, got {n!r}")
+        if size not in (1, mesh.get("tensor", 1)):
             raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} contradicts "
-                f"mesh_shape={self.mesh_shape}; give one of them"
+                f"tensor_parallel_size={size} contradicts mesh_shape={self.mesh_shape}; give one "
+                "of them"
             )
         object.__setattr__(self, "mesh_shape", mesh)
         object.__setattr__(self, "sharding_rules", merge_rules(self.sharding_rules or {}))
@@ -219,7 +222,6 @@ class EngineConfig:
         check(self.max_num_seqs >= 1, "max_num_seqs", "at least 1")
         check(self.max_model_len >= 2, "max_model_len", "at least 2 (a prompt and an output token)")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "in (0, 1]")
-        check(1 <= self.tensor_parallel_size <= 8, "tensor_parallel_size", "between 1 and 8")
         size = self.kvcache_block_size
         check(size > 0 and size % 256 == 0, "kvcache_block_size", "a positive multiple of 256")
         blocks = self.num_kvcache_blocks
