@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -99,20 +99,23 @@ def place(x: np.ndarray | Array, sharding: NamedSharding) -> Array:
 
 
 def make_sharding(
-    mesh_shape: Mapping[str, int], rules: Mapping[str, Rule] | None = None
+    mesh_shape: Mapping[str, int],
+    rules: Mapping[str, Rule] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Sharding:
     """A mesh of the first devices, and the default rules changed by `rules`.
 
     Args:
         mesh_shape: devices along each of MESH_AXES; 1 where one is left out.
         rules: logical axis -> mesh axis (or several, or None: not split).
+        devices: instead of all that are visible; they may be ones that are only compiled for.
 
     Raises:
         ValueError: a rule names an unknown axis, rules that belong together differ, or fewer
             devices are visible.
     """
     merged = merge_rules(rules or {})
-    devices = jax.devices()  # of all processes
+    devices = jax.devices() if devices is None else devices  # of all processes
     shape = tuple(mesh_shape.get(axis, 1) for axis in MESH_AXES)
     if math.prod(shape) > len(devices):
         wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))

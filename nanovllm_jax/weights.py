@@ -64,6 +64,17 @@ def random_weights(
     return _place(model, config, sharding, draw)
 
 
+def abstract_weights(model: type[Qwen3], config: ModelConfig, sharding: Sharding) -> nnx.State:
+    """The model's parameters as shapes, types and layouts, without their values."""
+    state = []
+    for path, param in _parameters(model, config).items():
+        axes, value = param.get_metadata()["axes"], param.get_value()
+        layout = sharding.named(*(("layers",) if path.startswith(STACKED) else ()), *axes)
+        value = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout)
+        state.append((tuple(path.split(".")), param.replace(value)))
+    return nnx.from_flat_state(state)
+
+
 class Checkpoint:
     """The tensors of a directory's safetensors files, by name, read when asked for."""
 

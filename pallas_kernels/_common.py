@@ -48,8 +48,14 @@ def check_cache(
 
 
 def use_interpreter(interpret: bool | None) -> bool:
-    """Whether Pallas interprets a kernel: as told, else wherever there is no GPU."""
-    return jax.default_backend() != "gpu" if interpret is None else interpret
+    """Whether Pallas interprets a kernel: as told, else wherever no GPU runs the program.
+
+    A program may be compiled for GPUs that are not here: the mesh it is traced for says so.
+    """
+    if interpret is not None:
+        return interpret
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) != "gpu"
 
 
 def cdiv(a, b):
