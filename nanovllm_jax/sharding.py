@@ -101,7 +101,7 @@ def place(x: np.ndarray | Array, sharding: NamedSharding) -> Array:
 def make_sharding(
     mesh_shape: Mapping[str, int],
     rules: Mapping[str, Rule] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence | None = None,
 ) -> Sharding:
     """A mesh of the first devices, and the default rules changed by `rules`.
 

@@ -43,7 +43,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def h100s(count: int) -> list[jax.Device]:
+def h100s(count: int) -> list:
     """`count` H100s of one host, as devices of a mesh that programs are compiled for.
 
     Call it before JAX has touched a device: JAX is told to look for CPUs only.

@@ -212,9 +212,7 @@ def _devices(text: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...] 
     return _axes_of(found, mesh_shape), max(map(len, groups))
 
 
-def _axes_of(
-    groups: set[frozenset[int]], mesh_shape: Mapping[str, int]
-) -> tuple[str, ...] | None:
+def _axes_of(groups: set[frozenset[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...] | None:
     """The axes whose devices form exactly these groups."""
     ids = np.arange(math.prod(mesh_shape.values())).reshape(tuple(mesh_shape.values()))
     names = [axis for axis, size in mesh_shape.items() if size > 1]

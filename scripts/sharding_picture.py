@@ -26,6 +26,7 @@ def draw(report: Mapping[str, Any], arrays: Sequence["Layout"], file: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import colormaps
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
 
     rows = -(-len(arrays) // COLUMNS)
     figure, grid = plt.subplots(
@@ -37,10 +38,10 @@ def draw(report: Mapping[str, Any], arrays: Sequence["Layout"], file: Path) -> N
         names = [array.axes[k] for k in (tall, wide)]
         shape = [array.shape[k] for k in (tall, wide)]
         for (top, left, height, width), devices in _parts(array, tall, wide).items():
-            # Parts that several devices hold get the colour of the first.
-            color = colormaps["viridis"](0.25 + 0.75 * devices[0] / max(1, count))
+            # A part has the colour of the first device that holds it; what all hold has none.
+            color = colormaps["Set3"](devices[0] % 12) if len(devices) < count else "whitesmoke"
             axes.add_patch(
-                plt.Rectangle((left, top), width, height, facecolor=color, edgecolor="white")
+                Rectangle((left, top), width, height, facecolor=color, edgecolor="white")
             )
             axes.text(
                 left + width / 2, top + height / 2, _ranges(devices),
@@ -52,15 +53,25 @@ def draw(report: Mapping[str, Any], arrays: Sequence["Layout"], file: Path) -> N
         axes.set_ylabel(f"{names[0]} {shape[0]:,}" if tall != wide else "", fontsize=8)
         axes.set_xticks([])
         axes.set_yticks([])
-        mib = array.bytes_per_device / 2**20
         copies = f", {array.copies} copies" if array.copies > 1 else ""
-        axes.set_title(f"{array.name}\n{mib:,.4g} MiB a device{copies}", fontsize=9)
+        axes.set_title(
+            f"{array.name}\n{size_text(array.bytes_per_device)} a device{copies}", fontsize=9
+        )
     for axes in grid.flat[len(arrays) :]:
         axes.set_axis_off()
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     figure.suptitle(f"{report['model']}, {report['dtype']}, mesh {mesh}: devices of each part")
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def size_text(num_bytes: float) -> str:
+    """In B, KiB, MiB or GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
 
 
 def _two_dimensions(array: "Layout") -> tuple[int, int]:
@@ -71,11 +82,9 @@ def _two_dimensions(array: "Layout") -> tuple[int, int]:
     return chosen[0], chosen[-1]
 
 
-def _parts(
-    array: "Layout", tall: int, wide: int
-) -> dict[tuple[int, int, int, int], list[int]]:
+def _parts(array: "Layout", tall: int, wide: int) -> dict[tuple[int, int, int, int], list[int]]:
     """(top, left, height, width) of each part -> the devices that hold it."""
-    number = {device: i for i, device in enumerate(array.sharding.mesh.devices.flat)}
+    number = {device: i for i, device in enumerate(np.ravel(array.sharding.mesh.devices))}
     parts: dict[tuple[int, int, int, int], list[int]] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         spans = [np.arange(n)[part][[0, -1]] for n, part in zip(array.shape, index, strict=True)]

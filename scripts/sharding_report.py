@@ -9,6 +9,7 @@ the steps are compiled for fake CPU devices, or with `--target h100` for H100s t
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 from flax import nnx
 from hlo_collectives import Collective, collectives
-from sharding_picture import draw
+from sharding_picture import draw, size_text
 
 from nanovllm_jax.__main__ import UsageError
 from nanovllm_jax.config import EngineConfig, read_json
@@ -68,9 +69,8 @@ class Layout:
     bytes_per_device: int
 
     @classmethod
-    def of(cls, name: str, axes: tuple[str, ...], array: jax.ShapeDtypeStruct) -> "Layout":
+    def of(cls, name: str, axes: tuple[str, ...], array: Any) -> "Layout":
         """The layout of an array that is given by shape, type and sharding."""
-        assert isinstance(array.sharding, jax.sharding.NamedSharding)
         size = int(np.prod(array.sharding.shard_shape(array.shape))) * array.dtype.itemsize
         return cls(name, axes, array.shape, array.dtype.name, array.sharding, size)
 
@@ -306,7 +306,7 @@ def _rules(file: Path) -> dict[str, Rule]:
     return rules
 
 
-def find_devices(target: str, count: int) -> list[jax.Device]:
+def find_devices(target: str, count: int) -> list:
     """`count` devices: those that there are, else fake CPUs, or H100s to compile for."""
     if target == "h100":
         from h100_target import h100s
@@ -319,10 +319,8 @@ def find_devices(target: str, count: int) -> list[jax.Device]:
                 'pip install "nanovllm_jax[cuda13]", or leave --target out for fake CPUs'
             ) from error
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        try:
+        with contextlib.suppress(RuntimeError):  # where JAX has its devices already
             jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:  # JAX has its devices already: so many as there are
-            pass
     devices = jax.devices()
     if target == "cpu" or len(devices) < count:
         devices = jax.devices("cpu")
@@ -433,17 +431,15 @@ def print_layouts(report: Mapping[str, Any], arrays: Sequence[Layout]) -> None:
     width = max(len(array.name) for array in arrays)
     print(f"{'array':{width}}  {'a device':>10}  copies  layout")
     for a in arrays:
-        print(f"{a.name:{width}}  {_size(a.bytes_per_device):>10}  {a.copies:6}  {_cut(a)}")
+        print(f"{a.name:{width}}  {size_text(a.bytes_per_device):>10}  {a.copies:6}  {_cut(a)}")
     weights = [a for a in arrays if not a.name.startswith("cache.")]
     cache = [a for a in arrays if a.name.startswith("cache.")]
     for name, part in (("weights", weights), ("cache", cache)):
         one, whole = (sum(getattr(a, f) for a in part) for f in ("bytes_per_device", "num_bytes"))
-        print(f"{name}: {_size(one)} a device, {_size(whole)} in all without copies")
+        print(f"{name}: {size_text(one)} a device, {size_text(whole)} in all without copies")
 
 
-def print_step(
-    result: Mapping[str, Any], found: Sequence[Collective], hardware: Hardware
-) -> None:
+def print_step(result: Mapping[str, Any], found: Sequence[Collective], hardware: Hardware) -> None:
     """A step's collectives and times."""
     print(f"\n{result['step']} (compiled in {result['compile_s']:.1f} s)")
     print(f"  {'count':>5}  {'collective':18} {'bytes':>10}  {'over':12} {'us each':>8}  made from")
@@ -452,7 +448,7 @@ def print_step(
         each = c.seconds(hardware.link, hardware.latency) * 1e6
         origin = f"{c.origin.removeprefix('jit(run)/')} {c.dtype}"
         note = f"  ({c.note})" if c.note else ""
-        print(f"  {c.count:5}  {c.kind:18} {_size(c.num_bytes):>10}  {axes:12} {each:8.1f}  "
+        print(f"  {c.count:5}  {c.kind:18} {size_text(c.num_bytes):>10}  {axes:12} {each:8.1f}  "
               f"{origin}{note}")  # fmt: skip
     if not found:
         print("      0  collectives")
@@ -491,14 +487,6 @@ def _array_json(array: Layout) -> dict[str, Any]:
 
 def _names(part: Any) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.2f} GiB"
 
 
 def _line(error: Exception) -> str:

@@ -223,6 +223,8 @@ def sized(llm, *, limit, in_use=0, step=0, **config):
     names = ("max_num_seqs", "kvcache_block_size", "kv_cache_dtype")
     fields = {name: getattr(llm.config, name) for name in names}
     runner.config = SimpleNamespace(**(fields | {"gpu_memory_utilization": 0.9} | config))
+    runner.programs = copy.copy(runner.programs)
+    runner.programs.config = runner.config
     return runner._size_cache()
 
 

@@ -14,6 +14,7 @@ from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import program_cache
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.program_cache import ProgramCache
+from nanovllm_jax.engine.programs import Programs
 
 ARGS, OUTPUTS = ({"x": 0}, 0), (0, {"y": 0})  # of `program`
 
@@ -169,13 +170,11 @@ def test_a_second_runner_loads_every_program_and_lowers_none(
     lowered = []
 
     def record(name):
-        lower = getattr(ModelRunner, name)
-        monkeypatch.setattr(
-            ModelRunner, name, lambda *args: (lowered.append(args), lower(*args))[1]
-        )
+        lower = getattr(Programs, name)
+        monkeypatch.setattr(Programs, name, lambda *args: (lowered.append(args), lower(*args))[1])
 
-    record("_lower_step")
-    record("_lower_redraw")
+    record("lower_step")
+    record("lower_redraw")
     monkeypatch.setattr(ModelRunner, "_program_cache", lambda self: cache(tmp_path))
 
     small = dict(max_num_seqs=2, max_model_len=300, max_num_batched_tokens=300)

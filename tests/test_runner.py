@@ -20,10 +20,10 @@ from nanovllm_jax.engine.inputs import (
 )
 from nanovllm_jax.engine.model_runner import (
     Bucket,
-    ModelRunner,
     decode_buckets,
     prefill_buckets,
 )
+from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.engine.sequence import Sequence
 
 COMPILE_EVENTS = []
@@ -94,29 +94,29 @@ def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkey
     ],
 )
 def test_the_kernels_that_a_device_gets(want, changes):
-    assert runner_on(**changes)._attention_backends() == want
+    assert programs_on(**changes)._attention_backends() == want
 
 
 def test_mosaic_is_refused_with_the_cuda_that_masks_wrongly():
     with pytest.raises(ValueError, match=r"12\.8\.0 to 12\.9\.0.*triton"):
-        runner_on(backend="mosaic", cuda=12090)._attention_backends()
+        programs_on(backend="mosaic", cuda=12090)._attention_backends()
 
 
-def runner_on(**changes):
-    """A runner without weights or cache, on a device that is described only."""
+def programs_on(**changes):
+    """Programs of no model, on a device that is described only."""
     options = dict(
         platform="gpu", capability="9.0", backend="auto", dtype="bfloat16", head_dim=128,
         kv_cache_dtype="auto", cuda=13000,
     )  # fmt: skip
     o = SimpleNamespace(**(options | changes))
-    runner = ModelRunner.__new__(ModelRunner)
-    runner.platform = o.platform
+    programs = Programs.__new__(Programs)
+    programs.platform = o.platform
     client = SimpleNamespace(platform_version=f"PJRT C API\ncuda {o.cuda}")
     device = SimpleNamespace(compute_capability=o.capability, client=client)
-    runner.sharding = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([device])))
-    runner.config = SimpleNamespace(attention_backend=o.backend, kv_cache_dtype=o.kv_cache_dtype)
-    runner.model_config = SimpleNamespace(dtype=o.dtype, head_dim=o.head_dim)
-    return runner
+    programs.sharding = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([device])))
+    programs.config = SimpleNamespace(attention_backend=o.backend, kv_cache_dtype=o.kv_cache_dtype)
+    programs.model_config = SimpleNamespace(dtype=o.dtype, head_dim=o.head_dim)
+    return programs
 
 
 # --- compilation ---

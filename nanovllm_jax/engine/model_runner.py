@@ -2,15 +2,12 @@
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -19,14 +16,11 @@ from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.inputs import RowTable
 from nanovllm_jax.engine.multihost import check_same_options, smallest
 from nanovllm_jax.engine.program_cache import ProgramCache
+from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.engine.scheduler import Batch
-from nanovllm_jax.engine.step import DeviceState, LayerWeights, StepProgram
-from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.layers.linear import MAX_ONE_SHOT_WORDS
-from nanovllm_jax.models import model_class
+from nanovllm_jax.engine.step import LayerWeights
 from nanovllm_jax.sharding import make_sharding, place
 from nanovllm_jax.weights import load_weights, random_weights
-from pallas_kernels import Mailboxes, make_mailboxes
 
 PROBE_BLOCKS = 8  # cache size with which a program's temporary memory is found out
 GPU_MARGIN_BYTES = 512 << 20  # for what the compiler's account leaves out, cuBLAS workspaces say
@@ -86,13 +80,9 @@ class ModelRunner:
         check_same_options(config)
         self.config = config
         self.sharding = make_sharding(config.mesh_shape or {}, config.sharding_rules)
-        self.batch_shards = self.sharding.size("batch")
-        self.platform = self.sharding.mesh.devices.flat[0].platform
-        self.model_config = config.model_config.over(self.sharding.size)
-        if self.platform == "cpu" and config.dtype is None:
-            # XLA's CPU backend converts bfloat16 caches and operands at every use: 7 times slower.
-            self.model_config = replace(self.model_config, dtype="float32")
-        model = model_class(self.model_config.architecture)
+        self.programs = Programs(config, self.sharding)
+        self.batch_shards, self.platform = self.programs.batch_shards, self.programs.platform
+        self.model_config, model = self.programs.model_config, self.programs.model
 
         if config.load_format == "dummy":
             weights = random_weights(model, self.model_config, self.sharding, config.seed)
@@ -102,56 +92,26 @@ class ModelRunner:
             layout = jax.tree.map(lambda w: w.sharding, weights)
             scale = jax.jit(model.scale_for_8_bits, donate_argnums=0, out_shardings=layout)
             weights = scale(weights)
-        self.weights, treedef = jax.tree.flatten(weights)
+        self.weights = jax.tree.leaves(weights)
         if self.platform == "cpu" and not config.enforce_eager:
             self._unstack_weights(weights)
-        make = functools.partial(model, self.model_config, constrain=self.sharding.constrain)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-        self.program = StepProgram(
-            graph,
-            treedef,
-            self.sharding,
-            *self._attention_backends(),
-            config.kvcache_block_size,
-            vocab_size=config.model_config.vocab_size,
-        )
 
-        self.table_width = -(-config.max_model_len // config.kvcache_block_size)
-        self.table = RowTable(config.max_num_seqs, self.table_width)
+        self.table = RowTable(config.max_num_seqs, self.programs.table_width)
         num_seqs = -(-config.max_num_seqs // self.batch_shards)
         num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
         self.decode_buckets = decode_buckets(num_seqs)
         self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
         self.program_cache = self._program_cache()
-        self.mailboxes = self._make_mailboxes()
+        self.mailboxes = self.programs.make_mailboxes()
         self.num_blocks = config.num_kvcache_blocks or self._size_cache()
         addresses = self.mailboxes.addresses if self.mailboxes else None
-        self.state = self._make_state(self.num_blocks)._replace(mailbox=addresses)
+        self.state = self.programs.make_state(self.num_blocks)._replace(mailbox=addresses)
         self.steps: dict[Bucket, Callable] = {}
         self.redraws: dict[int, Callable] = {}
         if config.enforce_eager:
             self._use_eager_steps()
         else:
             self._compile_all(self.num_blocks)
-
-    def _attention_backends(self) -> tuple[str, str]:
-        """The kernels of prefill and of decode: as told, or those that measured best."""
-        backend, c = self.config.attention_backend, self.model_config
-        if self.platform != "gpu":
-            return ("xla", "xla") if backend == "auto" else (backend, backend)
-        device = self.sharding.mesh.devices.flat[0]
-        version = re.search(r"cuda (\d+)", device.client.platform_version)
-        wrong_masks = version is not None and 12080 <= int(version[1]) < 12091
-        if backend == "mosaic" and wrong_masks:
-            raise ValueError(
-                "attention_backend='mosaic' needs another CUDA than 12.8.0 to 12.9.0, whose "
-                'compiler gets causal masks wrong: install "jax[cuda13]", or use "triton"'
-            )
-        if backend != "auto":
-            return backend, backend
-        hopper = float(device.compute_capability) == 9.0 and not wrong_masks
-        fits = c.dtype == self.cache_dtype == "bfloat16" and c.head_dim in (64, 128)
-        return "mosaic" if hopper and fits else "triton", "triton"
 
     @property
     def max_prefill_seqs(self) -> int:
@@ -184,7 +144,7 @@ class ModelRunner:
 
     def _input(self, x: np.ndarray) -> np.ndarray | jax.Array:
         """A step's input in the form that programs take: with several processes, on the devices."""
-        return place(x, self._rows_sharding()) if jax.process_count() > 1 else x
+        return place(x, self.programs.rows_sharding) if jax.process_count() > 1 else x
 
     def shut_down(self) -> None:
         """Give all device memory back."""
@@ -230,29 +190,6 @@ class ModelRunner:
 
     # --- memory ---
 
-    @property
-    def cache_dtype(self) -> jnp.dtype:
-        fp8 = self.config.kv_cache_dtype == "fp8"
-        return jnp.dtype(jnp.float8_e4m3fn if fp8 else self.model_config.dtype)
-
-    def _make_state(self, num_blocks: int, make=jnp.zeros) -> DeviceState:
-        """The cache and the last tokens, zeroed on the devices (or other arrays by `make`)."""
-        c = self.model_config
-        shape = (c.num_layers, self.batch_shards * num_blocks, self.config.kvcache_block_size)
-        shape += (c.num_kv_heads, c.head_dim)
-        sharding = self.sharding.named(*KVCache.AXES)
-        k, v = (make(shape, self.cache_dtype, device=sharding) for _ in range(2))
-        slots = (self.batch_shards * (self.config.max_num_seqs + 1),)
-        last_tokens = make(slots, jnp.int32, device=self._rows_sharding())
-        return DeviceState(KVCache(k, v), None, last_tokens)
-
-    def _make_mailboxes(self) -> Mailboxes | None:
-        """For sums over the GPUs of one process that share a layer; else the sums are XLA's."""
-        kernels = self.platform == "gpu" and self.program.decode != "xla"
-        if not kernels or jax.process_count() > 1 or self.sharding.mesh.shape["tensor"] == 1:
-            return None
-        return make_mailboxes(self.sharding.mesh, "tensor", MAX_ONE_SHOT_WORDS)
-
     def _size_cache(self) -> int:
         """How many blocks of KV cache fit for each shard of the batch; prints the arithmetic.
 
@@ -261,7 +198,7 @@ class ModelRunner:
         """
         c, config = self.model_config, self.config
         heads = c.num_kv_heads // self.sharding.size("kv_heads")
-        token_bytes = 2 * c.num_layers * heads * c.head_dim * self.cache_dtype.itemsize
+        token_bytes = 2 * c.num_layers * heads * c.head_dim * self.programs.cache_dtype.itemsize
         block_bytes = token_bytes * config.kvcache_block_size
         mib = 1 << 20
         if self.platform == "cpu":
@@ -281,7 +218,7 @@ class ModelRunner:
             )
         blocks = max(0, budget) // block_bytes
         if self.platform == "cpu":
-            blocks = min(blocks, config.max_num_seqs * self.table_width)
+            blocks = min(blocks, config.max_num_seqs * self.programs.table_width)
         blocks = smallest(blocks)  # over the processes
         # Rounded down to five binary digits, so that the programs' shapes, and with them the
         # compilation cache's entries, do not change with every few megabytes.
@@ -315,20 +252,21 @@ class ModelRunner:
         """Compile the programs of all buckets, largest first."""
         buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
         self.steps = self._compile_steps(buckets, num_blocks)
-        state = self._abstract_state(num_blocks)
+        state = self.programs.abstract_state(num_blocks)
         rows = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         redraws = self._compile(
-            {f"redraw-{n}-{num_blocks}": functools.partial(self._lower_redraw, n, num_blocks)
-             for n in rows},
+            {f"redraw-{n}-{num_blocks}":
+             functools.partial(self.programs.lower_redraw, n, num_blocks) for n in rows},
             (state, 0, 0), (state, 0),
         )  # fmt: skip
         self.redraws = dict(zip(rows, redraws, strict=True))
 
     def _compile_steps(self, buckets: list[Bucket], num_blocks: int) -> dict[Bucket, Callable]:
-        state = self._abstract_state(num_blocks)
+        state = self.programs.abstract_state(num_blocks)
         steps = self._compile(
             {f"step-{b.num_tokens}-{b.num_rows}-{num_blocks}":
-             functools.partial(self._lower_step, b, num_blocks) for b in buckets},
+             functools.partial(self.programs.lower_step, self.weights, *b, num_blocks)
+             for b in buckets},
             (self.weights, state, 0), (state, 0, 0),
         )  # fmt: skip
         return dict(zip(buckets, steps, strict=True))
@@ -354,7 +292,7 @@ class ModelRunner:
                 return program
 
             def compile_one(name: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-                options = self._compiler_options()
+                options = self.programs.compiler_options
                 program = (
                     cache.compile(name, lowered, options) if cache else lowered.compile(options)
                 )
@@ -369,46 +307,6 @@ class ModelRunner:
             }
             return [programs[name] or jobs[name].result() for name in lower]
 
-    def _lower_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
-        weights = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), self.weights
-        )
-        packed = bucket.num_tokens + bucket.num_rows * self.table.rows.shape[1]
-        packed *= self.batch_shards
-        step = functools.partial(self.program.run, **bucket._asdict())
-        out = (self._state_sharding(), self.sharding.replicated, self._logits_sharding())
-        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(
-            weights, self._abstract_state(num_blocks), self._abstract(packed)
-        )
-
-    def _lower_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Lowered:
-        logits = jax.ShapeDtypeStruct(
-            (self.batch_shards * num_rows, self.model_config.vocab_size),
-            jnp.float32,
-            sharding=self._logits_sharding(),
-        )
-        out = (self._state_sharding(), self.sharding.replicated)
-        return jax.jit(self.program.redraw, donate_argnums=0, out_shardings=out).lower(
-            self._abstract_state(num_blocks),
-            logits,
-            self._abstract(self.batch_shards * num_rows, self.table.rows.shape[1]),
-        )
-
-    def _compiler_options(self) -> dict[str, bool | str]:
-        """Matrix products by cuBLAS with its own choice of algorithm, and no rematerialization.
-
-        XLA's Triton products, tuned over dozens of candidates each, made these steps 7% slower and
-        took ten times as long to compile. Rematerialization is off because XLA counts the donated
-        cache twice, finds the memory full, and would compute things again to save some.
-        """
-        if self.platform != "gpu":
-            return {}
-        return {
-            "xla_gpu_enable_triton_gemm": False,
-            "xla_gpu_autotune_level": "0",
-            "xla_disable_hlo_passes": "rematerialization",
-        }
-
     def _program_cache(self) -> ProgramCache | None:
         """Beside JAX's cache; none without one, on a CPU, whose programs fit only its model, and
         for several processes, where it has not been tried.
@@ -416,13 +314,13 @@ class ModelRunner:
         folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
         if folder is None or self.platform != "gpu" or jax.process_count() > 1:
             return None
-        program, config = self.program, self.config
+        made, program, config = self.programs, self.programs.step, self.config
         made_from = (
             *(self.model_config, program.prefill, program.decode, program.block_size),
-            *(program.vocab_size, self.cache_dtype, config.max_num_seqs, self.table_width),
+            *(program.vocab_size, made.cache_dtype, config.max_num_seqs, made.table_width),
             *(self.sharding.mesh.shape_tuple, sorted(self.sharding.rules.items(), key=str)),
             *([(w.shape, w.dtype, w.sharding.spec) for w in self.weights],),
-            self._compiler_options(),
+            self.programs.compiler_options,
         )
         devices = list(self.sharding.mesh.devices.flat)
         return ProgramCache(Path(folder) / "programs", devices, made_from)
@@ -430,34 +328,11 @@ class ModelRunner:
     def _use_eager_steps(self) -> None:
         """Steps that run operation by operation, with the same shapes."""
         for bucket in [*self.prefill_buckets, *self.decode_buckets]:
-            run = functools.partial(self.program.run, **bucket._asdict())
+            run = functools.partial(self.programs.step.run, **bucket._asdict())
             self.steps[bucket] = lambda weights, state, packed, run=run: run(
-                weights, state, place(packed, self._rows_sharding())
+                weights, state, place(packed, self.programs.rows_sharding)
             )
-            self.redraws[bucket.num_rows] = self.program.redraw
-
-    def _abstract(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._rows_sharding())
-
-    def _abstract_state(self, num_blocks: int) -> DeviceState:
-        def abstract(shape, dtype, device):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-
-        state = self._make_state(num_blocks, abstract)
-        if self.mailboxes is None:
-            return state
-        addresses = self.mailboxes.addresses
-        return state._replace(mailbox=abstract(addresses.shape, jnp.int32, addresses.sharding))
-
-    def _state_sharding(self) -> DeviceState:
-        """The layout of the state, in its own structure."""
-        return jax.tree.map(lambda x: x.sharding, self._abstract_state(PROBE_BLOCKS))
-
-    def _logits_sharding(self):
-        return self.sharding.named("batch", "vocab")
-
-    def _rows_sharding(self):
-        return self.sharding.named("batch")
+            self.redraws[bucket.num_rows] = self.programs.step.redraw
 
 
 def _claim_gpu_memory() -> None:

@@ -7,14 +7,17 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.inputs import Column
 from nanovllm_jax.engine.step import DeviceState, StepProgram
 from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.layers.linear import MAX_ONE_SHOT_WORDS
 from nanovllm_jax.models import model_class
 from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.weights import abstract_weights
+from pallas_kernels import Mailboxes, make_mailboxes
 
 
 class Programs:
@@ -55,14 +58,32 @@ class Programs:
         sharding = self.sharding.named(*KVCache.AXES)
         k, v = (make(shape, self.cache_dtype, device=sharding) for _ in range(2))
         slots = (self.batch_shards * (self.config.max_num_seqs + 1),)
-        return DeviceState(KVCache(k, v), make(slots, jnp.int32, device=self.rows_sharding))
+        last_tokens = make(slots, jnp.int32, device=self.rows_sharding)
+        return DeviceState(KVCache(k, v), None, last_tokens)
+
+    def make_mailboxes(self) -> Mailboxes | None:
+        """For sums over the GPUs of one process that share a layer; else the sums are XLA's."""
+        if not self.uses_mailboxes:
+            return None
+        return make_mailboxes(self.sharding.mesh, "tensor", MAX_ONE_SHOT_WORDS)
+
+    @property
+    def uses_mailboxes(self) -> bool:
+        kernels = self.platform == "gpu" and self.step.decode != "xla"
+        return kernels and jax.process_count() == 1 and self.sharding.mesh.shape["tensor"] > 1
 
     def abstract_state(self, num_blocks: int) -> DeviceState:
         """The state as shapes and layouts."""
-        return self.make_state(
-            num_blocks,
-            lambda shape, dtype, device: jax.ShapeDtypeStruct(shape, dtype, sharding=device),
-        )
+
+        def abstract(shape, dtype, device):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+        state = self.make_state(num_blocks, abstract)
+        if not self.uses_mailboxes:
+            return state
+        mesh = self.sharding.mesh
+        layout = NamedSharding(mesh, self.sharding.by_device)
+        return state._replace(mailbox=abstract((mesh.size, 2), jnp.int32, layout))
 
     def lower_step(
         self, weights: list, num_tokens: int, num_rows: int, num_blocks: int
