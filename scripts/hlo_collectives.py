@@ -145,7 +145,7 @@ def _operands(i: _Instruction) -> list[str]:
 
 def _start_result(i: _Instruction, kind: str) -> str:
     """The result's type, of an instruction that has no -done beside it."""
-    if i.opcode == kind or kind == "all-reduce":
+    if i.opcode == kind or (kind == "all-reduce" and not i.result.startswith("((")):
         return i.result
     parts = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", i.result[1:-1])  # (operands, results, ...)
     return parts[1]

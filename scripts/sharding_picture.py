@@ -54,9 +54,8 @@ def draw(report: Mapping[str, Any], arrays: Sequence["Layout"], file: Path) -> N
         axes.set_xticks([])
         axes.set_yticks([])
         copies = f", {array.copies} copies" if array.copies > 1 else ""
-        axes.set_title(
-            f"{array.name}\n{size_text(array.bytes_per_device)} a device{copies}", fontsize=9
-        )
+        size = size_text(array.bytes_per_device)
+        axes.set_title(f"{array.name}\n{size} a device{copies}", fontsize=9)
     for axes in grid.flat[len(arrays) :]:
         axes.set_axis_off()
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
@@ -84,7 +83,9 @@ def _two_dimensions(array: "Layout") -> tuple[int, int]:
 
 def _parts(array: "Layout", tall: int, wide: int) -> dict[tuple[int, int, int, int], list[int]]:
     """(top, left, height, width) of each part -> the devices that hold it."""
-    number = {device: i for i, device in enumerate(np.ravel(array.sharding.mesh.devices))}
+    devices = array.sharding.mesh.devices
+    assert devices is not None
+    number = {device: i for i, device in enumerate(devices.flat)}
     parts: dict[tuple[int, int, int, int], list[int]] = {}
     for device, index in array.sharding.devices_indices_map(array.shape).items():
         spans = [np.arange(n)[part][[0, -1]] for n, part in zip(array.shape, index, strict=True)]
@@ -92,7 +93,7 @@ def _parts(array: "Layout", tall: int, wide: int) -> dict[tuple[int, int, int, i
         height = int(bottom - top) + 1 if tall != wide else array.shape[wide]
         box = (int(top) if tall != wide else 0, int(left), height, int(right - left) + 1)
         parts.setdefault(box, []).append(number[device])
-    return {box: sorted(devices) for box, devices in parts.items()}
+    return {box: sorted(holders) for box, holders in parts.items()}
 
 
 def _ranges(numbers: Sequence[int]) -> str:

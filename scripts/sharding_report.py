@@ -364,6 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config = replace(config, dtype=config.model_config.dtype)
             sharding = make_sharding(args.mesh, config.sharding_rules, devices)
             programs = Programs(config, sharding)
+            steps = plan(programs, args)
+            num_blocks = max(len(step.lengths) for step in steps) * programs.table_width
+            arrays = layouts(programs, num_blocks)
         except (AssertionError, TypeError, ValueError) as error:
             raise UsageError(_line(error)) from error
     if config.max_model_len < longest:
@@ -371,9 +374,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--context {args.context} is too long for this model; at most "
             f"{config.max_model_len - 1}"
         )
-    steps = plan(programs, args)
-    num_blocks = max(len(step.lengths) for step in steps) * programs.table_width
-    arrays = layouts(programs, num_blocks)
     hardware = find_hardware(args, kind)
     report: dict[str, Any] = {
         "model": args.random_weights or str(args.model),
