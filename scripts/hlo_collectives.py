@@ -12,6 +12,11 @@ from itertools import combinations
 
 import numpy as np
 
+# The engine's own kernels that talk to other devices, by their name in the text. To XLA they are
+# calls like any other, so what they do and along which mesh axis is said here.
+ONE_SHOT = "one-shot all-reduce"
+KERNELS = {"one_shot_all_reduce": (ONE_SHOT, "tensor")}
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
          "collective-broadcast", "ragged-all-to-all")  # fmt: skip
 
@@ -33,17 +38,21 @@ class Collective:
     count: int = 1
     note: str = ""  # why `count` is not exact
 
-    def seconds(self, link: float, latency: float) -> float:
+    def seconds(self, link: float, latency: float, one_shot_latency: float) -> float:
         """Time of one, by a ring (a switch makes every pair of devices neighbours).
 
         Each device sends (n-1)/n of the array for an all-gather, a reduce-scatter or an
         all-to-all, twice that for an all-reduce, which is one after the other: "How to Scale Your
-        Model", https://jax-ml.github.io/scaling-book/sharding.
+        Model", https://jax-ml.github.io/scaling-book/sharding. In the engine's one-shot all-reduce
+        each sends all of it to all others.
 
         Args:
             link: bytes a second that a device sends while it receives as many.
-            latency: seconds that one takes however small it is.
+            latency: seconds that one of XLA's takes however small it is.
+            one_shot_latency: the same of the engine's kernel.
         """
+        if self.kind == ONE_SHOT:
+            return one_shot_latency + (self.group_size - 1) * self.num_bytes / link
         share = (self.group_size - 1) / self.group_size
         if self.kind == "all-reduce":
             share *= 2
@@ -135,6 +144,8 @@ def _walk(
             one = _collective(i, kind, result, mesh_shape)
             if one.group_size > 1:
                 yield replace(one, note=note), times
+        elif i.opcode == "custom-call" and (kernel := _kernel(i, mesh_shape)):
+            yield replace(kernel, note=note), times
         for callee, trips, why in _calls(i):
             yield from _walk(computations, callee, mesh_shape, times * trips, why or note)
 
@@ -177,16 +188,37 @@ def _collective(
     i: _Instruction, kind: str, result: str, mesh_shape: Mapping[str, int]
 ) -> Collective:
     axes, size = _devices(i.rest, mesh_shape)
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-    total = sum(math.prod(map(int, filter(None, dims.split(",")))) * _bits(t) for t, dims in arrays)
-    num_bytes, dtype = total // 8, "+".join(dict.fromkeys(t for t, _ in arrays))
+    num_bytes = _num_bytes(result)
+    dtype = "+".join(dict.fromkeys(re.findall(r"(\w+)\[", result)))
     if kind == "reduce-scatter":
         num_bytes *= size
     # XLA's CPU backend sums 16-bit floats in 32 bits; another one moves 16.
     if dtype == "f32" and re.search(r"to_apply=%?[\w.\-]*_promoted\b", i.rest):
         num_bytes, dtype = num_bytes // 2, "bf16"
-    origin = re.search(r'op_name="([^"]*)"', i.rest)
-    return Collective(kind, dtype, num_bytes, axes, size, origin[1] if origin else "")
+    return Collective(kind, dtype, num_bytes, axes, size, _origin(i.rest))
+
+
+def _kernel(i: _Instruction, mesh_shape: Mapping[str, int]) -> Collective | None:
+    """The collective that a kernel of the engine is, if it is one."""
+    origin = _origin(i.rest)
+    name = next((name for name in KERNELS if f"/{name}/" in f"/{origin}/"), None)
+    if name is None:
+        return None
+    kind, axis = KERNELS[name]
+    # It sums bfloat16, which it takes in pairs, as words.
+    return Collective(kind, "bf16", _num_bytes(i.result), (axis,), mesh_shape[axis], origin)
+
+
+def _origin(text: str) -> str:
+    found = re.search(r'op_name="([^"]*)"', text)
+    return found[1] if found else ""
+
+
+def _num_bytes(result: str) -> int:
+    """Of all arrays in a type."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+    bits = (math.prod(map(int, filter(None, dims.split(",")))) * _bits(t) for t, dims in arrays)
+    return sum(bits) // 8
 
 
 def _bits(dtype: str) -> int:

@@ -42,17 +42,22 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a device reaches, in units a second; all of it measured but `link`, NVLink 4's rate."""
+    """What a device reaches, in units a second; `link` is NVLink 4's rate, the rest measured."""
 
     name: str
     memory: float  # bytes read
     flops: float  # of bfloat16 products
     link: float  # bytes sent, while as many are received
-    latency: float  # seconds that a collective takes however small it is
+    latency: float  # seconds that a collective of XLA's takes however small it is
+    one_shot_latency: float  # the same of the engine's all-reduce; expected, not measured yet
+
+    def seconds(self, collective: Collective) -> float:
+        """What one of these should take."""
+        return collective.seconds(self.link, self.latency, self.one_shot_latency)
 
 
 HARDWARE = {
-    name: Hardware(name, rate * bench.TB, 790e12, 450 * GB, 25e-6)
+    name: Hardware(name, rate * bench.TB, 790e12, 450 * GB, 25e-6, 6e-6)
     for name, rate in bench.BANDWIDTH.items()
 }
 
@@ -180,7 +185,7 @@ def predict(
         pairs = step.num_rows * step.context
     flops += 4 * pairs * model.num_heads * model.head_dim * model.num_layers / heads
     memory, compute = (weights + read) / hardware.memory, flops / hardware.flops
-    talk = sum(c.count * c.seconds(hardware.link, hardware.latency) for c in found)
+    talk = sum(c.count * hardware.seconds(c) for c in found)
     return {
         "memory_s": memory,
         "compute_s": compute,
@@ -257,13 +262,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--hardware", choices=HARDWARE, help="predict for (default: the GPU, else H100)")
     add("--memory-tb-s", type=float, metavar="TB/S", help="memory bandwidth to predict with")
     add("--link-gb-s", type=float, metavar="GB/S", help="of a device's links, each way (450)")
-    add("--latency-us", type=float, metavar="US", help="of any collective, however small (25)")
+    add("--latency-us", type=float, metavar="US", help="of XLA's collectives, however small (25)")
+    add("--one-shot-us", type=float, metavar="US", help="of the engine's own all-reduce (6)")
     add("--out", type=Path, default=Path("sharding_report"), metavar="DIR",
         help="where sharding.json and sharding.png go (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if (args.model is None) == (args.random_weights is None):
         parser.error("give either --model DIR or --random-weights SIZE")
-    for name in ("batch", "context", "prefill", "memory_tb_s", "link_gb_s", "latency_us"):
+    for name in (
+        "batch",
+        "context",
+        "prefill",
+        "memory_tb_s",
+        "link_gb_s",
+        "latency_us",
+        "one_shot_us",
+    ):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value <= 0:
@@ -336,7 +350,7 @@ def find_hardware(args: argparse.Namespace, kind: str) -> Hardware:
     """What to predict for: as told, else the device, else an H100."""
     name = args.hardware or next((name for name in HARDWARE if name in kind), "H100")
     changes = {"memory": (args.memory_tb_s, bench.TB), "link": (args.link_gb_s, GB)}
-    changes |= {"latency": (args.latency_us, 1e-6)}
+    changes |= {"latency": (args.latency_us, 1e-6), "one_shot_latency": (args.one_shot_us, 1e-6)}
     given = {field: value * unit for field, (value, unit) in changes.items() if value is not None}
     return replace(HARDWARE[name], **given)
 
@@ -392,6 +406,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if timed:
         made = random_weights(programs.model, programs.model_config, sharding, seed=0)
         weights, state = jax.tree.leaves(made), programs.make_state(num_blocks)
+        if mailboxes := programs.make_mailboxes():  # which must live as long as the steps run
+            state = state._replace(mailbox=mailboxes.addresses)
     for step in steps:
         began = time.perf_counter()
         try:
@@ -445,7 +461,7 @@ def print_step(result: Mapping[str, Any], found: Sequence[Collective], hardware:
     print(f"  {'count':>5}  {'collective':18} {'bytes':>10}  {'over':12} {'us each':>8}  made from")
     for c in found:
         axes = "no mesh axis" if c.axes is None else "+".join(c.axes)
-        each = c.seconds(hardware.link, hardware.latency) * 1e6
+        each = hardware.seconds(c) * 1e6
         origin = f"{c.origin.removeprefix('jit(run)/')} {c.dtype}"
         note = f"  ({c.note})" if c.note else ""
         print(f"  {c.count:5}  {c.kind:18} {size_text(c.num_bytes):>10}  {axes:12} {each:8.1f}  "

@@ -242,7 +242,19 @@ def test_a_loop_that_is_really_compiled(hlo):
 )
 def test_time_of_a_collective(hlo, kind, size, sent):
     one = hlo.Collective(kind, "bf16", 1_000_000, ("tensor",), size)
-    assert one.seconds(link=1e9, latency=2e-5) == pytest.approx(2e-5 + sent / 1e9)
+    assert one.seconds(1e9, 2e-5, one_shot_latency=1) == pytest.approx(2e-5 + sent / 1e9)
+
+
+def test_the_engines_own_kernel_is_a_collective(hlo):
+    """To XLA it is a call; each device sends all of its array to each other device."""
+    line = ('%pallas_call.7 = s32[8192]{0} custom-call(%x, %y), '
+            'custom_call_target="__gpu$xla.gpu.triton", '
+            'metadata={op_name="jit(run)/shard_map/one_shot_all_reduce/pallas_call"}')  # fmt: skip
+    other = line.replace("one_shot_all_reduce", "paged_decode")
+    found = one(hlo, line, line.replace(".7", ".8"), other)
+    assert (found.kind, found.count, found.axes) == (hlo.ONE_SHOT, 2, ("tensor",))
+    assert (found.num_bytes, found.group_size) == (32768, 4)
+    assert found.seconds(1e9, 1, one_shot_latency=6e-6) == pytest.approx(6e-6 + 3 * 32768 / 1e9)
 
 
 # --- the report ---
