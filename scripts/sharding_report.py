@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,7 +132,7 @@ def plan(programs: Programs, args: argparse.Namespace) -> list[Step]:
     """The prefill step and the decode steps that the command line asks for."""
     shards = programs.batch_shards
     tokens = -(-args.prefill // shards)
-    bucket = prefill_buckets(tokens, -(-max(args.batch) // shards))[-1]
+    bucket = prefill_buckets(max(1, tokens), -(-max(args.batch) // shards))[-1]
     full, rest = divmod(tokens, args.context)
     lengths = (args.context,) * full + (rest,) * bool(rest)
     if len(lengths) > bucket.num_rows:
@@ -139,8 +140,10 @@ def plan(programs: Programs, args: argparse.Namespace) -> list[Step]:
             f"--prefill {args.prefill}: {len(lengths)} sequences of --context {args.context} do "
             f"not fit into the step's {bucket.num_rows} rows; raise --context or --batch"
         )
-    steps = [Step(f"prefill of {args.prefill} tokens", tokens, bucket.num_rows, lengths,
-                  args.context)]  # fmt: skip
+    steps = []
+    if tokens:
+        name = f"prefill of {args.prefill} tokens"
+        steps.append(Step(name, tokens, bucket.num_rows, lengths, args.context))
     for batch in args.batch:
         rows = -(-batch // shards)
         steps.append(Step(f"decode of batch {batch}", 0, rows, (1,) * rows, args.context))
@@ -251,7 +254,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rules", type=Path, metavar="FILE", help="JSON: logical axis -> mesh axis, list or null")
     add("--batch", type=int, nargs="+", default=[16], help="decode batches (default: 16)")
     add("--context", type=int, default=1024, help="tokens of each sequence (default: 1024)")
-    add("--prefill", type=int, default=2048, help="tokens of the prefill step (default: 2048)")
+    add("--prefill", type=int, default=2048, help="tokens of the prefill step, 0: none (2048)")
     add("--dtype", help="float32 or bfloat16, instead of config.json's")
     add("--kv-cache-dtype", default="auto", help="auto, or fp8")
     add("--target", choices=("auto", "cpu", "h100"), default="auto",
@@ -269,19 +272,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.model is None) == (args.random_weights is None):
         parser.error("give either --model DIR or --random-weights SIZE")
-    for name in (
-        "batch",
-        "context",
-        "prefill",
-        "memory_tb_s",
-        "link_gb_s",
-        "latency_us",
-        "one_shot_us",
-    ):
+    names = ("batch", "context", "memory_tb_s", "link_gb_s", "latency_us", "one_shot_us")
+    for name in names:
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value <= 0:
                 parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if args.prefill < 0:
+        parser.error(f"--prefill must not be negative, got {args.prefill}")
     args.rules = _rules(args.rules) if args.rules else {}
     return args
 
@@ -408,17 +406,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights, state = jax.tree.leaves(made), programs.make_state(num_blocks)
         if mailboxes := programs.make_mailboxes():  # which must live as long as the steps run
             state = state._replace(mailbox=mailboxes.addresses)
-    for step in steps:
-        began = time.perf_counter()
-        try:
-            lowered = programs.lower_step(weights, step.num_tokens, step.num_rows, num_blocks)
-        except ValueError as error:  # rules that do not go together
-            raise UsageError(_line(error)) from error
-        program = lowered.compile(programs.compiler_options)
+    try:
+        lowered = [
+            programs.lower_step(weights, step.num_tokens, step.num_rows, num_blocks)
+            for step in steps
+        ]
+    except ValueError as error:  # rules that do not go together
+        raise UsageError(_line(error)) from error
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda x: x.compile(programs.compiler_options), lowered))
+    for step, program in zip(steps, compiled, strict=True):
         found = collectives(program.as_text() or "", sharding.mesh.shape)
         result = {
             "step": step.name,
-            "compile_s": time.perf_counter() - began,
             "collectives": [asdict(c) for c in found],
             "predicted": predict(programs, arrays, step, hardware, found),
         }
@@ -457,7 +457,7 @@ def print_layouts(report: Mapping[str, Any], arrays: Sequence[Layout]) -> None:
 
 def print_step(result: Mapping[str, Any], found: Sequence[Collective], hardware: Hardware) -> None:
     """A step's collectives and times."""
-    print(f"\n{result['step']} (compiled in {result['compile_s']:.1f} s)")
+    print(f"\n{result['step']}")
     print(f"  {'count':>5}  {'collective':18} {'bytes':>10}  {'over':12} {'us each':>8}  made from")
     for c in found:
         axes = "no mesh axis" if c.axes is None else "+".join(c.axes)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import helpers
@@ -295,7 +296,7 @@ def summary(step):
     return counts
 
 
-def test_layouts_and_bytes_of_the_default_sharding(run, tmp_path):
+def test_layouts_and_bytes_of_the_default_sharding(run):
     result, printed = run("--mesh", "data=2,tensor=4")
     assert result["mesh"] == {"data": 2, "tensor": 4}
     arrays = {a["name"]: a for a in result["arrays"]}
@@ -317,7 +318,19 @@ def test_layouts_and_bytes_of_the_default_sharding(run, tmp_path):
     assert cache["spec"] == [None, ["data"], None, ["tensor"], None]
     assert (cache["bytes_per_device"], cache["copies"]) == (2 * 4 * 256 * 1 * 16 * 4, 1)
     assert "[layers 2, embed 48, ffn 64 / tensor]" in printed
+
+
+def test_a_picture_is_written(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("--mesh", "data=2,tensor=4", "--prefill", "0")
     assert (tmp_path / "sharding.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_without_matplotlib(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result, printed = run("--mesh", "tensor=2", "--prefill", "0")
+    assert [step["step"] for step in result["steps"]] == ["decode of batch 8"]
+    assert "pip install" in printed and not (tmp_path / "sharding.png").exists()
 
 
 def test_two_collectives_a_layer_and_one_for_the_embedding(run):
