@@ -205,8 +205,8 @@ def _kernel(i: _Instruction, mesh_shape: Mapping[str, int]) -> Collective | None
     if name is None:
         return None
     kind, axis = KERNELS[name]
-    # It sums bfloat16, which it takes in pairs, as words.
-    return Collective(kind, "bf16", _num_bytes(i.result), (axis,), mesh_shape[axis], origin)
+    # Whatever it combines, sums of bfloat16 or maxima of 64-bit keys, it takes as words.
+    return Collective(kind, "words", _num_bytes(i.result), (axis,), mesh_shape[axis], origin)
 
 
 def _origin(text: str) -> str:
