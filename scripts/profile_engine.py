@@ -328,7 +328,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{option[2:]} of {kind} in {model.dtype}: {said}")
         report: dict[str, Any] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": name, "dtype": model.dtype, "kv_cache_dtype": str(runner.cache_dtype),
+            "model": name, "dtype": model.dtype, "kv_cache_dtype": str(runner.programs.cache_dtype),
             "device": kind, "devices": devices, "jax": jax.__version__,
             "bandwidth": peak.bandwidth, "flops": peak.flops, "steps": {},
         }  # fmt: skip
@@ -349,7 +349,11 @@ def main(argv: Sequence[str]) -> int:
                 hlo = runner.steps[measured.bucket].as_text() or ""
                 batch = measured.batch
                 costs = step_costs(
-                    model, batch.starts, batch.lengths, devices, runner.cache_dtype.itemsize
+                    model,
+                    batch.starts,
+                    batch.lengths,
+                    devices,
+                    runner.programs.cache_dtype.itemsize,
                 )
                 table = tabulate(measured, hlo, costs, peak, model.num_layers)
                 if args.out:
