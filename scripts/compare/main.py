@@ -28,7 +28,7 @@ from nanovllm_jax.config import ModelConfig
 
 SCRIPTS = Path(__file__).parents[1]
 LIMIT_S = {"cpu": 50.0, "gpu": 600.0}  # of each engine, over all rounds
-GRACE_S = 5.0  # beyond the limit, before a worker is killed
+GRACE_S = 2.0  # beyond the limit, before a worker is killed
 
 
 class _Parser(argparse.ArgumentParser):
