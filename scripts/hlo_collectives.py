@@ -172,7 +172,7 @@ def _calls(i: _Instruction) -> Iterator[tuple[str, int, str]]:
                 names += re.findall(r"[\w.\-]+", value)
         return names
 
-    if i.opcode in ("fusion", "call", "async-start", "custom-call"):
+    if i.opcode in ("fusion", "fusion-start", "call", "async-start", "custom-call"):
         yield from ((name, 1, "") for name in named("calls", "to_apply", "called_computations"))
     elif i.opcode == "while":
         trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)

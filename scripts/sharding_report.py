@@ -50,7 +50,7 @@ class Hardware:
     flops: float  # of bfloat16 products
     link: float  # bytes sent, while as many are received
     latency: float  # seconds that a collective of XLA's takes however small it is
-    one_shot_latency: float  # the same of the engine's all-reduce; expected, not measured yet
+    one_shot_latency: float  # the same of the engine's all-reduce (two H200s: 2.4 to 5.5 us)
 
     def seconds(self, collective: Collective) -> float:
         """What one of these should take."""

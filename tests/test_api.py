@@ -123,7 +123,7 @@ def test_heads_that_cannot_be_split_name_the_valid_sizes(checkpoint):
 
 
 def test_tied_kv_heads_are_never_split_unevenly(checkpoint):
-    with pytest.raises(ValueError, match="tensor_parallel_size=3"):
+    with pytest.raises(ValueError, match="'heads' cannot be split over 3 devices"):
         LLM(str(checkpoint()), tensor_parallel_size=3)
 
 

@@ -158,12 +158,14 @@ def test_equal_ones_are_counted_and_called_ones_found(hlo):
     calls = (
         "%c = f32[8]{0} call(%p), to_apply=%body",
         "%f = f32[8]{0} fusion(%p), kind=kLoop, calls=%body",
+        "%g = ((f32[8]{0}), f32[8]{0}) fusion-start(%p), kind=kCustom, calls=%body",
+        "%h = f32[8]{0} fusion-done(%g)",
         "%s = ((f32[8]{0}), f32[8]{0}) async-start(%p), calls=%body",
         "%d = f32[8]{0} async-done(%s), calls=%body",
         loop + known,
     )
     found = one(hlo, line.format("x"), line.format("y"), *calls, computations=body)
-    assert (found.count, found.note) == (2 + 3 + 5, "")
+    assert (found.count, found.note) == (2 + 4 + 5, "")
 
     unknown = one(hlo, loop, computations=body)
     assert unknown.count == 1 and "unknown length" in unknown.note
