@@ -1,0 +1,105 @@
+"""The one-shot all-reduce as far as a CPU goes: mailboxes, sizes, lowering. (tests/gpu runs it.)"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from pallas_kernels import fits_one_shot, make_mailboxes, one_shot_all_reduce, one_shot_max
+from pallas_kernels.all_reduce import Layout
+
+MOST = 1 << 14  # words
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((1, 4), ("data", "tensor")), ((2, 4), ("a", "b"))])
+@pytest.mark.parametrize("along", [0, 1])
+def test_mailboxes_know_their_peers(shape, axes, along):
+    """Each device's table has the mailboxes of its own row (or column) of the mesh, in order."""
+    if shape[along] == 1:
+        shape = shape[::-1]
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, axes)
+    boxes = make_mailboxes(mesh, axes[along], MOST)
+    shards = {shard.device: shard.data for shard in boxes.memory.addressable_shards}
+    address = {device: data.unsafe_buffer_pointer() for device, data in shards.items()}
+    own = {s.device: np.asarray(s.data) for s in boxes.addresses.addressable_shards}
+    peers = shape[along]
+    for index, device in np.ndenumerate(devices):
+        table = np.asarray(shards[device])[0, : 2 * peers].view("<u8")
+        group = np.moveaxis(devices, along, -1)[index[1 - along]]
+        assert table.tolist() == [address[peer] for peer in group]
+        assert own[device].view("<u8").item() == address[device]
+        assert shards[device].nbytes == Layout(peers, MOST).size
+        assert not np.asarray(shards[device])[0, 2 * peers :].any()
+
+
+def test_the_parts_of_a_mailbox_do_not_overlap():
+    layout = Layout(peers=8, max_words=MOST)
+    assert layout.calls >= 8 * layout.peers
+    assert layout.data >= layout.calls + 4 * layout.programs and layout.data % 128 == 0
+    assert layout.size == layout.data + 2 * layout.peers * layout.part
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((1, 1024), "bfloat16", True),
+        ((1, 256), "bfloat16", True),
+        ((1, 128), "bfloat16", False),  # less than a program's smallest block
+        ((3, 100), "bfloat16", False),
+        ((1, 1024), "float32", False),
+        ((8, 4096), "bfloat16", True),
+        ((9, 4096), "bfloat16", False),  # more words than the mailboxes have
+        ((7, 1280), "bfloat16", False),  # few enough, but in 35 blocks of 128, for 8 programs
+    ],
+)
+def test_what_fits(shape, dtype, fits):
+    assert fits_one_shot(shape, jnp.dtype(dtype), MOST) == fits
+
+
+def lowered(function, *shapes):
+    """The text of a function of two devices' parts, lowered for GPUs."""
+    axis = {"axis_types": (AxisType.Auto,)}
+    if jax.__version_info__ >= (0, 11):
+        from jax._src.mesh import AbstractDevice
+
+        gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+        axis["abstract_device"] = gpu
+    mesh = AbstractMesh((2,), ("tensor",), **axis)
+    specs = (PartitionSpec(),) * (len(shapes) - 1) + (PartitionSpec("tensor"),)
+    run = jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shape(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+ADDRESSES = shape(2, 2, dtype=jnp.int32)
+
+
+def test_they_lower_for_a_gpu():
+    add = functools.partial(one_shot_all_reduce, axis="tensor", max_words=MOST)
+    largest = functools.partial(one_shot_max, axis="tensor", max_words=MOST)
+    for rows in (1, 4):
+        text = lowered(add, shape(rows, 1024), shape(rows, 1024), ADDRESSES)
+        assert text.count('name = "one_shot_all_reduce"') == 1 and 'all_reduce"(' not in text
+    text = lowered(largest, shape(3, 2, dtype=jnp.int32), ADDRESSES)
+    assert text.count('name = "one_shot_all_reduce"') == 1
+
+
+def test_too_much_is_refused():
+    add = functools.partial(one_shot_all_reduce, axis="tensor", max_words=MOST)
+    largest = functools.partial(one_shot_max, axis="tensor", max_words=MOST)
+    with pytest.raises(ValueError, match="up to 32768 numbers in bfloat16, a multiple of 256"):
+        lowered(add, shape(9, 4096), shape(9, 4096), ADDRESSES)
+    with pytest.raises(ValueError, match=r"a residual of \(1, 1024\)"):
+        lowered(add, shape(2, 1024), shape(1, 1024), ADDRESSES)
+    with pytest.raises(ValueError, match="up to 8192 keys, not 9000"):
+        lowered(largest, shape(9000, 2, dtype=jnp.int32), ADDRESSES)
