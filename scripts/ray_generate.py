@@ -135,9 +135,9 @@ def check_settings(output: Path, settings: dict) -> None:
 def run(args: argparse.Namespace) -> int:
     """Complete what is not finished, then write completions.jsonl; 1 if a request failed."""
     try:
-        import ray
-        import ray.data
-        import ray.exceptions
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
+        import ray.exceptions  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError('Ray is not installed: pip install "nanovllm-jax[ray]"') from None
     engine = engine_options(args)
