@@ -298,7 +298,7 @@ class ModelRunner:
                 bar.update()
                 return program
 
-            if self.platform == "cpu":
+            if self.platform == "cpu" and cache is None:
                 # One after the other: loading a program from JAX's cache while the next one was
                 # lowered has crashed (once, in jaxlib 0.10.2). It takes 3 to 8% longer.
                 return [compile_one(name, make()) for name, make in lower.items()]
