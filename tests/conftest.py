@@ -4,6 +4,7 @@ The tests run on the CPU with eight fake devices. `JAX_PLATFORMS=cuda pytest tes
 that need a GPU; elsewhere they are not collected.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -59,10 +60,17 @@ def new_engine():
         yield engines.make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _shared_engines():
+    """Not for the whole session: a process may map 65,530 areas of memory (vm.max_map_count), and
+    XLA's CPU programs take hundreds of them each. Beyond that jaxlib crashes.
+    """
+    import jax
+
     with _Engines() as engines:
         yield engines
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -298,10 +298,6 @@ class ModelRunner:
                 bar.update()
                 return program
 
-            if self.platform == "cpu" and cache is None:
-                # One after the other: loading a program from JAX's cache while the next one was
-                # lowered has crashed (once, in jaxlib 0.10.2). It takes 3 to 8% longer.
-                return [compile_one(name, make()) for name, make in lower.items()]
             programs = dict(zip(lower, pool.map(load, lower), strict=True))
             jobs = {
                 name: pool.submit(compile_one, name, lower[name]())
