@@ -133,9 +133,8 @@ class FusedProject:
     def lookup(self, table, token_ids):
         rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec
         width = table.weight[...].shape[1]
-        whole = all(self.sharding.size(a) == 1 for a in ("embed", "activation_embed"))
         split = self.sharding.mesh_axes("vocab") == ("tensor",)
-        if not (whole and split and self._one_shot((rows, width), table.weight.dtype)):
+        if not (self._whole and split and self._one_shot((rows, width), table.weight.dtype)):
             return table.lookup(token_ids)
 
         def on_shard(weight, token_ids, mailbox):
@@ -149,6 +148,11 @@ class FusedProject:
         return self.sharding.shard_map(
             on_shard, (spec("vocab"), by_row, self.sharding.by_device), by_row
         )(table.weight[...], token_ids, self.mailbox)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether each device has all of the hidden size, which the kernels take for granted."""
+        return all(self.sharding.size(a) == 1 for a in ("embed", "activation_embed"))
 
     def _one_shot(self, shape: tuple[int, ...], dtype) -> bool:
         return self.mailbox is not None and fits_one_shot(shape, dtype, MAX_ONE_SHOT_WORDS)
@@ -166,14 +170,13 @@ class FusedProject:
         summed = [m for a in linear.in_axes for m in self.sharding.mesh_axes(a)]
         summed = [m for m in summed if self.sharding.mesh.shape[m] > 1]
 
-        whole = all(self.sharding.size(a) == 1 for a in ("embed", "activation_embed"))
         one_row = fits_fused_linear(rows, num_out // (1 + gated), width, x.dtype)
         one_shot = (
             residual is not None
             and summed == ["tensor"]
             and self._one_shot((rows, num_out), x.dtype)
         )
-        if not whole or not (one_row or one_shot):
+        if not self._whole or not (one_row or one_shot):
             return project(x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype)
 
         def on_shard(x, weight, norm_weight, residual, layer, mailbox):
