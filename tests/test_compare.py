@@ -229,8 +229,7 @@ def test_a_failing_workload_is_recorded_and_the_next_one_run():
         {"timed": made(n), "warm_up": made(n), "profile": False} for n in ("batch1", "prefill")
     ]
     cases[0]["timed"]["parts"]["whole"][0][1][0] = -1
-    for case in cases:
-        worker._guarded(Engine(), case, JOB, worker.Clock(100), emit)
+    worker.measure_all(Engine(), JOB | {"workloads": cases}, worker.Clock(100), emit)
     assert [(r["kind"], r["workload"]) for r in records] == [
         ("failure", "batch1"), ("run", "prefill"), ("run", "prefill")
     ]  # fmt: skip
@@ -243,7 +242,7 @@ def test_an_engine_without_steps_skips_the_arrivals():
     records, name = [], "stream"
     case = {"timed": made(name), "warm_up": made(name), "profile": False}
     emit = lambda kind, **fields: records.append((kind, fields["reason"]))  # noqa: E731
-    worker._guarded(Batches(), case, JOB, worker.Clock(100), emit)
+    worker.measure_all(Batches(), JOB | {"workloads": [case]}, worker.Clock(100), emit)
     assert records == [("skip", "it takes whole batches only, no arriving requests")]
 
 
@@ -413,6 +412,32 @@ def test_an_engine_runs_in_its_own_process_and_an_absent_one_is_listed(
     page = (tmp_path / "out.html").read_text()
     assert "nano-vLLM" in page
     assert "absent" in page
+
+
+def test_engines_are_added_to_results_of_the_same_work_only(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(workloads.SCALES, "cpu", SMALL)
+    argv = ["--model", str(model_dir), "--output", str(tmp_path / "out"), "--limit", "120"]
+    argv += ["--rounds", "1", "--runs", "1", "--workloads", "batch1", "--engines"]
+    added = [*argv, "transformers_eager", "--add"]
+    assert main.main(added) == 2
+    assert "is not there" in capsys.readouterr().err
+    assert main.main([*argv, "nanovllm"]) == 0
+    assert main.main([*added, "--temperature", "0"]) == 2
+    assert "the settings of" in capsys.readouterr().err
+    assert main.main([*added, "--workloads", "batch16"]) == 2
+    assert "the batch16 of" in capsys.readouterr().err
+    assert main.main([*added, "--runs", "2"]) == 0
+    assert main.main(added) == 2
+    assert "has results of transformers_eager already" in capsys.readouterr().err
+    results = report.Results(report.read(tmp_path / "out.jsonl"))
+    assert results.engines == ["transformers_eager"]
+    assert list(results.absent) == ["nanovllm"]
+    assert len(results.of("batch1", "transformers_eager")) == 2
+    page = (tmp_path / "out.html").read_text()
+    assert "(rounds: 1, runs in each: 2)" in page
 
 
 def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(

@@ -2,6 +2,7 @@
 
 nanovllm-jax compare                          # the demo model, a report in compare.html
 nanovllm-jax compare --random-weights 0.6B --output h100
+nanovllm-jax compare --random-weights 0.6B --output h100 --add --engines vllm
 nanovllm-jax compare --from h100.jsonl        # the report again
 """
 
@@ -87,6 +88,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help="NAME.jsonl and NAME.html are written (default: compare)",
     )
+    add("--add", action="store_true",
+        help="keep the results of NAME.jsonl, of the same work on the same machine, and add the "
+        "engines named by --engines")  # fmt: skip
     add("--from", dest="source", type=Path, metavar="FILE.jsonl",
         help="run nothing, make FILE.html of results")  # fmt: skip
     args = parser.parse_args(argv)
@@ -318,6 +322,31 @@ def _run_worker(
             file.write(json.dumps(record | {"reason": reason}) + "\n")
 
 
+VARIES = ("date", "engines", "rounds", "runs", "load at the start")  # between calls of one report
+
+
+def _check_added(results: Path, chosen: Plan, engines: Sequence[str]) -> None:
+    """Raise UsageError unless `results` are of the plan's work and machine, without `engines`."""
+    if not results.is_file():
+        raise UsageError(f"--add: {results} is not there: leave --add out for a new report")
+    old = report.read(results)
+    if again := {r["engine"] for r in old if r["kind"] == "run"} & set(engines):
+        raise UsageError(f"--add: {results} has results of {', '.join(sorted(again))} already")
+    there = [_without_varying(record) for record in old]
+    for record in map(_without_varying, chosen.header):
+        if record not in there:
+            what = record.get("name", record["kind"])
+            raise UsageError(
+                f"--add: the {what} of {results} differs from this call's: give the same model "
+                "and options on the same machine"
+            )
+
+
+def _without_varying(record: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in record.items() if key not in VARIES}
+    return json.loads(json.dumps(kept))  # as it is read: lists for tuples
+
+
 def compare(argv: Sequence[str]) -> Path:
     """Run what the command line asks for and return the report's path; raises UsageError."""
     args = parse(argv)
@@ -329,8 +358,14 @@ def compare(argv: Sequence[str]) -> Path:
     page = args.output.with_name(args.output.name + ".html")
     report.check()  # before the work, not after it
     chosen = plan(args)
+    if args.add:
+        _check_added(results, chosen, args.engines)
+        header = [chosen.header[0] | {"kind": "added"}]
+    else:
+        header = chosen.header
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text("".join(json.dumps(line) + "\n" for line in chosen.header))
+    with results.open("a" if args.add else "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in header)
     start = time.perf_counter()
     try:
         run_all(args, chosen, results)

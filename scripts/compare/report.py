@@ -58,10 +58,12 @@ class Results:
             if len(kinds[kind]) != 1:
                 raise UsageError(f"the results have {len(kinds[kind])} lines of {kind!r}, not one")
         self.settings, self.machine = kinds["settings"][0], kinds["machine"][0]
+        self.added = kinds["added"]  # the settings of later calls
         self.workloads = {r["name"]: r for r in kinds["workload"]}
         self.starts = _grouped(kinds["engine"], "engine")
         self.engines = [name for name in ENGINES if name in self.starts]
-        self.absent = {r["engine"]: r for r in kinds["absent"]}
+        absent = (r for r in kinds["absent"] if r["engine"] not in self.starts)
+        self.absent = {r["engine"]: r for r in absent}
         self.problems = kinds["skip"] + kinds["failure"]
         self.profiles = {r["engine"]: r for r in kinds["profile"]}
         self.checks = {r["engine"]: r["tokens"] for r in reversed(kinds["check"])}
@@ -309,10 +311,15 @@ def _protocol(results: Results) -> str:
     notes = "".join(
         f"<li>{_engine(e)}: {_text(results.starts[e][0]['note'])}</li>" for e in results.engines
     )
+    later = "".join(
+        f" A later call on the same machine added {', '.join(map(_engine, a['engines']))} "
+        f"(rounds: {a['rounds']}, runs in each: {a['runs']})."
+        for a in results.added
+    )
     return (
         "<section><h2>How it was measured</h2><ul>"
         "<li>Each engine ran in a process of its own, one process at a time; the order of the "
-        "engines alternated from round to round.</li>"
+        f"engines alternated from round to round.{later}</li>"
         "<li>All got the same token ids and output lengths (checked by a digest); every completion "
         "has exactly its length (checked), ends of sequence are ignored, nothing is "
         "detokenized except where noted.</li>"

@@ -8,6 +8,7 @@ each part of a timed run starts with an empty prefix cache, after one whole warm
 prompts.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,20 @@ def work(job: Record, emit: Any) -> None:
         tokens = engine.generate(prompts, outputs, 0.0)
         check_completions(tokens, outputs, job["vocab_size"])
         emit("check", tokens=[list(row) for row in tokens])
-        for case in job["workloads"]:
-            _guarded(engine, case, job, clock, emit)
+        measure_all(engine, job, clock, emit)
     finally:
         if callable(stop := getattr(engine, "exit", None)):
             stop()
+
+
+def measure_all(engine: Adapter, job: Record, clock: Clock, emit: Any) -> None:
+    """Every workload of the job, then the profile: profilers may leave something behind."""
+    for case in job["workloads"]:
+        with _recorded(case["timed"]["name"], emit):
+            _case(engine, case, job, clock, emit)
+    for timed in (case["timed"] for case in job["workloads"] if case["profile"]):
+        with _recorded(timed["name"], emit):
+            _profile(engine, timed, job, emit)
 
 
 def _case(engine: Adapter, case: Record, job: Record, clock: Clock, emit: Any) -> None:
@@ -216,23 +226,26 @@ def _case(engine: Adapter, case: Record, job: Record, clock: Clock, emit: Any) -
         slowest = max(slowest, time.perf_counter() - start)
         emit("run", workload=name, run=i, **result)
     clock.learn(timed, warm_up, slowest)
-    if case["profile"]:
-        empty_cache(engine)
-        profile = engine.profile(
-            lambda: [engine.generate(p, n, job["temperature"]) for p, n in _main(timed)],
-            _batch(timed),
-        )
-        emit("profile", workload=name, **profile)
 
 
-def _guarded(engine: Adapter, case: Record, job: Record, clock: Clock, emit: Any) -> None:
-    """Measure a workload; one that fails is recorded, and the next one tried."""
+def _profile(engine: Adapter, timed: Record, job: Record, emit: Any) -> None:
+    """Profile one more run of a workload."""
+    empty_cache(engine)
+    profile = engine.profile(
+        lambda: [engine.generate(p, n, job["temperature"]) for p, n in _main(timed)],
+        _batch(timed),
+    )
+    emit("profile", workload=timed["name"], **profile)
+
+
+@contextlib.contextmanager
+def _recorded(name: str, emit: Any) -> Iterator[None]:
+    """Around one workload: if it fails that is recorded, and the next one is tried."""
     try:
-        _case(engine, case, job, clock, emit)
+        yield
     except Exception as error:
         traceback.print_exc()
-        reason = f"{type(error).__name__}: {_short(error)}"
-        emit("failure", workload=case["timed"]["name"], reason=reason)
+        emit("failure", workload=name, reason=f"{type(error).__name__}: {_short(error)}")
 
 
 def _short(error: Exception) -> str:
