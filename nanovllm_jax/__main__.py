@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-    from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.config import EngineConfig
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -62,7 +62,7 @@ class TextStream:
     first token's leading space.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids: list[int] = []
         self._start = 0  # of the piece printed last
@@ -183,9 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
-    from nanovllm_jax import SamplingParams
-
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
     names = ("temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "ignore_eos",
              "stop_token_ids")  # fmt: skip
     try:
@@ -194,10 +192,7 @@ def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
         raise usage_error(error) from error
 
 
-def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
-    from nanovllm_jax import LLM
-    from nanovllm_jax.config import EngineConfig
-
+def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> LLM:
     # The number of requests is known here, and smaller largest steps take less time to compile.
     options = {"max_num_seqs": min(num_prompts, 512), **options}
     try:
@@ -211,7 +206,7 @@ def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
         raise usage_error(error) from error
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     message = [{"role": "user", "content": prompt}]
     try:
         return str(
@@ -221,7 +216,7 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
         raise usage_error(error) from error
 
 
-def _print_stream(llm: "LLM", text: TextStream, prompt: str, sampling: "SamplingParams") -> int:
+def _print_stream(llm: LLM, text: TextStream, prompt: str, sampling: SamplingParams) -> int:
     failure = None
     try:
         for token_ids in _refusals(llm.stream(prompt, sampling)):
@@ -234,7 +229,7 @@ def _print_stream(llm: "LLM", text: TextStream, prompt: str, sampling: "Sampling
     return 1 if failure else 0
 
 
-def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "SamplingParams") -> int:
+def _print_all(llm: LLM, names: list[str], prompts: list[str], sampling: SamplingParams) -> int:
     try:
         results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
     except (TypeError, ValueError) as error:
