@@ -111,24 +111,23 @@ class Checkpoint:
         """Raise ValueError unless the files hold exactly these names and shapes."""
         # Checkpoints with tied embeddings may repeat the table under the head's name.
         ignored = {"lm_head.weight"} if tied else set()
-        missing = sorted(expected.keys() - self.tensors.keys())
-        unexpected = sorted(self.tensors.keys() - expected.keys() - ignored)
-        shapes = []
-        for name in sorted(expected.keys() & self.tensors.keys()):
-            shape = tuple(self.tensors[name].get_slice(name).get_shape())
-            if shape != expected[name]:
-                shapes.append(f"{name} has {shape}, config.json implies {expected[name]}")
-        problems = [
-            f"{kind}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" * (len(found) > 5))
-            for kind, found in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("wrongly shaped", shapes),
-            )
-            if found
+        found = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items()}
+        problems = {
+            "missing": sorted(expected.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - expected.keys() - ignored),
+            "wrongly shaped": [
+                f"{name} has {found[name]}, config.json implies {expected[name]}"
+                for name in sorted(expected.keys() & found.keys())
+                if found[name] != expected[name]
+            ],
+        }
+        said = [
+            f"{kind}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5))
+            for kind, names in problems.items()
+            if names
         ]
-        if problems:
-            raise ValueError(f"{self.directory}: weights do not fit; {'; '.join(problems)}")
+        if said:
+            raise ValueError(f"{self.directory}: weights do not fit; {'; '.join(said)}")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
