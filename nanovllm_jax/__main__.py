@@ -2,17 +2,19 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-    from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.config import EngineConfig
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 
@@ -42,7 +44,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the engine's options; those that the user leaves out keep LLM's defaults."""
     group = parser.add_argument_group("engine")
     for name, (kind, text) in ENGINE_OPTIONS.items():
-        group.add_argument(_flag(name), type=kind, help=text, metavar=kind.__name__.upper())
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kind, help=text, metavar=kind.__name__.upper())
     group.add_argument(
         "--enforce-eager", action="store_true", default=None, help="run without compiling"
     )
@@ -62,7 +65,7 @@ class TextStream:
     first token's leading space.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids: list[int] = []
         self._start = 0  # of the piece printed last
@@ -115,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: a request failed while running; 2: bad usage; 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    command = COMMANDS.get(argv[0], generate) if argv else generate
     try:
-        return command(argv[1:] if command is not generate else argv)
+        if argv and argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        return generate(argv)
     except UsageError as error:
         print(f"nanovllm-jax: error: {error}", file=sys.stderr)
         return 2
@@ -183,48 +187,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
-    from nanovllm_jax import SamplingParams
-
-    names = ("temperature", "max_tokens", "top_k", "top_p", "min_p", "seed", "ignore_eos",
-             "stop_token_ids")  # fmt: skip
-    try:
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in args]
+    with _refusals(TypeError, ValueError):
         return SamplingParams(**{name: getattr(args, name) for name in names})
-    except (TypeError, ValueError) as error:
-        raise usage_error(error) from error
 
 
-def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> "LLM":
-    from nanovllm_jax import LLM
-    from nanovllm_jax.config import EngineConfig
-
+def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> LLM:
     # The number of requests is known here, and smaller largest steps take less time to compile.
     options = {"max_num_seqs": min(num_prompts, 512), **options}
-    try:
+    with _refusals(AssertionError, TypeError, ValueError):
         longest = EngineConfig.from_kwargs(str(model), **options).max_model_len
-    except (AssertionError, TypeError, ValueError) as error:
-        raise usage_error(error) from error
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for what is generated
-            return LLM(str(model), **{"max_num_batched_tokens": longest, **options})
-    except (ValueError, OSError) as error:  # the weights do not fit config.json, or the memory
-        raise usage_error(error) from error
+    with (
+        _refusals(ValueError, OSError),  # the weights do not fit config.json, or the memory
+        contextlib.redirect_stdout(sys.stderr),  # standard output is for what is generated
+    ):
+        return LLM(str(model), **{"max_num_batched_tokens": longest, **options})
 
 
-def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     message = [{"role": "user", "content": prompt}]
-    try:
+    with _refusals(ValueError):  # the tokenizer has no template
         return str(
             tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         )
-    except ValueError as error:  # the tokenizer has no template
-        raise usage_error(error) from error
 
 
-def _print_stream(llm: "LLM", text: TextStream, prompt: str, sampling: "SamplingParams") -> int:
+def _print_stream(llm: LLM, text: TextStream, prompt: str, sampling: SamplingParams) -> int:
     failure = None
+    stream = llm.stream(prompt, sampling)
     try:
-        for token_ids in _refusals(llm.stream(prompt, sampling)):
+        with _refusals(TypeError, ValueError):  # before the first token, and not later
+            first = list(itertools.islice(stream, 1))
+        for token_ids in itertools.chain(first, stream):
             print(text.push(token_ids), end="", flush=True)
     except RuntimeError as error:  # the request outgrew the cache; what it has got is good
         failure = error
@@ -234,11 +229,9 @@ def _print_stream(llm: "LLM", text: TextStream, prompt: str, sampling: "Sampling
     return 1 if failure else 0
 
 
-def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "SamplingParams") -> int:
-    try:
+def _print_all(llm: LLM, names: list[str], prompts: list[str], sampling: SamplingParams) -> int:
+    with _refusals(TypeError, ValueError):
         results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
-    except (TypeError, ValueError) as error:
-        raise usage_error(error) from error
     failed = 0
     for name, result in zip(names, results, strict=True):
         print(f">>> {name}\n{result['text']}\n")
@@ -248,24 +241,18 @@ def _print_all(llm: "LLM", names: list[str], prompts: list[str], sampling: "Samp
     return failed
 
 
-def _refusals(stream: Iterator[list[int]]) -> Iterator[list[int]]:
-    """Pass `stream` on; what it refuses before its first token is the user's error."""
+@contextlib.contextmanager
+def _refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """Exceptions of these kinds, raised within, are the user's errors."""
     try:
-        first = next(stream, None)
-    except (TypeError, ValueError) as error:
+        yield
+    except kinds as error:
         raise usage_error(error) from error
-    if first is not None:
-        yield first
-        yield from stream
 
 
 def usage_error(error: Exception) -> UsageError:
     """What an exception says, in one line for the user."""
     return UsageError(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

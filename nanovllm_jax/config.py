@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nanovllm_jax.checks import check_types, check_values
 from nanovllm_jax.sharding import MESH_AXES, Rule, merge_rules
 
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("auto", "triton", "mosaic", "xla")
-KV_CACHE_DTYPES = ("auto", "fp8")
-LOAD_FORMATS = ("auto", "dummy")
+CHOICES = {
+    "attention_backend": ("auto", "triton", "mosaic", "xla"),
+    "kv_cache_dtype": ("auto", "fp8"),
+    "load_format": ("auto", "dummy"),
+}
 
 
 @dataclass(frozen=True)
@@ -166,40 +169,37 @@ class EngineConfig:
         path = Path(self.model)
         assert path.is_dir(), f"model must be a local directory, got {str(self.model)!r}"
         assert (path / "config.json").is_file(), f"{path} has no config.json"
-        object.__setattr__(self, "model", str(path))
-        self._check_types()
-        self._check_mesh()
+        check_types(self)
         model = ModelConfig.from_directory(path)
         dtype = self.dtype or model.dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is not supported; pass dtype= one of {DTYPES}")
+        longest = min(self.max_model_len, model.max_position_embeddings)
+        object.__setattr__(self, "model", str(path))
         object.__setattr__(self, "model_config", replace(model, dtype=dtype))
-        capped = min(self.max_model_len, model.max_position_embeddings)
-        object.__setattr__(self, "max_model_len", capped)
-        self._check_ranges()
+        object.__setattr__(self, "max_model_len", longest)
+        tokens, size = self.max_num_batched_tokens, self.kvcache_block_size
+        blocks = self.num_kvcache_blocks
+        rules = {
+            "max_num_seqs": (self.max_num_seqs >= 1, "at least 1"),
+            "max_model_len": (longest >= 2, "at least 2 (a prompt and an output token)"),
+            "max_num_batched_tokens": (tokens >= longest, f"at least max_model_len={longest}"),
+            "gpu_memory_utilization": (0 < self.gpu_memory_utilization <= 1, "in (0, 1]"),
+            "tensor_parallel_size": (1 <= self.tensor_parallel_size <= 8, "between 1 and 8"),
+            "kvcache_block_size": (size > 0 and size % 256 == 0, "a positive multiple of 256"),
+            "num_kvcache_blocks": (blocks is None or blocks >= 1, "at least 1, or None to size it"),
+        }
+        for name, valid in CHOICES.items():
+            rules[name] = (getattr(self, name) in valid, f"one of {valid}")
+        check_values(self, rules)
+        self._complete_mesh()
 
-    def _check_types(self) -> None:
-        integers = ("max_num_batched_tokens", "max_num_seqs", "max_model_len", "seed")
-        integers += ("tensor_parallel_size", "kvcache_block_size", "num_kvcache_blocks")
-        for name in integers:
-            value = getattr(self, name)
-            if name == "num_kvcache_blocks" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+    def _complete_mesh(self) -> None:
+        """Give `mesh_shape` and `sharding_rules` their defaults, and check them."""
         for name in ("mesh_shape", "sharding_rules"):
             if not isinstance(getattr(self, name), Mapping | None):
                 raise TypeError(f"{name} must be a dict or None, got {getattr(self, name)!r}")
-        for name in ("enforce_eager", "async_scheduling"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        share = self.gpu_memory_utilization
-        if isinstance(share, bool) or not isinstance(share, int | float):
-            raise TypeError(f"gpu_memory_utilization must be a number, got {share!r}")
-
-    def _check_mesh(self) -> None:
-        """Make `mesh_shape` and `sharding_rules` complete."""
         size = self.tensor_parallel_size
-        if not 1 <= size <= 8:
-            raise ValueError(f"tensor_parallel_size must be between 1 and 8, got {size!r}")
         mesh = dict(self.mesh_shape or {"tensor": size})
         for axis, n in mesh.items():
             if axis not in MESH_AXES:
@@ -213,34 +213,6 @@ class EngineConfig:
             )
         object.__setattr__(self, "mesh_shape", mesh)
         object.__setattr__(self, "sharding_rules", merge_rules(self.sharding_rules or {}))
-
-    def _check_ranges(self) -> None:
-        def check(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
-
-        check(self.max_num_seqs >= 1, "max_num_seqs", "at least 1")
-        check(self.max_model_len >= 2, "max_model_len", "at least 2 (a prompt and an output token)")
-        check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "in (0, 1]")
-        size = self.kvcache_block_size
-        check(size > 0 and size % 256 == 0, "kvcache_block_size", "a positive multiple of 256")
-        blocks = self.num_kvcache_blocks
-        check(blocks is None or blocks >= 1, "num_kvcache_blocks", "at least 1, or None to size it")
-        check(
-            self.max_num_batched_tokens >= self.max_model_len,
-            "max_num_batched_tokens",
-            f"at least max_model_len={self.max_model_len}",
-        )
-        if self.model_config.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype {self.model_config.dtype!r} is not supported; pass dtype= one of {DTYPES}"
-            )
-        for name, valid in (
-            ("attention_backend", ATTENTION_BACKENDS),
-            ("kv_cache_dtype", KV_CACHE_DTYPES),
-            ("load_format", LOAD_FORMATS),
-        ):
-            check(getattr(self, name) in valid, name, f"one of {valid}")
 
 
 def read_json(path: Path) -> dict:

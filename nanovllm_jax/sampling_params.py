@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from nanovllm_jax.checks import check_types, check_values
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -36,43 +38,25 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self):
-        for name in ("temperature", "top_p", "min_p"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        for name in ("max_tokens", "top_k"):
-            _check_int(name, getattr(self, name))
-        if self.seed is not None:
-            _check_int("seed", self.seed)
-        for name in ("ignore_eos", "detokenize"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
-                f"temperature must be 0 (greedy) or a positive number, got {self.temperature}"
-            )
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if self.top_k < -1:
-            raise ValueError(f"top_k must be positive, or 0 or -1 to keep all, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        check_types(self)
+        rules = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "top_k": (self.top_k >= -1, "positive, or 0 or -1 to keep all"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+        }
+        check_values(self, rules)
         stop = self.stop_token_ids if self.stop_token_ids is not None else ()
         if isinstance(stop, str | int):
             raise TypeError(f"stop_token_ids must be a list of token ids, got {stop!r}")
         object.__setattr__(self, "stop_token_ids", tuple(stop))
         for token in self.stop_token_ids:
-            _check_int("each of stop_token_ids", token)
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise TypeError(f"each of stop_token_ids must be an integer, got {token!r}")
 
     @property
     def filters(self) -> bool:
         """Whether top_k, top_p or min_p can drop a token (never under greedy decoding)."""
         narrowed = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         return narrowed and self.temperature > 0
-
-
-def _check_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")

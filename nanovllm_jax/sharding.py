@@ -38,7 +38,7 @@ class Sharding:
     """A mesh and the rules that map logical axes onto it."""
 
     mesh: Mesh
-    rules: Mapping[str, Rule] = field(default_factory=lambda: DEFAULT_RULES, hash=False)
+    rules: Mapping[str, Rule] = field(hash=False)
 
     def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
         """The mesh axes that a logical axis is split over."""
@@ -114,25 +114,23 @@ def make_sharding(
         ValueError: a rule names an unknown axis, rules that belong together differ, or fewer
             devices are visible.
     """
-    merged = merge_rules(rules or {})
     devices = jax.devices() if devices is None else devices  # of all processes
     shape = tuple(mesh_shape.get(axis, 1) for axis in MESH_AXES)
-    if math.prod(shape) > len(devices):
+    count = math.prod(shape)
+    if count > len(devices):
         wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise ValueError(
-            f"tensor_parallel_size or mesh_shape asks for {math.prod(shape)} devices ({wanted}), "
+            f"tensor_parallel_size or mesh_shape asks for {count} devices ({wanted}), "
             f"but only {len(devices)} {devices[0].platform} device(s) are visible"
         )
-    left_out = {d.process_index for d in devices[math.prod(shape) :]}
-    if left_out - {d.process_index for d in devices[: math.prod(shape)]}:
+    used, unused = devices[:count], devices[count:]
+    if left_out := {d.process_index for d in unused} - {d.process_index for d in used}:
         raise ValueError(
-            f"tensor_parallel_size or mesh_shape asks for {math.prod(shape)} devices, which leaves "
-            f"process {max(left_out)} without any: ask for all {len(devices)}"
+            f"tensor_parallel_size or mesh_shape asks for {count} devices, which leaves process "
+            f"{max(left_out)} without any: ask for all {len(devices)}"
         )
-    mesh = jax.make_mesh(
-        shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: math.prod(shape)]
-    )
-    return Sharding(mesh, merged)
+    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=used)
+    return Sharding(mesh, merge_rules(rules or {}))
 
 
 def merge_rules(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from nanovllm_jax.config import ModelConfig, read_json
@@ -15,10 +16,10 @@ from nanovllm_jax.models import Qwen3
 from nanovllm_jax.sharding import Sharding, place
 
 INDEX = "model.safetensors.index.json"
-STACKED = "layers."  # parameters under this path carry a leading axis of layers
+STACKED = "layers"  # parameters whose path begins so carry a leading axis of layers
 
 # (parameter path, layer number, shape of one layer's parameter) -> its value
-Source = Callable[[str, int, tuple[int, ...]], np.ndarray | jax.Array]
+Source = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
 
 
 def load_weights(
@@ -32,18 +33,22 @@ def load_weights(
             message names them.
     """
     checkpoint = Checkpoint(directory)
-    sources = {path: model.checkpoint_tensors(config, path) for path in _parameters(model, config)}
+    abstract = abstract_weights(model, config, sharding)
+    sources = {
+        path: model.checkpoint_tensors(config, ".".join(map(str, path)))
+        for path, _ in nnx.to_flat_state(abstract)
+    }
     expected = {}
     for path, (tensors, _) in sources.items():
-        layers = range(config.num_layers if path.startswith(STACKED) else 1)
+        layers = range(config.num_layers if path[0] == STACKED else 1)
         expected |= {name.format(i=i): shape for i in layers for name, shape in tensors}
     checkpoint.check(expected, tied=config.tie_word_embeddings)
 
-    def read(path: str, layer: int, shape: tuple[int, ...]) -> np.ndarray:
+    def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
         tensors, join = sources[path]
         return join(*(checkpoint.read(name.format(i=layer)) for name, _ in tensors))
 
-    return _place(model, config, sharding, read)
+    return _place(abstract, read)
 
 
 def random_weights(
@@ -54,25 +59,26 @@ def random_weights(
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     count = 0
 
-    def draw(path: str, layer: int, shape: tuple[int, ...]) -> jax.Array:
+    def draw(path: tuple, layer: int, shape: tuple[int, ...]) -> jax.Array:
         nonlocal count
         count += 1
-        if "norm" in path:
+        if "norm" in str(path):
             return jnp.ones(shape, config.dtype)
         return normal(jax.random.fold_in(root, count), shape, config.dtype) * 0.02
 
-    return _place(model, config, sharding, draw)
+    return _place(abstract_weights(model, config, sharding), draw)
 
 
 def abstract_weights(model: type[Qwen3], config: ModelConfig, sharding: Sharding) -> nnx.State:
     """The model's parameters as shapes, types and layouts, without their values."""
-    state = []
-    for path, param in _parameters(model, config).items():
+
+    def lay_out(path: tuple, param: nnx.Variable) -> nnx.Variable:
         axes, value = param.get_metadata()["axes"], param.get_value()
-        layout = sharding.named(*(("layers",) if path.startswith(STACKED) else ()), *axes)
-        value = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout)
-        state.append((tuple(path.split(".")), param.replace(value)))
-    return nnx.from_flat_state(state)
+        layout = sharding.named(*(("layers",) if path[0] == STACKED else ()), *axes)
+        return param.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout))
+
+    whole = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
+    return nnx.map_state(lay_out, nnx.state(whole, nnx.Param))
 
 
 class Checkpoint:
@@ -111,24 +117,23 @@ class Checkpoint:
         """Raise ValueError unless the files hold exactly these names and shapes."""
         # Checkpoints with tied embeddings may repeat the table under the head's name.
         ignored = {"lm_head.weight"} if tied else set()
-        missing = sorted(expected.keys() - self.tensors.keys())
-        unexpected = sorted(self.tensors.keys() - expected.keys() - ignored)
-        shapes = []
-        for name in sorted(expected.keys() & self.tensors.keys()):
-            shape = tuple(self.tensors[name].get_slice(name).get_shape())
-            if shape != expected[name]:
-                shapes.append(f"{name} has {shape}, config.json implies {expected[name]}")
-        problems = [
-            f"{kind}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" * (len(found) > 5))
-            for kind, found in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("wrongly shaped", shapes),
-            )
-            if found
+        found = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items()}
+        problems = {
+            "missing": sorted(expected.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - expected.keys() - ignored),
+            "wrongly shaped": [
+                f"{name} has {found[name]}, config.json implies {expected[name]}"
+                for name in sorted(expected.keys() & found.keys())
+                if found[name] != expected[name]
+            ],
+        }
+        said = [
+            f"{kind}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5))
+            for kind, names in problems.items()
+            if names
         ]
-        if problems:
-            raise ValueError(f"{self.directory}: weights do not fit; {'; '.join(problems)}")
+        if said:
+            raise ValueError(f"{self.directory}: weights do not fit; {'; '.join(said)}")
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -137,26 +142,19 @@ def _fill(stacked: jax.Array, value: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, axis=0)
 
 
-def _place(
-    model: type[Qwen3], config: ModelConfig, sharding: Sharding, source: Source
-) -> nnx.State:
-    """Build the model's state on the mesh, each parameter taken from `source`."""
-    dtype = jnp.dtype(config.dtype)
-    state = []
-    for path, param in _parameters(model, config).items():
-        axes, shape = param.get_metadata()["axes"], param.get_value().shape
-        if not path.startswith(STACKED):
-            value = place(source(path, 0, shape).astype(dtype), sharding.named(*axes))
-        else:
-            value = jnp.zeros(shape, dtype, device=sharding.named("layers", *axes))
-            for i in range(config.num_layers):
-                one = source(path, i, shape[1:]).astype(dtype)
-                value = _fill(value, place(one, sharding.named(*axes)), i)
-        state.append((tuple(path.split(".")), param.replace(value)))
-    return nnx.from_flat_state(state)
+def _place(abstract: nnx.State, source: Source) -> nnx.State:
+    """Make the arrays that `abstract` describes on the mesh, each parameter taken from `source`."""
 
+    def make(path: tuple, param: nnx.Variable) -> nnx.Variable:
+        like = param.get_value()
+        if path[0] != STACKED:
+            value = source(path, 0, like.shape).astype(like.dtype)
+            return param.replace(place(value, like.sharding))
+        layout = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
+        stacked = jnp.zeros(like.shape, like.dtype, device=like.sharding)
+        for i in range(len(stacked)):
+            value = source(path, i, like.shape[1:]).astype(like.dtype)
+            stacked = _fill(stacked, place(value, layout), i)
+        return param.replace(stacked)
 
-def _parameters(model: type[Qwen3], config: ModelConfig) -> dict[str, nnx.Variable]:
-    """The model's parameters as shapes, by dotted path."""
-    abstract = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
-    return {".".join(map(str, p)): v for p, v in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
+    return nnx.map_state(make, abstract)

@@ -156,12 +156,8 @@ class BlockManager:
                 assert self.cached[block.content.hash] is block, block
         for seq in seqs:
             assert len(seq.block_table) == len(set(seq.block_table)), seq
-        used = sum(block.ref_count > 0 for block in self.blocks)
-        cached = sum(b.ref_count == 0 and b.content is not None for b in self.blocks)
-        free = sum(b.ref_count == 0 and b.content is None for b in self.blocks)
-        assert free + cached == self.num_free_blocks
-        assert sum(b.content is not None for b in self.blocks) == len(self.cached)
-        assert free + cached + used == len(self.blocks)
+        assert sum(block.ref_count == 0 for block in self.blocks) == self.num_free_blocks
+        assert sum(block.content is not None for block in self.blocks) == len(self.cached)
 
     def _match(self, seq: Sequence) -> list[Block]:
         """The longest run of cached blocks that begins the sequence, compared by content."""

@@ -14,7 +14,7 @@ The scheduler works one step ahead of what the host has read: a sequence may hav
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanovllm_jax.engine.block_manager import BlockManager
@@ -80,14 +80,13 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Choose the next step's work; None if nothing can run before pending tokens are read."""
-        kinds: list[Callable[[], Batch | None]] = [self._schedule_prefill, self._schedule_decode]
         if self.decode_next:
-            kinds.reverse()
-        for schedule in kinds:
-            if batch := schedule():
-                self.decode_next = batch.is_prefill
-                return batch
-        return None
+            batch = self._schedule_decode() or self._schedule_prefill()
+        else:
+            batch = self._schedule_prefill() or self._schedule_decode()
+        if batch:
+            self.decode_next = batch.is_prefill
+        return batch
 
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
         """Take in a step's sampled tokens, one a row; returns the sequences that end with them."""
@@ -111,7 +110,6 @@ class Scheduler:
         """
         if seq.is_finished:
             return
-        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
         self._release(seq)
         seq.status = Status.FINISHED
 
@@ -127,9 +125,8 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; it waits to be computed again, first of those without any."""
-        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
-        seq.status = Status.WAITING
         self._release(seq)
+        seq.status = Status.WAITING
         partly_computed = itertools.takewhile(lambda other: other.block_table, self.waiting)
         self.waiting.insert(len(list(partly_computed)), seq)
 
@@ -238,6 +235,8 @@ class Scheduler:
         return seq.num_completion_tokens >= seq.max_tokens
 
     def _release(self, seq: Sequence) -> None:
+        """Take a sequence out of its queue, and from it what it holds."""
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
         self.pools[seq.shard].free(seq)
         if seq.slot != NO_SLOT:
             self.free_slots[seq.shard].append(seq.slot)

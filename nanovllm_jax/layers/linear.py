@@ -25,28 +25,18 @@ Layer = Int32[Array, ""] | None  # which one of a stack
 MAX_ONE_SHOT_WORDS = 1 << 19
 
 
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 means float32: never TF32 on the tensor cores."""
-    exact = dtype == jnp.float32
-    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-
-
 def product(
     x: Float[Array, "T *in"], weight: Float[Array, "*out_in"], num_in: int, dtype=None
 ) -> Float[Array, "T *out"]:
     """The product over the last `num_in` axes of both."""
+    exact = x.dtype == jnp.float32  # float32 means float32: never TF32 on the tensor cores
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     x_dims = tuple(range(x.ndim - num_in, x.ndim))
     w_dims = tuple(range(weight.ndim - num_in, weight.ndim))
     return jax.lax.dot_general(
         x, weight, ((x_dims, w_dims), ((), ())),
-        precision=matmul_precision(x.dtype), preferred_element_type=dtype,
+        precision=precision, preferred_element_type=dtype,
     )  # fmt: skip
-
-
-def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple, dtype, scale: float):
-    """A normally initialised parameter whose dimensions carry logical axis names."""
-    value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
-    return nnx.Param(value, axes=axes)
 
 
 class Linear(nnx.Module):
@@ -58,7 +48,8 @@ class Linear(nnx.Module):
         self.out_axes, self.in_axes = tuple(out), tuple(inp)
         shape = (*out.values(), *inp.values())
         scale = scale or math.prod(inp.values()) ** -0.5
-        self.weight = normal_param(rngs, shape, self.out_axes + self.in_axes, dtype, scale)
+        value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
+        self.weight = nnx.Param(value, axes=self.out_axes + self.in_axes)
 
     def __call__(
         self, x: Float[Array, "T *in"], layer: Layer = None, dtype: DTypeLike | None = None

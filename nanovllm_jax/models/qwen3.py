@@ -180,9 +180,11 @@ class Qwen3(nnx.Module):
             a function that joins them into the parameter (of one layer).
         """
         c, d, copies = config, config.hidden_size, config.kv_head_copies
-        k, g, h = c.num_kv_heads, c.group_size, c.head_dim
+        k, g, h, ffn = c.num_kv_heads, c.group_size, c.head_dim, c.intermediate_size
         vocab = c.vocab_size - c.vocab_padding
-        layer = "model.layers.{i}."
+
+        def layer(name: str, *shape: int) -> tuple[str, tuple[int, ...]]:
+            return f"model.layers.{{i}}.{name}.weight", shape
 
         def join_qkv(q, k_, v):
             k_, v = (np.repeat(x.reshape(-1, 1, h, d), copies, axis=0) for x in (k_, v))
@@ -194,40 +196,30 @@ class Qwen3(nnx.Module):
         def keep(x):
             return x
 
-        attn, mlp = layer + "self_attn.", layer + "mlp."
         table = {
-            "embed_tokens.weight": ([("model.embed_tokens.weight", (vocab, d))], pad_vocab),
-            "norm.weight": ([("model.norm.weight", (d,))], keep),
-            "lm_head.weight": ([("lm_head.weight", (vocab, d))], pad_vocab),
-            "layers.input_layernorm.weight": ([(layer + "input_layernorm.weight", (d,))], keep),
-            "layers.post_attention_layernorm.weight": (
-                [(layer + "post_attention_layernorm.weight", (d,))],
-                keep,
-            ),
-            "layers.self_attn.qkv_proj.weight": (
+            "embed_tokens": ([("model.embed_tokens.weight", (vocab, d))], pad_vocab),
+            "norm": ([("model.norm.weight", (d,))], keep),
+            "lm_head": ([("lm_head.weight", (vocab, d))], pad_vocab),
+            "layers.input_layernorm": ([layer("input_layernorm", d)], keep),
+            "layers.self_attn.qkv_proj": (
                 [
-                    (attn + "q_proj.weight", (k * g * h, d)),
-                    (attn + "k_proj.weight", (k // copies * h, d)),
-                    (attn + "v_proj.weight", (k // copies * h, d)),
+                    layer("self_attn.q_proj", k * g * h, d),
+                    layer("self_attn.k_proj", k // copies * h, d),
+                    layer("self_attn.v_proj", k // copies * h, d),
                 ],
                 join_qkv,
             ),
-            "layers.self_attn.q_norm.weight": ([(attn + "q_norm.weight", (h,))], keep),
-            "layers.self_attn.k_norm.weight": ([(attn + "k_norm.weight", (h,))], keep),
-            "layers.self_attn.o_proj.weight": (
-                [(attn + "o_proj.weight", (d, k * g * h))],
+            "layers.self_attn.q_norm": ([layer("self_attn.q_norm", h)], keep),
+            "layers.self_attn.k_norm": ([layer("self_attn.k_norm", h)], keep),
+            "layers.self_attn.o_proj": (
+                [layer("self_attn.o_proj", d, k * g * h)],
                 lambda o: o.reshape(d, k * g, h),
             ),
-            "layers.mlp.gate_up_proj.weight": (
-                [
-                    (mlp + "gate_proj.weight", (c.intermediate_size, d)),
-                    (mlp + "up_proj.weight", (c.intermediate_size, d)),
-                ],
+            "layers.post_attention_layernorm": ([layer("post_attention_layernorm", d)], keep),
+            "layers.mlp.gate_up_proj": (
+                [layer("mlp.gate_proj", ffn, d), layer("mlp.up_proj", ffn, d)],
                 lambda gate, up: np.stack([gate, up]),
             ),
-            "layers.mlp.down_proj.weight": (
-                [(mlp + "down_proj.weight", (d, c.intermediate_size))],
-                keep,
-            ),
+            "layers.mlp.down_proj": ([layer("mlp.down_proj", d, ffn)], keep),
         }
-        return table[parameter]
+        return table[parameter.removesuffix(".weight")]
