@@ -331,6 +331,30 @@ def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
         assert not np.shares_memory(array, runner.table.rows)
 
 
+def test_a_warm_up_runs_every_program_and_changes_nothing(engine, monkeypatch):
+    """Only GPUs need it; in the middle of requests, it must not be noticed."""
+    llm, requests = engine(), varied_requests()
+    whole = tokens(llm, *requests)
+    llm.reset_prefix_cache()
+    ran, run = [], llm.runner._run
+
+    def running(bucket, parts, filters):
+        ran.append(bucket)
+        return run(bucket, parts, filters)
+
+    for p, params in zip(*requests, strict=True):
+        llm.add_request(p, params)
+    finished = {}
+    while not llm.is_finished():
+        if len(finished) == 2 and not ran:
+            monkeypatch.setattr(llm.runner, "_run", running)
+            llm.runner._warm_up()
+            monkeypatch.undo()
+        finished |= dict(llm.step()[0])
+    assert set(ran) == set(llm.runner.steps)
+    assert [finished[seq_id] for seq_id in sorted(finished)] == whole
+
+
 def test_shut_down_deletes_every_array(new_engine, checkpoint):
     llm = new_engine(checkpoint(), enforce_eager=True)
     runner = llm.runner

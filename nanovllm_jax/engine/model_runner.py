@@ -112,6 +112,8 @@ class ModelRunner:
             self._use_eager_steps()
         else:
             self._compile_all(self.num_blocks)
+            if self.platform == "gpu":
+                self._warm_up()
 
     @property
     def max_prefill_seqs(self) -> int:
@@ -128,19 +130,38 @@ class ModelRunner:
             for b in buckets
             if b.num_rows >= num_rows and (b.num_tokens >= num_tokens or not batch.is_prefill)
         )
-        parts = [self._pack(batch, shard, bucket) for shard in shards]
-        rows, packed = (np.concatenate(part) for part in zip(*parts, strict=True))
-        packed = self._input(packed)
-        self.state, tokens, logits = self.steps[bucket](self.weights, self.state, packed)
-        if any(seq.params.filters for seq in batch.seqs):
-            rows = self._input(rows)
-            self.state, tokens = self.redraws[bucket.num_rows](self.state, logits, rows)
+        tokens = self._run(bucket, [self._pack(batch, shard, bucket) for shard in shards],
+                           filters=any(seq.params.filters for seq in batch.seqs))  # fmt: skip
         position = {
             i: s * bucket.num_rows + k
             for s, shard in enumerate(shards)
             for k, i in enumerate(shard)
         }
         return TokenFuture(tokens, [position[i] for i in range(len(batch.seqs))])
+
+    def _run(
+        self, bucket: Bucket, parts: list[tuple[np.ndarray, np.ndarray]], filters: bool
+    ) -> jax.Array:
+        """Start the step of a bucket on the shards' rows and inputs; returns its tokens."""
+        rows, packed = (np.concatenate(part) for part in zip(*parts, strict=True))
+        packed = self._input(packed)
+        self.state, tokens, logits = self.steps[bucket](self.weights, self.state, packed)
+        if filters:
+            rows = self._input(rows)
+            self.state, tokens = self.redraws[bucket.num_rows](self.state, logits, rows)
+        return tokens
+
+    def _warm_up(self) -> None:
+        """Run each program on nothing but padding, so that no request waits for its first runs.
+
+        Kernels are loaded at a program's first run, and its CUDA graph is made at the second.
+        """
+        for bucket in 2 * list(self.steps):
+            rows = self.table.gather([], [], [], bucket.num_rows)
+            token_ids = np.zeros(bucket.num_tokens, np.int32)
+            part = rows, np.concatenate([token_ids, rows.ravel()])
+            self._run(bucket, [part] * self.batch_shards, filters=True)
+        jax.block_until_ready(self.state)
 
     def _input(self, x: np.ndarray) -> np.ndarray | jax.Array:
         """A step's input in the form that programs take: with several processes, on the devices."""
