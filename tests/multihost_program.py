@@ -3,6 +3,7 @@
 python multihost_program.py MODEL OPTIONS SCENARIO [PORT PROCESSES PROCESS_ID]
 """
 
+import itertools
 import json
 import os
 import signal
@@ -16,13 +17,30 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from helpers import greedy, prompt, tokens
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine.model_runner import TokenFuture
+
+
+def interrupt(llm, prompts, params):
+    """A generate() that ends with an interrupt, while it waits for a step's tokens."""
+    result, waits = TokenFuture.result, itertools.count()
+
+    def wait(future):
+        if next(waits) == 4:
+            raise KeyboardInterrupt
+        return result(future)
+
+    TokenFuture.result = wait
+    try:
+        tokens(llm, prompts, params)
+        raise AssertionError("not interrupted")
+    except KeyboardInterrupt:
+        TokenFuture.result = result
 
 
 def serve(llm):
     """Everything that process 0 can ask of an engine; what came of it."""
-    inner = getattr(llm.scheduler, "scheduler", llm.scheduler)
-    preempt, preempted = inner.preempt, []
-    inner.preempt = lambda seq: (preempted.append(seq.seq_id), preempt(seq))
+    preempt, preempted = llm.scheduler.preempt, []
+    llm.scheduler.preempt = lambda seq: (preempted.append(seq.seq_id), preempt(seq))
     prompts = [prompt(n) for n in (300, 511, 5, 256, 511, 255)]
     params = [
         SamplingParams(
@@ -37,12 +55,15 @@ def serve(llm):
     stream.close()  # ends a request that is under way
     (other,) = (ids for _ in range(30) for _, ids in llm.step()[0])
     again = tokens(llm, prompts[:2], params[:2])  # partly from the prefix cache
+    llm.add_request(prompt(30, 2), greedy(12))
+    interrupt(llm, prompts[:3], params[:3])
+    (kept,) = (ids for _ in range(30) for _, ids in llm.step()[0])
     llm.reset_prefix_cache()
     outgrown = llm.generate([prompt(700), prompt(9)], greedy(100), use_tqdm=False)
     return {
         "preempted": preempted,
         "sampled": [*sampled, *again],
-        "greedy": [*begun, other, *(out["token_ids"] for out in outgrown)],
+        "greedy": [*begun, other, kept, *(out["token_ids"] for out in outgrown)],
         "errors": [out.get("error") for out in outgrown],
     }
 
@@ -68,7 +89,7 @@ def main(model, options, scenario, port=0, num_processes=1, process_id=0):
             llm.runner.dispatch = lambda batch: (
                 next(steps, None) is None and os.kill(os.getpid(), signal.SIGKILL),
                 dispatch(batch),
-            )
+            )[1]
         llm.follow()
         print("followed", flush=True)
         return

@@ -1,5 +1,7 @@
 """An engine over two processes: the same tokens as in one, and an end when either ends."""
 
+import contextlib
+import copy
 import json
 import os
 import random
@@ -7,15 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
-from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine import multihost
-from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.scheduler import Scheduler
-from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine import llm_engine, multihost
+from nanovllm_jax.engine.model_runner import Bucket
 
 PROGRAM = Path(__file__).parent / "multihost_program.py"
 SMALL = {"max_num_seqs": 2, "max_model_len": 256, "max_num_batched_tokens": 256}
@@ -104,90 +105,6 @@ def test_a_mesh_that_leaves_a_process_out_is_refused(checkpoint):
 # --- leader and follower in one process ---
 
 
-class Wire:
-    """A channel within a process."""
-
-    def __init__(self):
-        self.messages = []
-
-    def send(self, message):
-        self.messages.append(json.loads(json.dumps(message)))
-
-    def receive(self):
-        return self.messages.pop(0) + ([] if self.messages else [["exit"]])
-
-
-class Runner:
-    def __init__(self):
-        self.dispatched = []
-
-    def dispatch(self, batch):
-        self.dispatched.append(batch)
-
-
-def scheduler():
-    pools = [BlockManager(5, 256) for _ in range(2)]
-    return Scheduler(
-        pools, max_num_seqs=6, max_num_batched_tokens=600, max_prefill_seqs=4, eos_token_ids=(0,)
-    )
-
-
-def state(scheduler):
-    seqs = [*scheduler.waiting, *scheduler.running]
-    shown = [(s.seq_id, s.token_ids, s.num_computed, s.slot, s.shard, s.block_table) for s in seqs]
-    return shown, scheduler.free_slots, scheduler.decode_next
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_follower_does_what_the_leader_does(seed):
-    rng, wire, runner = random.Random(seed), Wire(), Runner()
-    leader = multihost.Leader(scheduler(), wire)
-    follower = multihost.Follower(scheduler(), runner, wire)
-    alive, in_flight, dispatched, checked = [], [], [], 0
-    for number in range(300):
-        action = rng.random()
-        if action < 0.15:
-            ids = [rng.randrange(1, 3) for _ in range(rng.choice((1, 40, 256, 513, 900)))]
-            max_tokens = rng.choice((1, 30, 400))
-            seq = Sequence(number, ids, SamplingParams(temperature=0.5), 7, max_tokens)
-            leader.add(seq)
-            alive.append(seq)
-        elif action < 0.2 and alive:
-            leader.finish(rng.choice(alive))  # also one that has finished
-        elif action < 0.23:
-            leader.reset_prefix_cache()
-        elif action < 0.6 and len(in_flight) < 2:
-            if batch := leader.schedule():
-                in_flight.append(batch)
-                dispatched.append(batch)
-                follower.follow()
-                assert state(follower.scheduler) == state(leader.scheduler)
-                checked += 1
-            leader.take_failed()
-        elif in_flight:
-            if leader.is_finished:
-                in_flight = in_flight[-1:]  # as the engine, which needs none of these tokens
-            batch = in_flight.pop(0)
-            leader.postprocess(batch, [rng.randrange(4) for _ in batch.seqs])
-    assert checked > 30 and len(runner.dispatched) == len(dispatched)
-    unfinished = {s.seq_id for s in [*leader.scheduler.waiting, *leader.scheduler.running]}
-    leader.exit()
-    follower.follow()
-    assert set(follower.seqs) == unfinished
-
-
-def test_a_follower_that_decides_otherwise_stops(monkeypatch):
-    wire = Wire()
-    leader = multihost.Leader(scheduler(), wire)
-    other = scheduler()
-    other.free_slots[0].pop()
-    leader.add(Sequence(0, [1], SamplingParams(), 0, 4))
-    leader.schedule()
-    leader.exit()
-    with pytest.raises(RuntimeError, match="another batch than process 0"):
-        multihost.Follower(other, Runner(), wire).follow()
-
-
 class Store:
     """jax.distributed's key-value store."""
 
@@ -205,14 +122,128 @@ class Store:
         return self.values[key]
 
 
+class Runner:
+    """Devices with little room, whose tokens follow from the sequence and the position."""
+
+    num_blocks, batch_shards, max_prefill_seqs = 5, 2, 4
+    prefill_buckets = (Bucket(600, 4),)
+
+    def __init__(self, config):
+        self.states, self.interrupt = [], lambda: None
+
+    def dispatch(self, batch):
+        self.states.append(state(self.llm))
+        rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
+        return Future([zlib.crc32(b"%d %d" % (s.seq_id, i + n)) % 8 for s, i, n in rows], self)
+
+    def shut_down(self):
+        pass
+
+
+class Future:
+    def __init__(self, tokens, runner):
+        self.tokens, self.runner = tokens, runner
+
+    def result(self):
+        self.runner.interrupt()
+        return self.tokens
+
+
+@pytest.fixture
+def pair(checkpoint, monkeypatch):
+    """The engines of a leader and of a follower, whose messages wait until they are read."""
+    store = Store()
+    monkeypatch.setattr(llm_engine, "ModelRunner", Runner)
+    monkeypatch.setattr(multihost, "GENERATION", 1 << 20)
+    monkeypatch.setattr(multihost.Processes, "_store", staticmethod(lambda: store))
+    options = {"max_num_seqs": 6, "max_model_len": 2048, "max_num_batched_tokens": 2048}
+    leader, follower = (LLM(checkpoint(), **options) for _ in range(2))
+    leader.processes.leads = follower.processes.follows = True
+    follower.processes.name = leader.processes.name
+    for llm in (leader, follower):
+        llm.runner.llm = llm
+        llm.scheduler.eos_token_ids = frozenset({0})
+    return leader, follower
+
+
+def state(llm):
+    seqs = [*llm.scheduler.waiting, *llm.scheduler.running]
+    shown = [(s.seq_id, s.token_ids, s.num_computed, s.slot, s.shard, s.block_table) for s in seqs]
+    rest = llm.scheduler.free_slots, llm.scheduler.decode_next, llm.next_seq_id, len(llm.in_flight)
+    return copy.deepcopy((shown, *rest))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_follower_does_what_the_leader_does(pair, seed):
+    leader, follower = pair
+    leads, follows = leader.runner, follower.runner
+    rng, interrupts = random.Random(seed), []
+
+    def interrupt():
+        if rng.random() < 0.1:
+            interrupts.append(len(leads.states))
+            raise KeyboardInterrupt
+
+    leads.interrupt = interrupt
+    for _ in range(300):
+        action = rng.random()
+        if action < 0.15:
+            ids = [rng.randrange(1, 3) for _ in range(rng.choice((1, 40, 256, 513, 900)))]
+            length, on = rng.choice((1, 30, 600)), rng.random() < 0.3
+            params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
+            leader.add_request(ids, params)
+        elif action < 0.2:
+            leader._finish([rng.randrange(leader.next_seq_id + 1)])  # also one that has finished
+        elif action < 0.23:
+            leader.reset_prefix_cache()
+        else:
+            with contextlib.suppress(KeyboardInterrupt):
+                leader.step()
+    leader.exit()
+    follower.follow()
+    assert len(interrupts) > 5 and len(leads.states) > 30
+    assert follows.states == leads.states and state(follower) == state(leader)
+
+
+@pytest.mark.parametrize("drift", ["slots", "tokens"])
+def test_a_follower_that_decides_otherwise_stops(pair, drift):
+    leader, follower = pair
+    if drift == "slots":
+        follower.scheduler.free_slots[0].pop()
+    else:
+        dispatch = follower.runner.dispatch
+        follower.runner.dispatch = lambda batch: Future(
+            [token ^ 2 for token in dispatch(batch).tokens], follower.runner
+        )
+    leader.add_request([1], SamplingParams(max_tokens=40, ignore_eos=True))
+    for _ in range(5):
+        leader.step()
+    leader.exit()
+    with pytest.raises(RuntimeError, match="another batch than process 0"):
+        follower.follow()
+    assert follower.runner is None
+
+
+def test_an_idle_leader_has_nothing_to_say(pair):
+    leader, _ = pair
+    leader.add_request([1], SamplingParams(max_tokens=4))
+    while not leader.is_finished():
+        leader.step()
+    said = len(leader.processes.calls)
+    for _ in range(5):
+        assert leader.step() == ([], 0)
+    assert len(leader.processes.calls) == said
+
+
 def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatch):
     store = Store()
-    monkeypatch.setattr(multihost.Channel, "_store", staticmethod(lambda: store))
-    sender, receiver = multihost.Channel(), multihost.Channel()
+    monkeypatch.setattr(multihost.Processes, "_store", staticmethod(lambda: store))
+    sender, receiver = multihost.Processes(), multihost.Processes()
     assert sender.name != receiver.name
     receiver.name = sender.name
     for n in range(500):
-        sender.send(["x" * (n * 10_000), n])
+        sender.calls = ["x" * (n * 10_000), n]
+        sender.send()
         if n >= 3:  # as far behind as a follower can be
             assert receiver.receive() == ["x" * ((n - 3) * 10_000), n - 3]
     assert len({key.split("/")[2] for key in store.values}) <= 3 * multihost.GENERATION

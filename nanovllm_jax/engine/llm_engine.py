@@ -34,16 +34,14 @@ class LLMEngine:
             BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
             for _ in range(self.runner.batch_shards)
         ]
-        self.scheduler: Scheduler | multihost.Leader = Scheduler(
+        self.scheduler = Scheduler(
             self.pools,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.runner.prefill_buckets[-1].num_tokens,
             max_prefill_seqs=self.runner.max_prefill_seqs,
             eos_token_ids=self._eos_token_ids(),
         )
-        self.part = multihost.join(self.scheduler, self.runner)  # None in a single process
-        if isinstance(self.part, multihost.Leader):
-            self.scheduler = self.part
+        self.processes = multihost.Processes()  # does nothing where there is only one
         self.next_seq_id = 0
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
         self.unclaimed: list[Sequence] = []  # finished during somebody else's generate()
@@ -75,18 +73,34 @@ class LLMEngine:
 
     def _step(self) -> tuple[list[Sequence], int]:
         """Dispatch the next batch, then read the one before it."""
+        self._check_usable()
         while len(self.in_flight) < (2 if self.config.async_scheduling else 1):
-            runner = self._live_runner()
-            batch = self.scheduler.schedule()
-            if batch is None:
+            if self.scheduler.is_finished or not self._dispatch():
                 break
-            self.in_flight.append((batch, runner.dispatch(batch)))
         if not self.in_flight:
             failed = self.scheduler.take_failed()
             assert failed or self.scheduler.is_finished, "requests are left, but none can run"
             return failed, 0
+        return self._collect()
+
+    def _dispatch(self, digest: int | None = None) -> bool:
+        """Start the next batch; False if none can run before pending tokens are read.
+
+        `digest` is that of process 0's batch, where this process follows it.
+        """
+        batch = self.scheduler.schedule()
+        self.processes.agree(batch, digest)
+        if batch is None:
+            return False
+        assert self.runner
+        self.in_flight.append((batch, self.runner.dispatch(batch)))
+        return True
+
+    def _collect(self) -> tuple[list[Sequence], int]:
+        """Read the oldest batch; returns what `_step` does."""
         batch, tokens = self.in_flight[0]
         token_ids = tokens.result()  # the wait of each round: an interruption here loses nothing
+        self.processes.repeat("_collect")
         self.in_flight.popleft()
         finished = self.scheduler.take_failed() + self.scheduler.postprocess(batch, token_ids)
         if self.scheduler.is_finished:
@@ -133,8 +147,7 @@ class LLMEngine:
                             self.unclaimed.append(seq)
                     progress.update(num_tokens, len(texts))
         except BaseException:
-            for seq in seqs:
-                self.scheduler.finish(seq)
+            self._finish([seq.seq_id for seq in seqs])
             raise
         return [_output(seq, texts[seq]) for seq in seqs]
 
@@ -155,7 +168,7 @@ class LLMEngine:
                     new, seen = seq.token_ids[seen:], seq.num_tokens
                     yield new
         finally:
-            self.scheduler.finish(seq)
+            self._finish([seq.seq_id])
             if seq in self.unclaimed:
                 self.unclaimed.remove(seq)
         if seq.error:
@@ -163,6 +176,7 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
+        self.processes.repeat("reset_prefix_cache")
         self.scheduler.reset_prefix_cache()
 
     def follow(self) -> None:
@@ -171,18 +185,19 @@ class LLMEngine:
         Raises:
             RuntimeError: this is process 0, or the only one; or the processes do not agree.
         """
-        if not isinstance(self.part, multihost.Follower):
+        if not self.processes.follows:
             raise RuntimeError("follow() is for the processes after the first (jax.distributed)")
         try:
-            self.part.follow()
+            while self.runner is not None:
+                for method, *args in self.processes.receive():
+                    getattr(self, method)(*args)
         finally:
             self.exit()
 
     def exit(self) -> None:
         """Free all device memory; the engine cannot be used after it. May be called twice."""
         if self.runner is not None:
-            if isinstance(self.part, multihost.Leader):
-                self.part.exit()
+            self.processes.exit()
             self.in_flight.clear()
             self.runner.shut_down()
             self.runner = None
@@ -196,6 +211,7 @@ class LLMEngine:
     # --- requests ---
 
     def _add(self, token_ids: list[int], params: SamplingParams) -> Sequence:
+        self.processes.repeat("_add", token_ids.copy(), params)
         seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
         seed = params.seed if params.seed is not None else self.config.seed + seq_id
         room = self.config.max_model_len - len(token_ids)
@@ -203,9 +219,17 @@ class LLMEngine:
         self.scheduler.add(seq)
         return seq
 
+    def _finish(self, seq_ids: list[int]) -> None:
+        """End those of the requests that have not ended."""
+        self.processes.repeat("_finish", seq_ids)
+        ending = set(seq_ids)
+        for seq in [*self.scheduler.waiting, *self.scheduler.running]:
+            if seq.seq_id in ending:
+                self.scheduler.finish(seq)
+
     def _check_request(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, if the request can run."""
-        self._live_runner()
+        self._check_usable()
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
         if isinstance(prompt, str):
@@ -261,12 +285,11 @@ class LLMEngine:
             return (int(self.tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
         return named
 
-    def _live_runner(self) -> ModelRunner:
+    def _check_usable(self) -> None:
         if self.runner is None:
             raise RuntimeError("the engine has been shut down by exit(); make a new LLM")
-        if isinstance(self.part, multihost.Follower):
+        if self.processes.follows:
             raise RuntimeError("requests are entered on process 0; here, call follow()")
-        return self.runner
 
 
 class _Progress:
