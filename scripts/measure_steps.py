@@ -36,11 +36,15 @@ class Measured(NamedTuple):
     last: str  # kernel of a step
 
 
-def add_prompts(llm: LLM, prompts: int, length: int, max_tokens: int) -> None:
-    """Queue `prompts` requests of random tokens."""
+def random_prompts(llm: LLM, prompts: int, length: int) -> list[list[int]]:
+    """`prompts` prompts of random tokens."""
+    return bench.fixed_workload(random.Random(0), prompts, length, 1, llm.vocab_size).prompts
+
+
+def add_prompts(llm: LLM, prompts: list[list[int]], max_tokens: int) -> None:
+    """Queue a request for each prompt."""
     params = SamplingParams(temperature=0.6, max_tokens=max_tokens, ignore_eos=True)
-    work = bench.fixed_workload(random.Random(0), prompts, length, max_tokens, llm.vocab_size)
-    for prompt in work.prompts:
+    for prompt in prompts:
         llm.add_request(prompt, params)
 
 
@@ -72,7 +76,8 @@ def measure_decode(
 
     So both see the same contexts on average.
     """
-    add_prompts(llm, batch, context, llm.config.max_model_len - context)
+    room = llm.config.max_model_len - context
+    add_prompts(llm, random_prompts(llm, batch, context), room)
     while llm.scheduler.waiting or llm.step()[1] > 0:
         llm.step()
 
@@ -102,10 +107,11 @@ def measure_decode(
 
 def measure_prefill(llm: LLM, prompts: int, length: int, folder: Path) -> Measured:
     """Prefill one batch at a time: a few timed, one traced."""
+    work = random_prompts(llm, prompts, length)
 
     def start() -> Batch:
         llm.reset_prefix_cache()
-        add_prompts(llm, prompts, length, 1)
+        add_prompts(llm, work, 1)
         batch = llm.scheduler.schedule()
         assert batch is not None and len(batch.seqs) == prompts
         llm.in_flight.append((batch, runner_of(llm).dispatch(batch)))
