@@ -160,8 +160,8 @@ class ModelRunner:
             rows = self.table.gather([], [], [], bucket.num_rows)
             token_ids = np.zeros(bucket.num_tokens, np.int32)
             part = rows, np.concatenate([token_ids, rows.ravel()])
-            self._run(bucket, [part] * self.batch_shards, filters=True)
-        jax.block_until_ready(self.state)
+            tokens = self._run(bucket, [part] * self.batch_shards, filters=True)
+            tokens.block_until_ready()  # there is memory for two steps' results, not for all
 
     def _input(self, x: np.ndarray) -> np.ndarray | jax.Array:
         """A step's input in the form that programs take: with several processes, on the devices."""
