@@ -236,7 +236,7 @@ def figures(results: Results) -> list[tuple[str, bool, dict[str, list[float]]]]:
         )
     for name in ("bench", "batch64"):
         add(f"{name}, joules an output token", False, lambda e, n=name: _joules(results, n, e))
-    add("start, s", False, lambda e: [r["start_s"] for r in results.starts[e]])
+    add("start with imports, s", False, lambda e: [r["start_s"] for r in results.starts[e]])
     return rows
 
 
