@@ -125,7 +125,7 @@ class Store:
 class Runner:
     """Devices with little room, whose tokens follow from the sequence and the position."""
 
-    num_blocks, batch_shards, max_prefill_seqs = 5, 2, 4
+    num_blocks, batch_shards = 5, 2
     prefill_buckets = (Bucket(600, 4),)
 
     def __init__(self, config):

@@ -34,11 +34,12 @@ class LLMEngine:
             BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
             for _ in range(self.runner.batch_shards)
         ]
+        largest = self.runner.prefill_buckets[-1]
         self.scheduler = Scheduler(
             self.pools,
             max_num_seqs=self.config.max_num_seqs,
-            max_num_batched_tokens=self.runner.prefill_buckets[-1].num_tokens,
-            max_prefill_seqs=self.runner.max_prefill_seqs,
+            max_num_batched_tokens=largest.num_tokens,
+            max_prefill_seqs=largest.num_rows,
             eos_token_ids=self._eos_token_ids(),
         )
         self.processes = multihost.Processes()  # does nothing where there is only one

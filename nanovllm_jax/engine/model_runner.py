@@ -115,10 +115,6 @@ class ModelRunner:
             if self.platform == "gpu":
                 self._warm_up()
 
-    @property
-    def max_prefill_seqs(self) -> int:
-        return self.prefill_buckets[-1].num_rows
-
     def dispatch(self, batch: Batch) -> TokenFuture:
         """Start a step on the devices and return at once; its tokens come with the future."""
         shards = [batch.rows_of(shard) for shard in range(self.batch_shards)]
@@ -130,8 +126,8 @@ class ModelRunner:
             for b in buckets
             if b.num_rows >= num_rows and (b.num_tokens >= num_tokens or not batch.is_prefill)
         )
-        tokens = self._run(bucket, [self._pack(batch, shard, bucket) for shard in shards],
-                           filters=any(seq.params.filters for seq in batch.seqs))  # fmt: skip
+        filters = any(seq.params.filters for seq in batch.seqs)
+        tokens = self._run(bucket, [self._pack(batch, shard, bucket) for shard in shards], filters)
         position = {
             i: s * bucket.num_rows + k
             for s, shard in enumerate(shards)

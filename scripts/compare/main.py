@@ -30,6 +30,7 @@ from nanovllm_jax.config import ModelConfig
 SCRIPTS = Path(__file__).parents[1]
 LIMIT_S = {"cpu": 50.0, "gpu": 600.0}  # of each engine, over all rounds
 GRACE_S = 2.0  # beyond the limit, before a worker is killed
+VARIES = ("date", "engines", "rounds", "runs", "load at the start")  # between calls of one report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,8 +90,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="NAME.jsonl and NAME.html are written (default: compare)",
     )
     add("--add", action="store_true",
-        help="keep the results of NAME.jsonl, of the same work on the same machine, and add the "
-        "engines named by --engines")  # fmt: skip
+        help="keep the results of NAME.jsonl, of the same work on a machine of the same "
+        "description, and add the engines named by --engines")  # fmt: skip
     add("--from", dest="source", type=Path, metavar="FILE.jsonl",
         help="run nothing, make FILE.html of results")  # fmt: skip
     args = parser.parse_args(argv)
@@ -322,9 +323,6 @@ def _run_worker(
             file.write(json.dumps(record | {"reason": reason}) + "\n")
 
 
-VARIES = ("date", "engines", "rounds", "runs", "load at the start")  # between calls of one report
-
-
 def _check_added(results: Path, chosen: Plan, engines: Sequence[str]) -> None:
     """Raise UsageError unless `results` are of the plan's work and machine, without `engines`."""
     if not results.is_file():
@@ -338,7 +336,7 @@ def _check_added(results: Path, chosen: Plan, engines: Sequence[str]) -> None:
             what = record.get("name", record["kind"])
             raise UsageError(
                 f"--add: the {what} of {results} differs from this call's: give the same model "
-                "and options on the same machine"
+                "and options on such a machine"
             )
 
 

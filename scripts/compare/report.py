@@ -312,7 +312,8 @@ def _protocol(results: Results) -> str:
         f"<li>{_engine(e)}: {_text(results.starts[e][0]['note'])}</li>" for e in results.engines
     )
     later = "".join(
-        f" A later call on the same machine added {', '.join(map(_engine, a['engines']))} "
+        " A later call on a machine of the same description added "
+        f"{', '.join(map(_engine, a['engines']))} "
         f"(rounds: {a['rounds']}, runs in each: {a['runs']})."
         for a in results.added
     )
