@@ -352,7 +352,7 @@ def _kernel(
                 def _():
                     for first in range(0, block_n, ROWS):
                         part = v_block.at[pl.ds(first, ROWS)]
-                        values = plgpu.load(part, (), layout=plgpu.Layout.WGMMA)
+                        values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
                         row = plgpu.broadcasted_iota(
                             jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA
                         )
