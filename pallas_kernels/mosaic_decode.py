@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int32
 
 from pallas_kernels._common import LOG2_E, MASKED, cdiv, load_rows, store_rows
+from pallas_kernels._compat import mosaic_interpreter
 
 _ROWS = 64  # of a wgmma: at most so many query heads
 _BLOCK = 64  # positions per tile and softmax step
@@ -234,7 +235,7 @@ def _attend_pieces(
                 mgpu.barrier_arrive(empty.at[tile_slot])
 
         def key_columns(slot, column):
-            return _transpose(tiles.at[slot, :, pl.ds(column, head_dim)])
+            return tiles.at[slot, :, pl.ds(column, head_dim)].transpose((1, 0))
 
         def value_columns(slot, column):
             return tiles.at[slot, :, pl.ds(column, head_dim)]
@@ -348,7 +349,7 @@ def _attend_pieces(
         compiler_params=mgpu.CompilerParams(
             approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
         ),
-        interpret=_interpret_params() if interpret else None,
+        interpret=mosaic_interpreter(interpret),
     )(
         q,
         k_cache.reshape(-1, num_kv_heads * head_dim),
@@ -363,17 +364,6 @@ def _attend_pieces(
 
 def _iota(shape, axis):
     return mgpu.broadcasted_iota(jnp.int32, shape, axis, layout=mgpu.Layout.WGMMA)
-
-
-def _transpose(ref):
-    old = jax.__version_info__ < (0, 11)
-    return mgpu.transpose_ref(ref, (1, 0)) if old else ref.transpose((1, 0))
-
-
-def _interpret_params():
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError("the interpreter of Mosaic GPU kernels needs jax 0.11 or newer")
-    return mgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # --- The merging of pieces -------------------------------------------------------------------

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu as mgpu
 from jaxtyping import Array, BFloat16, Int32
 
 from pallas_kernels._common import LOG2_E, MASKED, cdiv
+from pallas_kernels._compat import mosaic_interpreter, store_unoptimized
 
 # One warpgroup multiplies 64 rows at a time. The rows are 64 tokens of one query head.
 ROWS = 64
@@ -74,9 +75,6 @@ def paged_prefill_mosaic(
         )
     if scale <= 0:
         raise ValueError(f'implementation "mosaic" needs a positive scale, not {scale}')
-    interpreter = getattr(plgpu, "InterpretGPUParams", None)
-    if interpret and interpreter is None:
-        raise ValueError(f"Mosaic's interpreter needs jax 0.11; this is {jax.__version__}")
     num_pages, page_size, num_kv_heads = k_cache.shape[1:4]
     group = num_heads // num_kv_heads
     # Both warpgroups of a program read the same K and V. If they can, they take two query heads of
@@ -111,34 +109,34 @@ def paged_prefill_mosaic(
         stages=stages,
         interpret=interpret,
     )
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    swizzled = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
     copies = block_n // math.gcd(page_size, block_n)
-    kv_block = plgpu.SMEM((stages, block_n, head_dim), q.dtype, transforms=swizzled)
+    kv_block = mgpu.SMEM((stages, block_n, head_dim), q.dtype, transforms=swizzled)
     q_tiles = (2, COMPUTE_WARPGROUPS, ROWS, head_dim)
-    out = plgpu.kernel(
+    out = mgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct(q_padded.shape, q.dtype),
         grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        interpret=interpreter() if interpreter and interpret else None,
+        interpret=mosaic_interpreter(interpret),
         kernel_name="paged_prefill_mosaic",
         scratch_types=dict(
-            q_smem=plgpu.SMEM(q_tiles, q.dtype, transforms=swizzled),
+            q_smem=mgpu.SMEM(q_tiles, q.dtype, transforms=swizzled),
             k_smem=kv_block,
             v_smem=kv_block,
-            rows_smem=plgpu.SMEM(q_tiles[1:], q.dtype),
-            q_ready=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            q_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
-            k_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            v_ready=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            cleared=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            rows_smem=mgpu.SMEM(q_tiles[1:], q.dtype),
+            q_ready=mgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
+            q_free=mgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=2),
+            k_ready=mgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            k_free=mgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            v_ready=mgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            v_free=mgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            cleared=mgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        compiler_params=mgpu.CompilerParams(
+            approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
         ),
     )(
         q_padded,
@@ -250,11 +248,11 @@ def _kernel(
         """Copy Q, K and V of one item; `step` counts the blocks before it."""
         sequence, head, first_row, _, end, position, _, blocks = read_item(n)
         slot = lax.rem(n, jnp.int32(2))
-        pl.when(n >= 2)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+        pl.when(n >= 2)(lambda: mgpu.barrier_wait(q_free.at[slot]))
         for w in range(COMPUTE_WARPGROUPS):
             rows = pl.ds(first_row + w * token_offset, ROWS)
             q_head = head + w if heads_per_tile > 1 else head
-            plgpu.copy_gmem_to_smem(q_ref.at[rows, q_head], q_smem.at[slot, w], q_ready.at[slot])
+            mgpu.copy_gmem_to_smem(q_ref.at[rows, q_head], q_smem.at[slot, w], q_ready.at[slot])
 
         kv_head = lax.div(head, jnp.int32(group))
         first_cache_row = layer_ref[0] * (num_pages * page_size)
@@ -274,13 +272,13 @@ def _kernel(
                 (k_ref, k_smem, k_ready, k_free),
                 (v_ref, v_smem, v_ready, v_free),
             ):
-                pl.when(reused)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                pl.when(reused)(lambda free=free: mgpu.barrier_wait(free.at[slot]))
                 for j, source in enumerate(sources):
                     target = smem.at[slot]
                     if len(sources) > 1:
                         target = smem.at[slot, pl.ds(j * piece, piece)]
                     rows = pl.ds(source, piece)
-                    plgpu.copy_gmem_to_smem(ref.at[rows, kv_head], target, ready.at[slot])
+                    mgpu.copy_gmem_to_smem(ref.at[rows, kv_head], target, ready.at[slot])
 
         lax.fori_loop(0, blocks, copy_block, None)
         return step + blocks
@@ -292,25 +290,25 @@ def _kernel(
         q_head = head + warpgroup if heads_per_tile > 1 else head
         own_offset = warpgroup * token_offset
         q_tile = q_smem.at[q_slot, warpgroup]
-        plgpu.barrier_wait(q_ready.at[q_slot])
+        mgpu.barrier_wait(q_ready.at[q_slot])
 
         def block_step(i, state, masked: bool):
             acc, row_max, row_sum = state
             slot = lax.rem(step + i, jnp.int32(stages))
-            plgpu.barrier_wait(k_ready.at[slot])
+            mgpu.barrier_wait(k_ready.at[slot])
 
             def multiply_keys(scores_ref):
-                plgpu.wgmma(scores_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
+                mgpu.wgmma(scores_ref, q_tile, k_smem.at[slot].transpose((1, 0)))
                 return scores_ref[...]
 
             scores = pl.run_scoped(
-                multiply_keys, plgpu.WGMMAAccumulatorRef((ROWS, block_n), jnp.float32)
+                multiply_keys, mgpu.WGMMAAccumulatorRef((ROWS, block_n), jnp.float32)
             )
-            plgpu.barrier_arrive(k_free.at[slot])
+            mgpu.barrier_arrive(k_free.at[slot])
             if masked:
                 row, column = (
-                    plgpu.broadcasted_iota(
-                        jnp.int32, scores.shape, dimension, layout=plgpu.Layout.WGMMA
+                    mgpu.broadcasted_iota(
+                        jnp.int32, scores.shape, dimension, layout=mgpu.Layout.WGMMA
                     )
                     for dimension in range(2)
                 )
@@ -325,19 +323,19 @@ def _kernel(
             acc, new_max, row_sum, weights = lax.optimization_barrier(
                 (acc, new_max, row_sum, weights)
             )
-            plgpu.barrier_wait(v_ready.at[slot])
+            mgpu.barrier_wait(v_ready.at[slot])
             if masked:
                 clear_unwritten(v_smem.at[slot], context - i * block_n)
 
             def multiply_values(acc_ref):
-                plgpu.wgmma(acc_ref, weights, v_smem.at[slot])
+                mgpu.wgmma(acc_ref, weights, v_smem.at[slot])
 
             if interpret:  # which knows no products of registers
                 acc += jnp.dot(weights, v_smem[slot], preferred_element_type=jnp.float32)
-                plgpu.commit_smem()
+                mgpu.commit_smem()
             else:
-                acc = pl.run_state(multiply_values)(plgpu.WGMMAAccumulatorRef.init(acc))
-            plgpu.barrier_arrive(v_free.at[slot])
+                acc = pl.run_state(multiply_values)(mgpu.WGMMAAccumulatorRef.init(acc))
+            mgpu.barrier_arrive(v_free.at[slot])
             return acc, new_max, row_sum
 
         def clear_unwritten(v_block, written):
@@ -352,24 +350,24 @@ def _kernel(
                 def _():
                     for first in range(0, block_n, ROWS):
                         part = v_block.at[pl.ds(first, ROWS)]
-                        values = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-                        row = plgpu.broadcasted_iota(
-                            jnp.int32, part.shape, 0, layout=plgpu.Layout.WGMMA
+                        values = mgpu.layout_cast(part[...], mgpu.Layout.WGMMA)
+                        row = mgpu.broadcasted_iota(
+                            jnp.int32, part.shape, 0, layout=mgpu.Layout.WGMMA
                         )
                         part[...] = jnp.where(row < written - first, values, jnp.zeros_like(values))
-                    plgpu.commit_smem()
+                    mgpu.commit_smem()
 
-                plgpu.barrier_arrive(cleared)
-                plgpu.barrier_wait(cleared)
+                mgpu.barrier_arrive(cleared)
+                mgpu.barrier_wait(cleared)
 
         # Every own row sees the whole of the blocks up to the first own row's position.
         full_blocks = lax.div(jnp.maximum(position + begin + 1, 0), jnp.int32(block_n))
         full_blocks = jnp.minimum(full_blocks, blocks)
-        layout = plgpu.Layout.WGMMA
+        layout = mgpu.Layout.WGMMA
         state = (
-            plgpu.layout_cast(jnp.full((ROWS, head_dim), 0, jnp.float32), layout),
-            plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), layout.reduce(1)),
-            plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.float32), layout.reduce(1)),
+            mgpu.layout_cast(jnp.full((ROWS, head_dim), 0, jnp.float32), layout),
+            mgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), layout.reduce(1)),
+            mgpu.layout_cast(jnp.full((ROWS,), 0, jnp.float32), layout.reduce(1)),
         )
         state = lax.fori_loop(0, full_blocks, functools.partial(block_step, masked=False), state)
         state = lax.fori_loop(
@@ -388,39 +386,39 @@ def _kernel(
         @pl.when(whole)
         def _():
             q_tile[...] = out
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[pl.ds(first_row, ROWS), q_head])
+            mgpu.commit_smem()
+            mgpu.copy_smem_to_gmem(q_tile, out_ref.at[pl.ds(first_row, ROWS), q_head])
 
         @pl.when(jnp.logical_not(whole))
         def _():
-            rows_smem[warpgroup] = out
-            plgpu.commit_smem()
+            store_unoptimized(rows_smem.at[warpgroup], out)
+            mgpu.commit_smem()
 
             def store_row(row, _):
                 source = rows_smem.at[warpgroup, pl.ds(row, 1)]
-                plgpu.copy_smem_to_gmem(source, out_ref.at[pl.ds(first_row + row, 1), q_head])
+                mgpu.copy_smem_to_gmem(source, out_ref.at[pl.ds(first_row + row, 1), q_head])
 
             lax.fori_loop(begin, end, store_row, None)
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(q_free.at[q_slot])
+        mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        mgpu.barrier_arrive(q_free.at[q_slot])
         return step + blocks
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        mgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
         lax.fori_loop(0, rounds, compute_item, jnp.int32(0))
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        mgpu.set_max_registers(COPY_REGISTERS, action="decrease")
         blocks = lax.fori_loop(0, rounds, copy_item, jnp.int32(0))
 
         # Await the last of what nobody reuses, so that every barrier has been waited for.
         def await_free(i, _, barriers, size: int):
             for barrier in barriers:
-                plgpu.barrier_wait(barrier.at[lax.rem(i, jnp.int32(size))])
+                mgpu.barrier_wait(barrier.at[lax.rem(i, jnp.int32(size))])
 
         def await_last(count, barriers, size: int):
             body = functools.partial(await_free, barriers=barriers, size=size)
