@@ -1,6 +1,9 @@
 """The one-shot all-reduce as far as a CPU goes: mailboxes, sizes, lowering. (tests/gpu runs it.)"""
 
 import functools
+import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,8 @@ import pytest
 from h100 import h100_mesh, kernels_in, lower_for_h100
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import fits_one_shot, make_mailboxes, one_shot_all_reduce, one_shot_max
-from pallas_kernels.all_reduce import Layout
+from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max, supports_one_shot
+from pallas_kernels.all_reduce import _MAX, _SUM, Layout, _ptx
 
 MOST = 1 << 14  # words
 
@@ -58,7 +61,7 @@ def test_the_parts_of_a_mailbox_do_not_overlap():
     ],
 )
 def test_what_fits(shape, dtype, fits):
-    assert fits_one_shot(shape, jnp.dtype(dtype), MOST) == fits
+    assert supports_one_shot(shape, jnp.dtype(dtype), MOST) == fits
 
 
 def lowered(function, *shapes):
@@ -97,3 +100,20 @@ def test_too_much_is_refused():
         lowered(add, shape(2, 1024), shape(1, 1024), ADDRESSES)
     with pytest.raises(ValueError, match="up to 8192 keys, not 9000"):
         lowered(largest, shape(9000, 2, dtype=jnp.int32), ADDRESSES)
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is part of the CUDA toolkit")
+@pytest.mark.parametrize("peers", [2, 8])
+@pytest.mark.parametrize("combine", [_SUM, _MAX], ids=["sum", "max"])
+def test_the_snippet_assembles(combine, peers, tmp_path):
+    """XLA hands the snippet to ptxas only when it compiles for a GPU."""
+    snippet = re.sub(r"\$(\d+)", r"%r\1", _ptx(Layout(peers, MOST), combine, block=2048))
+    (tmp_path / "kernel.ptx").write_text(f"""
+        .version 8.0
+        .target sm_90
+        .address_size 64
+        .visible .entry kernel() {{ .reg .b32 %r<32>; {snippet} ret; }}
+    """)
+    subprocess.run(
+        ["ptxas", "-arch=sm_90", "-o", "kernel.cubin", "kernel.ptx"], cwd=tmp_path, check=True
+    )

@@ -17,12 +17,12 @@ from h100 import kernels_in, lower_for_h100
 
 from pallas_kernels import (
     decode_step,
-    fits_fused_linear,
     fused_linear,
     mosaic_prefill,
     norm_rope_write,
     paged_decode,
     paged_prefill,
+    supports_fused_linear,
 )
 from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
 
@@ -659,7 +659,7 @@ def test_decode_step_refuses_what_its_parts_refuse(target, target_programs):
         step(page_size=24)
     with pytest.raises(ValueError, match=r"cos \(3, 31\).*are not \[T, H/2\]"):
         step(half=31)
-    with pytest.raises(ValueError, match=r"slots \(2,\) are not \[T\]"):
+    with pytest.raises(ValueError, match=r"slot_mapping \(2,\) is not \[T\]"):
         step(slots=2)
     with pytest.raises(ValueError, match=r"context_lens \(2,\) are not .*\[B\]"):
         step(lens=2)
@@ -697,5 +697,5 @@ def test_fused_linear_names_what_it_does_not_take():
         (1, 8, 128, FP8, False),
     ],
 )
-def test_fits_fused_linear(rows, num_out, width, dtype, fits):
-    assert fits_fused_linear(rows, num_out, width, dtype) == fits
+def test_supports_fused_linear(rows, num_out, width, dtype, fits):
+    assert supports_fused_linear(rows, num_out, width, dtype) == fits
