@@ -100,7 +100,7 @@ def test_the_tables_traces_and_programs_are_written(model_dir, tmp_path, capsys,
         (["--batch", "8", "--max-num-seqs", "4"], "--max-num-seqs"),
         (["{model}", "--context", "300"], "max_model_len"),
         (["{model}", "--prefill", "2", "300"], "max_model_len"),
-        (["{model}", "--prefill", "4", "200", "--max-num-batched-tokens", "512"],
+        (["--prefill", "4", "200", "--max-num-batched-tokens", "512"],
          "max_num_batched_tokens of 800, it is 512"),
     ],
 )  # fmt: skip
@@ -115,4 +115,4 @@ def test_bad_usage_is_one_line_and_status_2(model_dir, capsys, argv, said):
 def test_more_sequences_than_the_cache_holds_are_refused(model_dir, capsys):
     argv = ["--batch", "3", *WORK[3:], *ENGINE, "--num-kvcache-blocks", "2"]
     assert main(["profile", str(model_dir), *argv]) == 2
-    assert "decode-3: of 3 sequences only 2 ran" in capsys.readouterr().err
+    assert "decode-3 needs 3 blocks of KV cache, there are 2" in capsys.readouterr().err

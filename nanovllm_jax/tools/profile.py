@@ -88,6 +88,13 @@ def measure(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> Mea
         UsageError: the sequences do not fit into the cache together, or nothing was traced.
     """
     runner = _runner(llm)
+    blocks = runner.num_blocks * runner.programs.batch_shards
+    needed = case.prompts * -(-(case.length + case.output) // llm.config.kvcache_block_size)
+    if needed > blocks:
+        raise UsageError(
+            f"{case.name} needs {needed} blocks of KV cache, there are {blocks}: ask for less, or "
+            "raise --num-kvcache-blocks or --gpu-memory-utilization"
+        )
     work = fixed_workload(random.Random(0), case.prompts, case.length, 1, llm.vocab_size)
 
     def add() -> list:
@@ -104,10 +111,8 @@ def measure(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> Mea
         calls = args.timed_steps
     batch = llm.scheduler.schedule()  # one more step, which the engine will not run
     if batch is None or len(batch.seqs) < case.prompts:
-        raise UsageError(
-            f"{case.name}: of {case.prompts} sequences only {len(batch.seqs) if batch else 0} ran "
-            "to the end: raise --num-kvcache-blocks or --gpu-memory-utilization, or ask for less"
-        )
+        found = len(batch.seqs) if batch else 0
+        raise UsageError(f"{case.name}: one step takes only {found} of {case.prompts} sequences")
     # Positions in the middle of the traced steps, whose keys and values are in the cache already.
     batch = replace(batch, starts=[start - behind for start in batch.starts])
     bucket, alone = time_alone(runner, batch, calls)
