@@ -1,6 +1,6 @@
 """This engine."""
 
-from compare.profiling import jax_profile
+from nanovllm_jax.tools.compare.profiling import jax_profile
 
 
 class Adapter:

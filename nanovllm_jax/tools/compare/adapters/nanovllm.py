@@ -1,6 +1,6 @@
 """nano-vLLM, whose interface this repository's engine has. Not run yet: it needs flash-attn."""
 
-from compare.profiling import torch_profile
+from nanovllm_jax.tools.compare.profiling import torch_profile
 
 
 class Adapter:

@@ -3,7 +3,7 @@
 import os
 from itertools import count
 
-from compare.profiling import torch_profile
+from nanovllm_jax.tools.compare.profiling import torch_profile
 
 
 class Adapter:

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from compare.profiling import torch_profile
+from nanovllm_jax.tools.compare.profiling import torch_profile
 
 BATCH = 64  # prompts of one call at most: generate keeps the whole cache of all of them
 

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from compare.adapters import transformers_eager
+from nanovllm_jax.tools.compare.adapters import transformers_eager
 
 STEP = 64  # cache lengths are multiples of it, so that like lengths share a compiled program
 

@@ -1,4 +1,4 @@
-"""H100s to compile for, on a machine that has none: needs JAX's CUDA wheels and no GPU.
+"""Compile for H100s on a machine that has none; this needs JAX's CUDA wheels and no GPU.
 
 XLA's whole pipeline runs, with the Triton and Mosaic kernels and ptxas, from a description of the
 card. What comes out can be read (collectives, kernels, memory), not run.
@@ -44,7 +44,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def h100s(count: int) -> list:
-    """`count` H100s of one host, as devices of a mesh that programs are compiled for.
+    """Return `count` H100s of one host, as devices of a mesh that programs are compiled for.
 
     Call it before JAX has touched a device: JAX is told to look for CPUs only.
 
