@@ -5,7 +5,7 @@ GPU machine.
 """
 
 import functools
-import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -16,34 +16,23 @@ from jax.sharding import AbstractMesh
 from jax.stages import Traced
 
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.programs import Programs
-from nanovllm_jax.sharding import Sharding, merge_rules
+from nanovllm_jax.sharding import Sharding
+from nanovllm_jax.tools.shapes import QWEN3, write_config
 
-# Qwen3-0.6B, but for its number of layers.
-MODEL = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
-# (tokens, rows) of a step -> its kernels on one GPU, and what two GPUs add to them. These are the
-# ends of both families of buckets, and the sizes at which decoding takes other kernels.
-DECODE, PREFILL = {"paged_decode"}, {"norm_rope_write", "mosaic_gpu"}
-SUMS = {"one_shot_all_reduce"}
+# The kernels of a step on one GPU. The buckets are the ends of both families, and the sizes at
+# which decoding takes other kernels.
+PREFILL = {"norm_rope_write", "mosaic_gpu"}
 STEPS = {
-    (0, 1): ({"fused_linear", "paged_decode_combine"} | DECODE, SUMS),
-    (0, 16): ({"paged_decode_combine"} | DECODE, SUMS),
-    (0, 512): ({"norm_rope_write"} | DECODE, SUMS),
-    (64, 8): (PREFILL, SUMS),
-    (1024, 128): (PREFILL, SUMS),
-    (16384, 512): (PREFILL, SUMS),
+    Bucket(0, 1): {"fused_linear", "paged_decode", "paged_decode_combine"},
+    Bucket(0, 16): {"paged_decode", "paged_decode_combine"},
+    Bucket(0, 512): {"norm_rope_write", "paged_decode"},
+    Bucket(64, 8): PREFILL,
+    Bucket(1024, 128): PREFILL,
+    Bucket(16384, 512): PREFILL,
 }
+ALSO_ON_TWO = {"one_shot_all_reduce"}
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +51,10 @@ def programs(tmp_path_factory):
         @functools.cache
         def make(head_dim, gpus):
             path = tmp_path_factory.mktemp("model")
-            (path / "config.json").write_text(json.dumps(MODEL | {"head_dim": head_dim}))
-            config = EngineConfig(str(path), tensor_parallel_size=gpus)
-            mesh = h100_mesh(data=1, tensor=gpus)
-            return Programs(config, Sharding(mesh, merge_rules({})))
+            write_config(replace(QWEN3["0.6B"], num_layers=2, head_dim=head_dim), path)
+            config = EngineConfig.resolve(path, platform="gpu", tensor_parallel_size=gpus)
+            mesh = h100_mesh(**config.mesh_shape)
+            return Programs(config, Sharding(mesh, config.sharding_rules))
 
         yield make
 
@@ -76,18 +65,18 @@ each_number_of_gpus = pytest.mark.parametrize("gpus", [1, 2])
 
 @each_number_of_gpus
 @each_head_dim
-@pytest.mark.parametrize("bucket", STEPS)
+@pytest.mark.parametrize("bucket", STEPS, ids=lambda b: f"{b.num_tokens}-{b.num_rows}")
 def test_steps(programs, head_dim, gpus, bucket):
     p = programs(head_dim, gpus)
+    assert bucket in p.decode_buckets + p.prefill_buckets
     with jax.sharding.use_abstract_mesh(p.sharding.mesh):
-        lowered = p.lower_step(jax.tree.leaves(p.weights), *bucket, num_blocks=64)
-    kernels, sums = STEPS[bucket]
-    assert set(kernels_in(lowered.as_text())) == (kernels | sums if gpus > 1 else kernels)
+        text = p.lower_step(bucket, num_blocks=64).as_text()
+    assert set(kernels_in(text)) == STEPS[bucket] | (ALSO_ON_TWO if gpus > 1 else set())
 
 
 @each_number_of_gpus
-def test_the_sampler_with_filters(programs, gpus):
+def test_sampling_with_filters(programs, gpus):
     p = programs(128, gpus)
     with jax.sharding.use_abstract_mesh(p.sharding.mesh):
-        lowered = p.lower_redraw(16, num_blocks=64)
-    assert set(kernels_in(lowered.as_text())) == (SUMS if gpus > 1 else set())
+        text = p.sample_spec(16, num_blocks=64).trace().lower().as_text()
+    assert set(kernels_in(text)) == (ALSO_ON_TWO if gpus > 1 else set())
