@@ -1,6 +1,5 @@
 """Comparing engines: equal work for all of them, rules that are enforced, one report."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,7 @@ import jax
 import pytest
 
 from nanovllm_jax import cli
-from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.bench import Workload as Requests
 from nanovllm_jax.tools.compare import (
@@ -134,7 +133,7 @@ def test_arrivals_have_the_rate_that_was_asked_for():
 
 
 def test_the_least_work_is_what_no_engine_can_avoid():
-    costs = roofline.CostModel(TINY, shapes.parameters(TINY))
+    costs = roofline.CostModel(TINY, parameters(TINY))
     q, kv, hidden, mlp, head = 32, 16, 32, 64, 300 * 32
     layer, norms = hidden * (2 * q + 2 * kv) + 3 * hidden * mlp, 2 * 16 + 3 * hidden
     least = workloads.least_work(Requests([[0] * 3], [3]), costs)
@@ -144,7 +143,7 @@ def test_the_least_work_is_what_no_engine_can_avoid():
 
 
 def test_a_shared_prefix_is_computed_once():
-    costs = roofline.CostModel(TINY, shapes.parameters(TINY))
+    costs = roofline.CostModel(TINY, parameters(TINY))
     alone = workloads.least_work(Requests([[0] * 8], [1]), costs)
     shared = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs, shared=6)
     apart = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs)
@@ -191,9 +190,9 @@ def made(name):
 
 def job(*names):
     return Job(
-        engine="vllm", round=0, model="", limits=adapters.Limits("cpu", "float32", 64, 2, 64),
-        vocab_size=300, temperature=0.6, runs=2, started=0.0, seconds=100.0, check=([], []),
-        cases=[Case(made(n), made(n)) for n in names], results="", log="",
+        model="", limits=adapters.Limits("cpu", "float32", {"max_num_seqs": 2}), vocab_size=300,
+        temperature=0.6, runs=2, check=([], []), cases=[Case(made(n), made(n)) for n in names],
+        engine="vllm",
     )  # fmt: skip
 
 
@@ -287,7 +286,7 @@ def test_a_random_model_loads_in_both_frameworks(model_dir, new_engine):
     weights = model.state_dict()
     assert weights["model.norm.weight"].eq(1).all()
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
-    ours = shapes.parameters(ModelConfig.from_directory(model_dir))
+    ours = parameters(ModelConfig.from_directory(model_dir))
     assert model.num_parameters() == sum(x.size for x in jax.tree.leaves(ours))
     assert new_engine(model_dir).tokenizer.decode([5]) == "t5"
 
