@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.scheduler import Batch
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools import trace
 from nanovllm_jax.tools.bench import fixed_workload
 from nanovllm_jax.tools.options import (
     DEMO_MODEL,
+    ENGINE_ERRORS,
     Parser,
     UsageError,
     add_engine_options,
@@ -365,7 +366,7 @@ def main(argv: Sequence[str]) -> int:
     """
     args = parse(argv)
     with model_directory(args) as path:
-        with refusals(AssertionError, TypeError, ValueError, OSError):
+        with refusals(*ENGINE_ERRORS):
             options = options_for(args, ModelConfig.from_directory(path))
             llm = LLM(str(path), **options)
         with llm:
