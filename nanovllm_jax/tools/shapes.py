@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanovllm_jax.models import ModelConfig, parameters  # noqa: F401  until compare asks models
+from nanovllm_jax.models import ModelConfig
 
 
 def _qwen3(
