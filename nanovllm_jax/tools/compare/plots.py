@@ -86,15 +86,14 @@ def _subplots(columns: int, height: float, **options: Any) -> tuple[Any, Sequenc
 
 
 def _columns(
-    ax: Any, engines: Sequence[str], names: Sequence[str],
-    values: Callable[[str, str], Sequence[float]], numbered: bool = False,
-) -> None:  # fmt: skip
-    """Draw a group of bars for each name: each engine's median, with the range as a line.
+    ax: Any, results: Results, names: Sequence[str], values: Callable[[str, str], list[float]]
+) -> None:
+    """Draw a group of bars for each workload: each engine's median, with the range as a line.
 
-    With `numbered`, bars have numbers in place of a scale.
+    The bars of a single workload have numbers in place of a scale.
     """
-    width = 0.8 / len(engines)
-    for i, engine in enumerate(engines):
+    width, numbered = 0.8 / len(results.engines), len(names) == 1
+    for i, engine in enumerate(results.engines):
         for x, name in enumerate(names):
             if found := values(engine, name):
                 middle, place = median(found), x - 0.4 + width * (i + 0.5)
@@ -128,14 +127,14 @@ def _logarithmic(axis: Any) -> None:
 
 def throughput(results: Results) -> Plot | None:
     """Draw tokens a second of the batches, of bench and of prefill."""
-    outputs = [*(f"batch{n}" for n in results.batches()), "bench"]
+    outputs = [*(f"batch{n}" for n in results.batches), "bench"]
     if not (names := results.measured(*outputs, "prefill")):
         return None
     figure, axes = _subplots(len(names), 3.0)
     for ax, name in zip(axes, names, strict=True):
-        rates = results.output_rates if name in outputs else results.input_rates
-        _columns(ax, results.engines, [name], rates, numbered=True)
-        ax.set_xlabel(f"{'output' if name in outputs else 'input'} tok/s")
+        metric = "output tok/s" if name in outputs else "input tok/s"
+        _columns(ax, results, [name], functools.partial(results.values, metric=metric))
+        ax.set_xlabel(metric)
     machine, settings = results.machine, results.settings
     title = f"{settings.model}, {settings.dtype}, {machine.gpu or machine.cpu} (more is better)"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -145,27 +144,23 @@ def throughput(results: Results) -> Plot | None:
 
 def batches(results: Results) -> Plot | None:
     """Draw the times a token and to the first token over the size of the batch."""
-    sizes = results.batches()
+    sizes = results.batches
     if not results.measured(*(f"batch{n}" for n in sizes)):
         return None
     figure, axes = _subplots(2, 3.8)
-    panels = (
-        ("Time a token, after the first", results.per_token_ms),
-        ("Time to the first token", results.first_ms),
-    )
-    for ax, (title, values) in zip(axes, panels, strict=True):
+    for ax, metric in zip(axes, ("ms a token", "ms to the first token"), strict=True):
         for name in results.engines:
-            rows = {n: found for n in sizes if (found := values(name, f"batch{n}"))}
-            ax.plot([*rows], [*map(median, rows.values())], "o-", color=ENGINES[name].color)
+            color = ENGINES[name].color
+            rows = {n: v for n in sizes if (v := results.values(name, f"batch{n}", metric))}
+            ax.plot([*rows], [*map(median, rows.values())], "o-", color=color)
             for n, found in rows.items():
-                ax.plot([n, n], [min(found), max(found)], "_-", color=ENGINES[name].color)
-        ax.set_title(title)
+                ax.plot([n, n], [min(found), max(found)], "_-", color=color)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(sizes, [*map(str, sizes)])
         _logarithmic(ax.yaxis)
         ax.set_xlabel("requests in the batch")
-        ax.set_ylabel("ms (less is better)")
+        ax.set_ylabel(f"{metric} (less is better)")
         ax.grid(which="both")
     _legend(figure, results)
     text = "Points: medians; bars: the range over all runs. Both axes are logarithmic."
@@ -203,11 +198,9 @@ def prefix(results: Results) -> Plot | None:
     if not results.measured("prefix"):
         return None
     figure, axes = _subplots(2, 3.0, sharey=True)
-    for ax, part in zip(axes, ("shared", "own"), strict=True):
-        values = functools.partial(results.seconds, part=part)
-        _columns(ax, results.engines, ["prefix"], values, numbered=True)
-        ax.set_title("One prefix" if part == "shared" else "A prefix each")
-        ax.set_xlabel("seconds (less is better)")
+    for ax, metric in zip(axes, ("s behind one prefix", "s with a prefix each"), strict=True):
+        _columns(ax, results, ["prefix"], functools.partial(results.values, metric=metric))
+        ax.set_xlabel(f"{metric} (less is better)")
     _legend(figure, results)
     text = f"{results.tasks['prefix'].title}; the first prompt is completed ahead of the others."
     return "A long shared prefix", text, figure
@@ -229,9 +222,9 @@ def limits(results: Results) -> Plot | None:
 
         def share(engine: str, name: str, rate=rate, need=need) -> list[float]:
             least = getattr(results.tasks[name], need) / (rate * 1e12)
-            return [100 * least / s for s in results.seconds(engine, name)]
+            return [100 * least / s for s in results.values(engine, name, "seconds")]
 
-        _columns(ax, results.engines, names, share)
+        _columns(ax, results, names, share)
         ax.set_title(f"{title}: {rate:.3g} {unit}")
         ax.set_ylabel("% of the limit (more is better)")
     _legend(figure, results)

@@ -107,6 +107,16 @@ class Run(Event):
     ttft_s: list[float] = field(default_factory=list)  # each request's, if they arrived over time
     tpot_s: list[float] = field(default_factory=list)  # the same, of more than one output token
 
+    @property
+    def main_s(self) -> float:
+        """Seconds of the main part."""
+        return next(iter(self.seconds.values()))
+
+    @property
+    def after_first_s(self) -> float:
+        """Seconds of a batch after its first tokens."""
+        return self.seconds["whole"] - self.seconds["first"]
+
 
 @dataclass(frozen=True)
 class Profile(Event):
@@ -182,6 +192,34 @@ def percentile(values: Iterable[float], p: float) -> float:
     return low + (high - low) * (place % 1)
 
 
+def _joules(run: Run, task: Task) -> float | None:
+    """Return the joules an output token; short runs' energy is not known well."""
+    known = run.joules is not None and sum(run.seconds.values()) > 0.5
+    return run.joules / task.output_tokens if known else None
+
+
+# What is told of a run; None if it is not known.
+METRICS: dict[str, Callable[[Run, Task], float | None]] = {
+    "output tok/s": lambda run, task: task.output_tokens / run.main_s,
+    "input tok/s": lambda run, task: task.prompt_tokens / run.main_s,
+    "seconds": lambda run, task: run.main_s,
+    "ms a token": lambda run, task: 1e3 * run.after_first_s / (task.longest_output - 1),
+    "ms to the first token": lambda run, task: 1e3 * run.seconds["first"],
+    "s behind one prefix": lambda run, task: run.seconds["shared"],
+    "s with a prefix each": lambda run, task: run.seconds["own"],
+    "median ms to the first token": lambda run, task: 1e3 * median(run.ttft_s),
+    "median ms a token": lambda run, task: 1e3 * median(run.tpot_s) if run.tpot_s else None,
+    "joules an output token": _joules,
+}
+BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")
+FIGURES = {  # the metrics of each workload that is no batch
+    "prefill": ("input tok/s",),
+    "prefix": ("s behind one prefix", "s with a prefix each"),
+    "stream": ("median ms to the first token", "median ms a token"),
+    "bench": ("output tok/s", "joules an output token"),
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the table of figures: one value a run, of the engines that have any."""
@@ -209,6 +247,7 @@ class Results:
         [self.settings], [self.machine] = all_of(Settings), all_of(Machine)
         self.added = all_of(Added)
         self.tasks = {task.name: task for task in all_of(Task)}
+        self.batches = [int(n.removeprefix("batch")) for n in self.tasks if n.startswith("batch")]
         self.starts = {name: [s for s in all_of(Start) if s.engine == name] for name in ENGINES}
         self.engines = [name for name in ENGINES if self.starts[name]]
         self.absent = {a.engine: a for a in all_of(Absent) if a.engine not in self.engines}
@@ -224,48 +263,15 @@ class Results:
         """Return the timed runs of one engine on one workload."""
         return [r for r in self._runs if (r.engine, r.workload) == (engine, workload)]
 
+    def values(self, engine: str, workload: str, metric: str) -> list[float]:
+        """Return a metric of each run for which it is known."""
+        runs = self.of(engine, workload)
+        found = (METRICS[metric](run, self.tasks[workload]) for run in runs)
+        return [value for value in found if value is not None]
+
     def measured(self, *workloads: str) -> list[str]:
         """Return those workloads that an engine was timed on."""
         return [name for name in workloads if any(run.workload == name for run in self._runs)]
-
-    def batches(self) -> list[int]:
-        """Return the sizes of the batch workloads."""
-        return [int(n.removeprefix("batch")) for n in self.tasks if n.startswith("batch")]
-
-    # One value for each run:
-
-    def seconds(self, engine: str, workload: str, part: str | None = None) -> list[float]:
-        """Return the seconds of one part, or of the main one."""
-        runs = self.of(engine, workload)
-        return [r.seconds[part or next(iter(r.seconds))] for r in runs]
-
-    def output_rates(self, engine: str, workload: str) -> list[float]:
-        """Return the output tokens a second."""
-        return [self.tasks[workload].output_tokens / s for s in self.seconds(engine, workload)]
-
-    def input_rates(self, engine: str, workload: str) -> list[float]:
-        """Return the prompt tokens a second."""
-        return [self.tasks[workload].prompt_tokens / s for s in self.seconds(engine, workload)]
-
-    def first_ms(self, engine: str, workload: str) -> list[float]:
-        """Return the milliseconds to the first token of a batch."""
-        return [1e3 * s for s in self.seconds(engine, workload, "first")]
-
-    def per_token_ms(self, engine: str, workload: str) -> list[float]:
-        """Return the milliseconds a token after the first of a batch."""
-        seconds = [r.seconds["whole"] - r.seconds["first"] for r in self.of(engine, workload)]
-        return [1e3 * s / (self.tasks[workload].longest_output - 1) for s in seconds]
-
-    def joules_per_token(self, engine: str, workload: str) -> list[float]:
-        """Return the joules an output token, of runs that took at least half a second."""
-        runs = [r for r in self.of(engine, workload) if sum(r.seconds.values()) > 0.5]
-        tokens = self.tasks[workload].output_tokens if runs else 1
-        return [r.joules / tokens for r in runs if r.joules is not None]
-
-    def median_ms(self, engine: str, what: str) -> list[float]:
-        """Return the median of `ttft_s` or `tpot_s` of the stream, in milliseconds."""
-        runs = [getattr(run, what) for run in self.of(engine, "stream")]
-        return [1e3 * median(seconds) for seconds in runs if seconds]
 
     def arrivals_ms(self, engine: str, what: str) -> list[float]:
         """Return `ttft_s` or `tpot_s` of all requests of all runs, in milliseconds."""
@@ -273,24 +279,14 @@ class Results:
 
     def figures(self) -> list[Row]:
         """Return the rows of the table of figures that have values."""
-        rows = []
-
-        def add(title: str, more: bool, values: Callable[..., list[float]], *where: str) -> None:
-            if found := {e: v for e in self.engines if (v := values(e, *where))}:
-                rows.append(Row(title, more, found))
-
-        add("bench, output tok/s", True, self.output_rates, "bench")
-        for size in self.batches():
-            name = f"batch{size}"
-            add(f"batch {size}, output tok/s", True, self.output_rates, name)
-            add(f"batch {size}, ms a token", False, self.per_token_ms, name)
-            add(f"batch {size}, ms to the first token", False, self.first_ms, name)
-        add("prefill, input tok/s", True, self.input_rates, "prefill")
-        add("shared prefix, s", False, self.seconds, "prefix", "shared")
-        add("the same without sharing, s", False, self.seconds, "prefix", "own")
-        add("arrivals, median ms to the first token", False, self.median_ms, "ttft_s")
-        add("arrivals, median ms a token", False, self.median_ms, "tpot_s")
-        for name in ("bench", "batch64"):
-            add(f"{name}, joules an output token", False, self.joules_per_token, name)
-        add("start with imports, s", False, lambda e: [s.start_s for s in self.starts[e]])
-        return rows
+        rows = [
+            Row(
+                f"{name}, {metric}",
+                metric.endswith("tok/s"),
+                {e: found for e in self.engines if (found := self.values(e, name, metric))},
+            )
+            for name in self.tasks
+            for metric in FIGURES.get(name, BATCH_METRICS)
+        ]
+        starts = {e: [start.start_s for start in self.starts[e]] for e in self.engines}
+        return [row for row in (*rows, Row("start with imports, s", False, starts)) if row.values]
