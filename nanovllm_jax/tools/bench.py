@@ -287,7 +287,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check_positive(args, "runs", "requests", "bandwidth")
     check_positive(args, "max_len", "latency_tokens", at_least=2)
     if args.detokenize and args.random_weights:
-        raise UsageError("--detokenize needs a model directory with a tokenizer")
+        raise UsageError("--detokenize needs a tokenizer, and random weights have none")
+    if args.json:
+        with refusals(OSError):
+            args.json.open("a").close()
     return args
 
 
@@ -306,6 +309,8 @@ def main(argv: Sequence[str]) -> int:
         llm = LLM(str(path), **options)
     start = time.perf_counter() - began
     with llm:
+        if args.detokenize and llm.tokenizer is None:
+            raise UsageError(f"--detokenize needs a tokenizer, and {args.model} has none")
         assert llm.runner
         programs = llm.runner.programs
         model, mesh = programs.model_config, programs.sharding.mesh
