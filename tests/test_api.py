@@ -499,11 +499,15 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_written_for_nano_vllm(name, checkpoint, engine, monkeypatch, capsys):
-    """They run as documented; only the path, the sizes and the token ids are the test model's."""
+    """They run as documented; only the path, the sizes and the token ids are the test model's.
+
+    Eager steps would take 10 seconds here; they are tested in test_parity.py.
+    """
     path = checkpoint(**WITH_TEXT)
 
     def make(model, **options):
         assert model == str(path)
+        assert options.pop("enforce_eager", False) in (False, True)
         return engine(checkpoint=WITH_TEXT, **options)
 
     code = textwrap.dedent(PROGRAMS[name])
