@@ -8,13 +8,9 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import jax
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from helpers import greedy, prompt, tokens
+from helpers import greedy, prompt, quick_start, tokens
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.model_runner import TokenFuture
@@ -74,11 +70,11 @@ def main(model, options, scenario, port=0, num_processes=1, process_id=0):
             f"localhost:{port}", int(num_processes), int(process_id),
             heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
         )  # fmt: skip
-    jax.config.update("jax_disable_most_optimizations", True)
     options = json.loads(options)
     if scenario == "differ":
         options["max_num_seqs"] += jax.process_index()
-    llm = LLM(model, **options)
+    with quick_start():
+        llm = LLM(model, **options)
     if jax.process_index():
         try:
             llm.add_request([1], greedy(1))

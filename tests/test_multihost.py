@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytest
+from helpers import FakeFuture, FakeRunner, abort
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine import llm_engine, multihost
@@ -122,31 +122,19 @@ class Store:
         return self.values[key]
 
 
-class Runner:
-    """Devices with little room, whose tokens follow from the sequence and the position."""
+class Runner(FakeRunner):
+    """Devices with little room, which note the engine's state at each step."""
 
-    num_blocks, batch_shards = 5, 2
-    prefill_buckets = (Bucket(600, 4),)
+    num_blocks, batch_shards, vocab = 5, 2, 8
 
     def __init__(self, config):
-        self.states, self.interrupt = [], lambda: None
+        super().__init__(config)
+        self.prefill_buckets = [Bucket(600, 4)]
+        self.states = []
 
     def dispatch(self, batch):
         self.states.append(state(self.llm))
-        rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
-        return Future([zlib.crc32(b"%d %d" % (s.seq_id, i + n)) % 8 for s, i, n in rows], self)
-
-    def shut_down(self):
-        pass
-
-
-class Future:
-    def __init__(self, tokens, runner):
-        self.tokens, self.runner = tokens, runner
-
-    def result(self):
-        self.runner.interrupt()
-        return self.tokens
+        return super().dispatch(batch)
 
 
 @pytest.fixture
@@ -184,7 +172,7 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             interrupts.append(len(leads.states))
             raise KeyboardInterrupt
 
-    leads.interrupt = interrupt
+    leads.before_read = interrupt
     for _ in range(300):
         action = rng.random()
         if action < 0.15:
@@ -193,7 +181,7 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
             leader.add_request(ids, params)
         elif action < 0.2:
-            leader._finish([rng.randrange(leader.next_seq_id + 1)])  # also one that has finished
+            abort(leader, rng.randrange(leader.next_seq_id + 1))  # also one that has finished
         elif action < 0.23:
             leader.reset_prefix_cache()
         else:
@@ -212,7 +200,7 @@ def test_a_follower_that_decides_otherwise_stops(pair, drift):
         follower.scheduler.free_slots[0].pop()
     else:
         dispatch = follower.runner.dispatch
-        follower.runner.dispatch = lambda batch: Future(
+        follower.runner.dispatch = lambda batch: FakeFuture(
             [token ^ 2 for token in dispatch(batch).tokens], follower.runner
         )
     leader.add_request([1], SamplingParams(max_tokens=40, ignore_eos=True))
