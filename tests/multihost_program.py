@@ -1,6 +1,6 @@
 """One process of an engine over several, as tests/test_multihost.py starts it.
 
-python multihost_program.py MODEL OPTIONS SCENARIO [PORT PROCESSES PROCESS_ID]
+python multihost_program.py MODEL OPTIONS SCENARIO PORT PROCESSES PROCESS_ID
 """
 
 import itertools
@@ -64,12 +64,11 @@ def serve(llm):
     }
 
 
-def main(model, options, scenario, port=0, num_processes=1, process_id=0):
-    if int(num_processes) > 1:
-        jax.distributed.initialize(
-            f"localhost:{port}", int(num_processes), int(process_id),
-            heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
-        )  # fmt: skip
+def main(model, options, scenario, port, num_processes, process_id):
+    jax.distributed.initialize(
+        f"localhost:{port}", int(num_processes), int(process_id),
+        heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
+    )  # fmt: skip
     options = json.loads(options)
     if scenario == "differ":
         options["max_num_seqs"] += jax.process_index()

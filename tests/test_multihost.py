@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import FakeFuture, FakeRunner, abort
+from multihost_program import serve
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine import llm_engine, multihost
@@ -23,9 +24,9 @@ SMALL = {"max_num_seqs": 2, "max_model_len": 256, "max_num_batched_tokens": 256}
 SMALL |= {"num_kvcache_blocks": 4, "dtype": "float32", "tensor_parallel_size": 8}
 
 
-def start(devices, *args):
-    """The program in a process that sees so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def start(*args):
+    """The program in a process that sees four devices."""
+    flags = "--xla_force_host_platform_device_count=4"
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *map(str, args)],
         env=os.environ | {"XLA_FLAGS": flags},
@@ -38,7 +39,7 @@ def run_two(model, options, scenario):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    both = [start(4, model, json.dumps(options), scenario, port, 2, i) for i in range(2)]
+    both = [start(model, json.dumps(options), scenario, port, 2, i) for i in range(2)]
     ends = {}
     deadline = time.monotonic() + 240
     try:
@@ -64,12 +65,11 @@ def result(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"tensor": 8}, {"data": 2, "tensor": 4}])
-def test_two_processes_give_the_tokens_of_one(checkpoint, mesh):
+def test_two_processes_give_the_tokens_of_one(checkpoint, new_engine, mesh):
     model = checkpoint("eight_heads")
     options = {"mesh_shape": mesh, "dtype": "float32", "max_num_seqs": 4, "max_model_len": 768}
     options |= {"max_num_batched_tokens": 768, "num_kvcache_blocks": 6 // mesh.get("data", 1)}
-    one = start(8, model, json.dumps(options), "serve")
-    alone = result(one.communicate(timeout=240)[0])
+    alone = serve(new_engine(model, **options))
     (status, text, end), (other_status, other, other_end) = run_two(model, options, "serve")
     assert (status, other_status) == (0, 0), text + other
     assert result(text) == alone
@@ -229,9 +229,14 @@ def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatc
     sender, receiver = multihost.Processes(), multihost.Processes()
     assert sender.name != receiver.name
     receiver.name = sender.name
-    for n in range(500):
-        sender.calls = ["x" * (n * 10_000), n]
+    # Most are short; some take several pieces, and some are just about one piece long.
+    lengths = [
+        {0: 5 * multihost.PIECE, 50: multihost.PIECE - 11 + n // 100}.get(n % 100, 10 * n)
+        for n in range(500)
+    ]
+    for n, length in enumerate(lengths):
+        sender.calls = ["x" * length, n]
         sender.send()
         if n >= 3:  # as far behind as a follower can be
-            assert receiver.receive() == ["x" * ((n - 3) * 10_000), n - 3]
+            assert receiver.receive() == ["x" * lengths[n - 3], n - 3]
     assert len({key.split("/")[2] for key in store.values}) <= 3 * multihost.GENERATION
