@@ -19,7 +19,8 @@ _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
-# Programs compiled once a session, in subprocesses too, and never taken from an earlier one.
+# Folder of compiled programs: each is compiled once a session, in subprocesses too, and none comes
+# from an earlier session.
 _CACHE = (
     tempfile.mkdtemp(prefix="nanovllm_jax-tests-")
     if ("JAX_COMPILATION_CACHE_DIR" not in os.environ)
@@ -30,7 +31,6 @@ if _CACHE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 collect_ignore = ["gpu"] if os.environ["JAX_PLATFORMS"] == "cpu" else []
-
 
 # Options of the engines that tests use.
 SMALL = {"max_num_seqs": 4, "max_model_len": 768, "max_num_batched_tokens": 1024}
@@ -45,7 +45,10 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """checkpoint(shape, **changes) -> directory of a tiny random model, made once a session."""
+    """Give a function that makes a tiny random model's directory, once for equal arguments.
+
+    checkpoint(shape, **changes of config.json and options of `helpers.make_checkpoint`) -> Path
+    """
     import helpers
 
     made = {}
@@ -62,10 +65,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def new_engine():
-    """new_engine(directory, **options) -> an engine of the test's own, closed after it.
+    """Give a function that makes an engine for this test alone, and close what it made.
 
-    It is small and in float32 unless told, and compiles one decode and one prefill bucket unless
-    `every_bucket=True`.
+    new_engine(directory, **options) -> LLM. It is small and computes in float32 unless told, and
+    compiles one decode and one prefill bucket unless `every_bucket=True`.
     """
     with _Engines() as engines:
         yield engines.make
@@ -92,8 +95,11 @@ def _clear_programs():
 
 @pytest.fixture
 def engine(checkpoint, _shared_engines):
-    """engine(shape, **options) -> an engine that tests share, idle and with no cached prefix."""
+    """Give a function that finds or makes an engine that all tests share.
 
+    engine(shape, checkpoint=changes of the model, **options as for new_engine) -> LLM. It is idle,
+    and its prefix cache is empty.
+    """
     made_with = checkpoint
 
     def get(shape="gqa", *, checkpoint=None, **options):
@@ -108,9 +114,9 @@ def engine(checkpoint, _shared_engines):
 
 @pytest.fixture
 def fake_engine(checkpoint, monkeypatch):
-    """fake_engine(directory, **options) -> an engine without a device, see `helpers.FakeRunner`.
+    """Give a function that makes an engine without a device: see `helpers.FakeRunner`.
 
-    The directory is that of a model with a tokenizer unless told.
+    fake_engine(directory, **options) -> LLM. The default model has a tokenizer.
     """
     import helpers
 
@@ -163,9 +169,10 @@ class _Engines:
 
 @pytest.fixture(scope="session")
 def oracle(pytestconfig):
-    """oracle(directory, prompts, max_tokens) -> transformers' greedy tokens, in float32.
+    """Give a function that returns transformers' greedy tokens, computed in float32.
 
-    They are kept in pytest's cache, where an environment without torch finds them.
+    oracle(directory, prompts, max_tokens) -> a list of tokens for each prompt. They are kept in
+    pytest's cache, where an environment without torch finds them.
     """
     models = {}
 

@@ -47,7 +47,7 @@ SHAPES = {
 
 
 def config_json(shape: str = "gqa", **changes) -> dict:
-    """config.json of a tiny model, as transformers 5 writes it; a change to None drops the key."""
+    """Return a tiny model's config.json as transformers 5 writes it; None drops a key."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -68,7 +68,7 @@ def config_json(shape: str = "gqa", **changes) -> dict:
 
 
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors, of a scale that makes greedy outputs diverse."""
+    """Draw a checkpoint's tensors, at a scale that makes greedy outputs diverse."""
     rng = np.random.default_rng(seed)
     d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     n, k, vocab = (
@@ -135,7 +135,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], shards: int = 1) ->
 
 
 def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of printable ASCII, one token a character, with an end token and a template."""
+    """Make a tokenizer of printable ASCII: one token a character, an end token, a template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ascii_first = sorted(alphabet, key=lambda sign: (ord(sign) > 126 and sign != "Ġ", sign))
     vocab = {sign: i for i, sign in enumerate(["<end>", *ascii_first[: size - 1]])}
@@ -151,7 +151,7 @@ def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    """Random token ids, the same for the same arguments."""
+    """Draw random token ids, the same for the same arguments."""
     return np.random.default_rng((seed, length)).integers(0, VOCAB, length).tolist()
 
 
@@ -164,7 +164,7 @@ def greedy(max_tokens: int = NEW, **options) -> SamplingParams:
 
 
 def tokens(llm, prompts, params) -> list[list[int]]:
-    """What `generate` returns, the token ids alone; a request that failed fails the test."""
+    """Generate, and return the token ids alone; a request that failed fails the test."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert not [output["error"] for output in outputs if "error" in output]
     return [output["token_ids"] for output in outputs]
@@ -247,7 +247,7 @@ class FakeFuture:
 
 
 def drain(llm) -> tuple[dict[int, list[int]], list[int]]:
-    """Step until all is done: {request id: tokens}, and the counts of each step."""
+    """Step until all is done; return {request id: tokens} and the count of each step."""
     results, counts = {}, []
     while not llm.is_finished():
         finished, num_tokens = llm.step()
