@@ -1,0 +1,1 @@
+"""The tools behind the commands of `nanovllm-jax`; each is imported when its command runs."""
