@@ -1,7 +1,7 @@
 """Measures the demo model through the engine: how many of its answers and stories are right."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from nanovllm_jax import LLM, SamplingParams
 from scripts import demo_data, stories
@@ -20,9 +20,8 @@ def complete(llm: LLM, prompts: Sequence[str], max_tokens: int) -> list[tuple[st
 
 def wrong_answers(llm: LLM, turns: Sequence[Turn]) -> list[tuple[Turn, str]]:
     """Returns the questions whose greedy answer is not right to the last character, or goes on."""
-    longest = max(len(llm.tokenizer(turn.answer)["input_ids"]) for turn in turns)
-    prompts = [demo_data.chat_prompt(turn.question) for turn in turns]
-    answers = complete(llm, prompts, longest + 1)
+    longest = max(len(turn.answer) for turn in turns) + 1  # characters: never fewer than tokens
+    answers = complete(llm, [demo_data.chat_prompt(turn.question) for turn in turns], longest)
     return [
         (turn, text)
         for turn, (text, ended) in zip(turns, answers, strict=True)
@@ -68,10 +67,8 @@ def _evaluate_stories(llm: LLM, count: int) -> dict[str, float]:
     return {name: sum(values) / count for name, values in good.items()}
 
 
-def samples(llm: LLM) -> Iterator[str]:
-    """Yields two stories to look at, one asked for and one begun."""
-    begin = "Once upon a time"
-    request = demo_data.story_request("fox", "lantern")
-    (asked, _), (begun, _) = complete(llm, [demo_data.chat_prompt(request), begin], MAX_STORY)
-    yield f"> {request}\n{asked}"
-    yield begin + begun
+def samples(llm: LLM) -> list[str]:
+    """Tells two stories to look at, one that was asked for and one that was begun."""
+    request, begin = demo_data.story_request("fox", "lantern"), "Once upon a time"
+    (asked, _), (told, _) = complete(llm, [demo_data.chat_prompt(request), begin], MAX_STORY)
+    return [f"> {request}\n{asked}", begin + told]

@@ -121,7 +121,7 @@ def main() -> None:
     export(new, trainer, tokenizer)
     with LLM(str(new), max_num_seqs=128, max_model_len=512, num_kvcache_blocks=512) as llm:
         result: dict[str, Any] = demo_evaluation.evaluate(llm, recipe.questions, recipe.stories)
-        samples = list(demo_evaluation.samples(llm))
+        samples = demo_evaluation.samples(llm)
     result |= {"steps": recipe.steps, "minutes": round((time.time() - started) / 60, 1)}
     log("evaluated")
     write_json(new / "evaluation.json", result)
@@ -362,7 +362,8 @@ def _without_norms(params: nnx.State) -> Any:
 
 def checkpoint(config: ModelConfig, params: nnx.State) -> dict[str, np.ndarray]:
     """Splits the parameters into the tensors of a checkpoint, in the config's dtype."""
-    values = {".".join(path): np.asarray(value[...]) for path, value in nnx.to_flat_state(params)}
+    flat = nnx.to_flat_state(params)
+    values = {".".join(map(str, path)): np.asarray(value[...]) for path, value in flat}
     tensors = {}
     for path, source in sources(config).items():
         layers = values[path] if path.startswith(f"{STACKED}.") else values[path][None]
