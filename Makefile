@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed  ## nano-vLLM's benchmark on random Qwen3-0.6B weights (BENCH_ARGS=...)
-	$(BIN)/python scripts/bench.py $(or $(BENCH_ARGS),--random-weights 0.6B)
+	$(BIN)/python -m nanovllm_jax bench $(or $(BENCH_ARGS),--random-weights 0.6B)
 
 clean:  ## remove the environment, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,17 @@
 """LLM: the one class that most programs need."""
 
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import Any
+
+from tqdm import tqdm
+
 from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.request import Outbox, Prompt, Request, take_news
+from nanovllm_jax.sampling_params import SamplingParams
+
+Message = dict[str, Any]  # {"role": "user", "content": "..."}
 
 
 class LLM(LLMEngine):
@@ -8,34 +19,38 @@ class LLM(LLMEngine):
 
     Args:
         model: local directory with config.json, safetensors weights and tokenizer files.
-        max_num_batched_tokens: most prompt tokens of one step; at least max_model_len.
-        max_num_seqs: most sequences in flight at once.
-        max_model_len: longest sequence, prompt and completion; capped to the model's
+        max_num_batched_tokens: most prompt tokens of one step (default 16384); at least
+            max_model_len.
+        max_num_seqs: most sequences in flight at once (default 512).
+        max_model_len: longest sequence, prompt and completion (default 4096); capped to the model's
             max_position_embeddings.
         gpu_memory_utilization: share, in (0, 1], of the memory that JAX holds of each GPU to use
-            for weights, steps and KV cache.
-        tensor_parallel_size: devices to split the model over, 1 to 8.
+            for weights, steps and KV cache (default 0.9).
+        tensor_parallel_size: devices to split the model over, 1 to 8 (default 1).
         mesh_shape: instead, devices along each axis of the mesh, {"data": 2, "tensor": 4}: "data"
             splits the sequences and their cache, "tensor" the model. num_kvcache_blocks is then
             the size of one data shard's cache.
         sharding_rules: changes to nanovllm_jax.sharding.DEFAULT_RULES, logical axis -> mesh axis,
             a list of them, or None.
         enforce_eager: run operation by operation, without compiling the model; to debug.
-        kvcache_block_size: tokens of a KV-cache block, a multiple of 256.
-        num_kvcache_blocks: size of the KV cache; None fills the memory.
-        dtype: "float32" or "bfloat16"; None takes config.json's, and float32 on a CPU.
+        kvcache_block_size: tokens of a KV-cache block, a multiple of 256 (default 256).
+        num_kvcache_blocks: size of the KV cache; None, the default, fills the memory.
+        dtype: "float32" or "bfloat16"; None, the default, takes config.json's, and float32 on a
+            CPU.
         kv_cache_dtype: "fp8" keeps keys and values as float8_e4m3fn, in half the memory of bfloat16
-            and read in half the time; "auto" keeps them in `dtype`.
-        seed: of the random streams of requests that name none.
+            and read in half the time; "auto", the default, keeps them in `dtype`.
+        seed: the random streams' seed for requests that name none (default 0).
         async_scheduling: let the device run one step ahead of the host; off only to debug.
-        attention_backend: "triton" or "mosaic" (GPU), "xla", or "auto", the fastest.
+        attention_backend: "triton" or "mosaic" (GPU), "xla", or "auto", the default and fastest.
         load_format: "auto" reads the weights; "dummy" makes random ones, to measure speed.
 
     Raises:
         AssertionError: `model` is no local directory with a config.json.
         TypeError: an option is unknown (the nearest valid one is named) or of the wrong type.
-        ValueError: an option lies out of range, or the checkpoint does not fit its config.json.
+        ValueError: an option lies out of range, the checkpoint does not fit its config.json, or
+            there is no memory for a KV cache.
         FileNotFoundError: the directory has no safetensors file.
+        MemoryError: the devices' memory does not suffice; the message has numbers and remedies.
 
     Example:
         >>> from nanovllm_jax import LLM, SamplingParams
@@ -43,3 +58,161 @@ class LLM(LLMEngine):
         ...     outputs = llm.generate(["Hello."], SamplingParams(temperature=0.6, max_tokens=256))
         >>> outputs[0]["text"]
     """
+
+    def generate(
+        self,
+        prompts: Items[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams],
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Complete all prompts.
+
+        Args:
+            prompts: texts or lists of token ids, also mixed.
+            sampling_params: one for all prompts, or exactly one for each.
+            use_tqdm: show completed requests and live prefill and decode tokens/s.
+
+        Returns:
+            In the order of the prompts: {"text": str, "token_ids": list[int]}. `token_ids` holds
+            the completion, with the token that ended it; `text` leaves out special tokens. A
+            request that outgrew the KV cache also has "error": str and what it got so far.
+
+        Raises:
+            TypeError, ValueError: a request could never run; nothing has been started then.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list of prompts, got one string")
+        params = _one_for_each(prompts, sampling_params)
+        commands = [self._check(p, s) for p, s in zip(prompts, params, strict=True)]
+        outbox: Outbox = {}
+        requests = [self._add(command, outbox) for command in commands]
+        results: dict[Request, dict[str, Any]] = {}
+        try:
+            with _Progress(len(requests), disable=not use_tqdm) as progress:
+                while len(results) < len(requests):
+                    num_tokens = self._run_round()
+                    ended = [request for request in take_news(outbox) if request.is_finished]
+                    results |= {request: _result(request) for request in ended}
+                    progress.update(num_tokens, len(results))
+        except BaseException:
+            self.abort_request([request.request_id for request in requests])
+            raise
+        return [results[request] for request in requests]
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Items[SamplingParams],
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer one conversation, or each of several, through the model's chat template.
+
+        Args:
+            messages: a conversation's messages, {"role": ..., "content": ...} each; or a list of
+                conversations.
+            sampling_params, use_tqdm: as for `generate`.
+            chat_template: a Jinja template in place of the tokenizer's.
+            add_generation_prompt: end the prompt with the beginning of an answer.
+            continue_final_message: let the model continue the last message instead.
+            tools: function descriptions for the template.
+            chat_template_kwargs: further values for the template, such as enable_thinking=False.
+
+        Returns:
+            As `generate`, one for each conversation.
+
+        Raises:
+            TypeError, ValueError: as `generate`; also if there is no tokenizer or no template.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.config.model} has no tokenizer, so no chat template")
+        if not messages or not isinstance(messages, list):
+            raise TypeError(f"messages must be a list of messages, got {messages!r:.80}")
+        conversations = messages if isinstance(messages[0], list) else [messages]
+        prompts = [
+            self.tokenizer.apply_chat_template(
+                conversation,  # pyright: ignore[reportArgumentType]
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tools=tools,  # pyright: ignore[reportArgumentType]
+                tokenize=False,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        # The template has written the special tokens already.
+        token_ids = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompts]  # pyright: ignore[reportArgumentType]
+        return self.generate(token_ids, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[list[int]]:
+        """Complete one prompt, yielding new token ids as they come; closing it ends the request.
+
+        Several streams may run at once, and beside requests of `add_request`.
+
+        Raises:
+            TypeError, ValueError: as `add_request`, at the first token.
+            RuntimeError: the request outgrew the KV cache.
+        """
+        request = self._add(self._check(prompt, sampling_params), {})
+        seq, seen = request.seq, request.seq.num_prompt_tokens
+        try:
+            while seen < seq.num_tokens or not seq.is_finished:
+                if seen == seq.num_tokens:  # else another caller's round has brought tokens
+                    self._run_round()
+                new, seen = seq.token_ids[seen:], seq.num_tokens
+                if new:
+                    yield new
+        finally:
+            self.abort_request(request.request_id)
+        if seq.error:
+            raise RuntimeError(seq.error)
+
+
+def _one_for_each(
+    prompts: Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams]
+) -> list[SamplingParams]:
+    if isinstance(sampling_params, SamplingParams):
+        return [sampling_params] * len(prompts)
+    params = list(sampling_params)
+    if len(params) != len(prompts):
+        raise ValueError(
+            f"got {len(prompts)} prompts and {len(params)} sampling_params; pass one for all "
+            f"prompts or one for each"
+        )
+    return params
+
+
+def _result(request: Request) -> dict[str, Any]:
+    output = request.output()
+    [completion] = output.outputs
+    result: dict[str, Any] = {"text": completion.text, "token_ids": completion.token_ids}
+    return result | ({"error": output.error} if output.error else {})
+
+
+class _Progress:
+    """Shows a bar of completed requests with the current prefill and decode rates."""
+
+    def __init__(self, total: int, disable: bool):
+        self.bar = tqdm(total=total, desc="Generating", dynamic_ncols=True, disable=disable)
+        self.rates = {"Prefill": "0tok/s", "Decode": "0tok/s"}
+        self.last = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.bar.close()
+
+    def update(self, num_tokens: int, completed: int) -> None:
+        now = time.perf_counter()
+        kind = "Prefill" if num_tokens > 0 else "Decode"
+        self.rates[kind] = f"{int(abs(num_tokens) / (now - self.last))}tok/s"
+        self.last = now
+        self.bar.set_postfix(self.rates, refresh=False)
+        self.bar.update(completed - self.bar.n)

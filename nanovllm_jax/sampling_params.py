@@ -1,6 +1,7 @@
 """SamplingParams: how one request's tokens are drawn and when it ends."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanovllm_jax.checks import check_types, check_values
@@ -19,8 +20,8 @@ class SamplingParams:
         min_p: drop tokens less likely than min_p times the likeliest; 0 keeps all.
         seed: the request's random stream; the same seed gives the same tokens in any batch.
             None takes one from the engine's seed and the request's number.
-        stop_token_ids: further tokens that end the request (kept in the output, like EOS;
-            they end it under ignore_eos as well).
+        stop_token_ids: further tokens that end the request. They stay in the output, like EOS, and
+            end it under ignore_eos as well.
         detokenize: decode the output into text; False leaves the text empty.
 
     Raises:
@@ -34,24 +35,23 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Collection[int] | None = None
     detokenize: bool = True
 
     def __post_init__(self):
-        check_types(self)
-        rules = {
+        check_types(self, vars(self))
+        requirements = {
             "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "top_k": (self.top_k >= -1, "positive, or 0 or -1 to keep all"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
         }
-        check_values(self, rules)
-        stop = self.stop_token_ids if self.stop_token_ids is not None else ()
-        if isinstance(stop, str | int):
+        check_values(self, requirements)
+        stop = self.stop_token_ids
+        if isinstance(stop, str) or not isinstance(stop, Collection | None):
             raise TypeError(f"stop_token_ids must be a list of token ids, got {stop!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(stop))
-        for token in self.stop_token_ids:
+        for token in stop or ():
             if isinstance(token, bool) or not isinstance(token, int):
                 raise TypeError(f"each of stop_token_ids must be an integer, got {token!r}")
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 MESH_AXES = ("data", "tensor")
 
-Rule = str | tuple[str, ...] | None  # the mesh axis or axes that a logical axis is split over
+Rule = str | tuple[str, ...] | None  # The mesh axis or axes that a logical axis is split over.
 
 # Logical axis -> mesh axis. "tensor" is Megatron's tensor parallelism (arXiv:1909.08053): attention
 # is split by KV head together with the query heads that share it, the MLP by its hidden units,
@@ -49,6 +49,10 @@ class Sharding:
         """How many shards a logical axis is cut into."""
         return math.prod(self.mesh.shape[mesh_axis] for mesh_axis in self.mesh_axes(axis))
 
+    def local_shape(self, shape: Sequence[int], axes: Sequence[str | None]) -> tuple[int, ...]:
+        """The shape of a device's shard of an array whose dimensions carry these logical names."""
+        return tuple(n // self.size(axis) for n, axis in zip(shape, axes, strict=True))
+
     def spec(self, *axes: str | None) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions carry these logical names (None: unnamed).
 
@@ -73,13 +77,11 @@ class Sharding:
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
-    @property
-    def by_device(self) -> PartitionSpec:
-        """Of an array [devices, ...] with a row for each device of the mesh."""
-        return PartitionSpec(self.mesh.axis_names)
-
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Tell the compiler the layout of an intermediate array; axes too short stay whole."""
+        """Tell the compiler how an intermediate array is sharded.
+
+        Axes that do not divide evenly are left unsharded.
+        """
         fitting = [a if n % self.size(a) == 0 else None for a, n in zip(axes, x.shape, strict=True)]
         return jax.lax.with_sharding_constraint(x, self.named(*fitting))
 
@@ -92,7 +94,7 @@ class Sharding:
 
 
 def place(x: np.ndarray | Array, sharding: NamedSharding) -> Array:
-    """An array that each process has whole, laid out over the mesh: each shard from its process."""
+    """Shard an array, of which every process holds a full copy, over the mesh."""
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -103,16 +105,15 @@ def make_sharding(
     rules: Mapping[str, Rule] | None = None,
     devices: Sequence | None = None,
 ) -> Sharding:
-    """A mesh of the first devices, and the default rules changed by `rules`.
+    """Make a mesh of the first devices, with the rules that say how arrays are laid out over it.
 
     Args:
-        mesh_shape: devices along each of MESH_AXES; 1 where one is left out.
-        rules: logical axis -> mesh axis (or several, or None: not split).
+        mesh_shape: devices along each of MESH_AXES; an axis that is left out has 1.
+        rules: as `merge_rules` returns them; default: DEFAULT_RULES.
         devices: instead of all that are visible; they may be ones that are only compiled for.
 
     Raises:
-        ValueError: a rule names an unknown axis, rules that belong together differ, or fewer
-            devices are visible.
+        ValueError: fewer devices are visible, or a process would be left without any.
     """
     devices = jax.devices() if devices is None else devices  # of all processes
     shape = tuple(mesh_shape.get(axis, 1) for axis in MESH_AXES)
@@ -130,11 +131,15 @@ def make_sharding(
             f"{max(left_out)} without any: ask for all {len(devices)}"
         )
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=used)
-    return Sharding(mesh, merge_rules(rules or {}))
+    return Sharding(mesh, DEFAULT_RULES if rules is None else rules)
 
 
 def merge_rules(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-    """DEFAULT_RULES changed by `rules`, checked; see `make_sharding`."""
+    """Change DEFAULT_RULES by the user's `rules`: logical axis -> mesh axis, several, or None.
+
+    Raises:
+        ValueError: a rule names an unknown axis, or rules that belong together differ.
+    """
     for axis, rule in rules.items():
         if axis not in DEFAULT_RULES:
             near = difflib.get_close_matches(axis, DEFAULT_RULES, n=1, cutoff=0)[0]

@@ -1,7 +1,8 @@
-"""Checkpoints into sharded arrays: safetensors only, one layer's tensors on the host at a time."""
+"""Reads checkpoints into sharded arrays: safetensors only, one layer on the host at a time."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -9,52 +10,40 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
-from nanovllm_jax.config import ModelConfig, read_json
-from nanovllm_jax.models import Qwen3
+from nanovllm_jax.models import ModelConfig, parameters
+from nanovllm_jax.models.checkpoint import STACKED, sources, tensor_shapes
+from nanovllm_jax.models.config import read_json
 from nanovllm_jax.sharding import Sharding, place
 
 INDEX = "model.safetensors.index.json"
-STACKED = "layers"  # parameters whose path begins so carry a leading axis of layers
 
-# (parameter path, layer number, shape of one layer's parameter) -> its value
-Source = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
+# Maps (parameter path, layer number, shape of one layer's parameter) to its value.
+GetValue = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
 
 
-def load_weights(
-    model: type[Qwen3], config: ModelConfig, sharding: Sharding, directory: Path
-) -> nnx.State:
-    """The model's parameters, from a Hugging Face checkpoint straight into their shards.
+def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nnx.State:
+    """Read a Hugging Face checkpoint straight into the shards of the model's parameters.
 
     Raises:
         FileNotFoundError: there is no safetensors file, or the index names one that is not there.
         ValueError: a file is damaged, or weights are missing, unexpected or wrongly shaped; the
             message names them.
     """
-    checkpoint = Checkpoint(directory)
-    abstract = abstract_weights(model, config, sharding)
-    sources = {
-        path: model.checkpoint_tensors(config, ".".join(map(str, path)))
-        for path, _ in nnx.to_flat_state(abstract)
-    }
-    expected = {}
-    for path, (tensors, _) in sources.items():
-        layers = range(config.num_layers if path[0] == STACKED else 1)
-        expected |= {name.format(i=i): shape for i in layers for name, shape in tensors}
-    checkpoint.check(expected, tied=config.tie_word_embeddings)
+    checkpoint, table = Checkpoint(directory), sources(config)
+    checkpoint.check(tensor_shapes(config), tied=config.tie_word_embeddings)
 
     def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-        tensors, join = sources[path]
-        return join(*(checkpoint.read(name.format(i=layer)) for name, _ in tensors))
+        source = table[".".join(map(str, path))]
+        return source.join(*(checkpoint.read(name.format(i=layer)) for name, _ in source.tensors))
 
-    return _place(abstract, read)
+    return _place(abstract_weights(config, sharding), read)
 
 
-def random_weights(
-    model: type[Qwen3], config: ModelConfig, sharding: Sharding, seed: int
-) -> nnx.State:
-    """Random parameters of the right shapes, made on the devices: speed without a checkpoint."""
+def random_weights(config: ModelConfig, sharding: Sharding, seed: int) -> nnx.State:
+    """Make random parameters on the devices, to measure speed without a checkpoint."""
     root = jax.random.key(seed)
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     count = 0
@@ -66,23 +55,81 @@ def random_weights(
             return jnp.ones(shape, config.dtype)
         return normal(jax.random.fold_in(root, count), shape, config.dtype) * 0.02
 
-    return _place(abstract_weights(model, config, sharding), draw)
+    return _place(abstract_weights(config, sharding), draw)
 
 
-def abstract_weights(model: type[Qwen3], config: ModelConfig, sharding: Sharding) -> nnx.State:
-    """The model's parameters as shapes, types and layouts, without their values."""
+def abstract_weights(config: ModelConfig, sharding: Sharding) -> nnx.State:
+    """The model's parameters as shapes, dtypes and shardings, without their values."""
 
     def lay_out(path: tuple, param: nnx.Variable) -> nnx.Variable:
         axes, value = param.get_metadata()["axes"], param.get_value()
         layout = sharding.named(*(("layers",) if path[0] == STACKED else ()), *axes)
         return param.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=layout))
 
-    whole = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
-    return nnx.map_state(lay_out, nnx.state(whole, nnx.Param))
+    return nnx.map_state(lay_out, parameters(config))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["order"])
+@dataclass(frozen=True)
+class LayerWeights:
+    """One weight as separate per-layer arrays, the layout in which a CPU multiplies fastest.
+
+    Each layer's axes are transposed into `order`. XLA forwards the slices of `stacked()` to their
+    origins, for this and for both transpositions; from one stacked array it would copy each layer's
+    slice once a step.
+    """
+
+    layers: tuple[Array, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def from_stacked(cls, weight: Array, axes: tuple[str, ...]) -> "LayerWeights":
+        """Split a weight [L, *axes], to be multiplied with activations.
+
+        Weights of three axes or more get their inputs first, [*in, *out]: XLA multiplies with
+        matrices, which it would make of the other order by a transposition at each use.
+        """
+        order = list(range(len(axes)))
+        if len(axes) > 2:  # a product into the hidden size, or out of it
+            order = order[-1:] + order[:-1] if axes[-1] == "embed" else order[1:] + order[:1]
+        layers = tuple(weight[i].transpose(order) for i in range(len(weight)))
+        return cls(layers, tuple(order))
+
+    def stacked(self) -> Array:
+        """The weight [L, *axes]."""
+        order = [self.order.index(i) for i in range(len(self.order))]
+        return jnp.stack([w.transpose(order) for w in self.layers])
+
+
+Weight = Array | LayerWeights
+
+
+def layers_apart(weights: nnx.State) -> list[Weight]:
+    """Turn the stacked weights of the layers into `LayerWeights`, freeing the originals.
+
+    Returns:
+        The flat list of weights that a step takes. (On a GPU it takes `jax.tree.leaves(weights)`:
+        products read their slices of a stack in place there.)
+    """
+    variables = jax.tree.leaves_with_path(weights, is_leaf=lambda x: isinstance(x, nnx.Param))
+    apart: list[Weight] = []
+    for path, param in variables:
+        weight = param.get_value()
+        if path[0].key == STACKED:
+            apart.append(LayerWeights.from_stacked(weight, param.get_metadata()["axes"]))
+            weight.delete()
+        else:
+            apart.append(weight)
+    return apart
+
+
+def stack(weights: list[Weight]) -> list[Array]:
+    """The weights as `abstract_weights` describes them; for use inside a compiled step."""
+    return [w.stacked() if isinstance(w, LayerWeights) else w for w in weights]
 
 
 class Checkpoint:
-    """The tensors of a directory's safetensors files, by name, read when asked for."""
+    """Reads the tensors of a directory's safetensors files by name, when asked for."""
 
     def __init__(self, directory: Path):
         if (directory / INDEX).is_file():
@@ -142,18 +189,18 @@ def _fill(stacked: jax.Array, value: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, value, layer, axis=0)
 
 
-def _place(abstract: nnx.State, source: Source) -> nnx.State:
-    """Make the arrays that `abstract` describes on the mesh, each parameter taken from `source`."""
+def _place(abstract: nnx.State, get_value: GetValue) -> nnx.State:
+    """Make the arrays that `abstract` describes on the mesh, with values from `get_value`."""
 
     def make(path: tuple, param: nnx.Variable) -> nnx.Variable:
         like = param.get_value()
         if path[0] != STACKED:
-            value = source(path, 0, like.shape).astype(like.dtype)
+            value = get_value(path, 0, like.shape).astype(like.dtype)
             return param.replace(place(value, like.sharding))
         layout = NamedSharding(like.sharding.mesh, PartitionSpec(*like.sharding.spec[1:]))
         stacked = jnp.zeros(like.shape, like.dtype, device=like.sharding)
         for i in range(len(stacked)):
-            value = source(path, i, like.shape[1:]).astype(like.dtype)
+            value = get_value(path, i, like.shape[1:]).astype(like.dtype)
             stacked = _fill(stacked, place(value, layout), i)
         return param.replace(stacked)
 

@@ -1,41 +1,32 @@
-"""scripts/bench.py: its workload is nano-vLLM's, its arithmetic is right, and it runs."""
+"""`nanovllm-jax bench`: its workload is nano-vLLM's, its arithmetic is right, and it runs."""
 
-import importlib.util
 import json
 import random
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.cli import main
+from nanovllm_jax.tools import bench
+from nanovllm_jax.tools.shapes import QWEN3, write_config
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 SMALL = ["--requests", "8", "--max-len", "64", "--runs", "2", "--latency-tokens", "4"]
 ENGINE = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-batched-tokens", "256",
           "--max-num-seqs", "16", "--num-kvcache-blocks", "20"]  # fmt: skip
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = load_script()
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     """A tiny model's directory: a config.json is all that random weights need."""
     path = tmp_path_factory.mktemp("tiny")
-    shape = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                 num_attention_heads=2, num_key_value_heads=1, head_dim=16)  # fmt: skip
-    (path / "config.json").write_text(
-        json.dumps(bench.qwen3_config("0.6B") | shape | {"torch_dtype": "float32"})
-    )
+    tiny = replace(
+        QWEN3["0.6B"], vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,
+        num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32",
+    )  # fmt: skip
+    write_config(tiny, path)
     return path
 
 
@@ -57,21 +48,10 @@ def test_context_tokens_counts_what_each_decode_step_attends_to():
     assert work.context_tokens == 4 + 5 + 6  # the first token of each comes from its prefill
 
 
-@pytest.mark.parametrize(
-    ("size", "billions", "kv_bytes"),
-    [("0.6B", 0.596, 114688), ("8B", 7.57, 147456), ("32B", 31.98, 262144)],
-)
-def test_traffic_of_the_published_sizes(tmp_path, size, billions, kv_bytes):
-    (tmp_path / "config.json").write_text(json.dumps(bench.qwen3_config(size)))
-    traffic = bench.Traffic.of(ModelConfig.from_directory(tmp_path), "auto")
-    assert traffic.weights_per_step == pytest.approx(2e9 * billions, rel=2e-3)
-    assert traffic.kv_per_token == kv_bytes
-
-
 def test_all_measurements_run_and_are_written_as_one_json_line(model_dir, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     argv = [str(model_dir), "--all", "--bandwidth", "0.01", "--json", str(out), *SMALL, *ENGINE]
-    assert bench.main(argv) == 0
+    assert main(["bench", *argv]) == 0
     (line,) = out.read_text().splitlines()
     result = json.loads(line)
     work = bench.random_workload(0, 8, 64, 300)
@@ -85,16 +65,31 @@ def test_all_measurements_run_and_are_written_as_one_json_line(model_dir, tmp_pa
 
 
 def test_without_a_known_bandwidth_no_share_is_printed(model_dir, capsys):
-    assert bench.main([str(model_dir), *SMALL, *ENGINE]) == 0
+    assert main(["bench", str(model_dir), *SMALL, *ENGINE]) == 0
     assert "memory" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [[], [str(SCRIPT.parent)], ["dir", "--random-weights", "8B"], ["--random-weights", "9B"],
-     ["--random-weights", "8B", "--runs", "0"], ["--random-weights", "8B", "--detokenize"]],
-)  # fmt: skip
-def test_a_bad_command_line_is_refused(argv):
-    with pytest.raises(SystemExit) as ended:
-        bench.main(argv)
-    assert ended.value.code == 2
+    ("argv", "message"),
+    [
+        ([], "either MODEL_DIR or --random-weights"),
+        (["/no/such/model"], "/no/such/model"),
+        (["dir", "--random-weights", "8B"], "either MODEL_DIR or --random-weights"),
+        (["--random-weights", "9B"], "9B"),
+        (["--random-weights", "8B", "--runs", "0"], "--runs must be positive, got 0"),
+        (["--random-weights", "8B", "--max-len", "1"], "--max-len must be at least 2, got 1"),
+        (["--random-weights", "8B", "--detokenize"], "tokenizer"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_status_2(capsys, argv, message):
+    assert main(["bench", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nanovllm-jax: error: ") and message in line
+
+
+def test_the_script_that_people_know_runs_the_command():
+    script = Path(__file__).parents[1] / "scripts" / "bench.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "usage: nanovllm-jax bench" in done.stdout

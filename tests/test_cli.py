@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import nanovllm_jax
-from nanovllm_jax.__main__ import COMMANDS, TextStream, main
+from nanovllm_jax import cli as command_line
+from nanovllm_jax.cli import main
+from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.tools import profile
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -78,14 +82,14 @@ class Bytes:
 
 def test_a_character_of_several_tokens_is_printed_whole():
     text = "aé€😀z"
-    stream = TextStream(Bytes())
+    stream = Detokenizer(Bytes())
     pieces = [stream.push([byte]) for byte in text.encode()]
     assert [piece for piece in pieces if piece] == list(text)
     assert stream.flush() == ""
 
 
 def test_an_incomplete_end_is_printed_by_flush():
-    stream = TextStream(Bytes())
+    stream = Detokenizer(Bytes())
     assert stream.push([*b"ab", 0xE2]) == ""
     assert stream.flush() == "ab\ufffd"
 
@@ -159,9 +163,27 @@ def test_interrupting_ends_with_status_130(cli, capsys, monkeypatch):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_tool_is_reached_by_its_name_and_a_prompt_of_that_name_after_dashes(
+def test_a_tool_is_reached_by_its_name_and_a_prompt_of_that_name_after_an_option(
     cli, capsys, monkeypatch
 ):
-    monkeypatch.setitem(COMMANDS, "profile", lambda argv: 40 + len(argv))
+    monkeypatch.setattr(profile, "main", lambda argv: 40 + len(argv))
     assert main(["profile", "a", "b"]) == 42
     assert cli("--max-tokens", "2", "profile") == 0
+    assert capsys.readouterr().out
+
+
+def test_steps_are_no_larger_than_the_prompts_can_be(model_dir, monkeypatch):
+    monkeypatch.setattr(command_line, "LLM", lambda model, **options: options)
+    given = {"max_num_seqs": 2, "max_num_batched_tokens": 256}  # the model's longest
+    assert command_line._load(model_dir, 2, {}) == given
+    options = {"max_model_len": 128, "max_num_seqs": 5}
+    assert command_line._load(model_dir, 2, options) == {**options, "max_num_batched_tokens": 128}
+
+
+def test_messages_of_the_engine_go_to_standard_error(capsys, monkeypatch):
+    logger = logging.getLogger("nanovllm_jax")
+    monkeypatch.setattr(command_line, "generate", lambda argv: logger.info("KV cache") or 0)
+    assert main(["hi"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "KV cache\n")
+    assert not logger.handlers

@@ -1,27 +1,49 @@
-"""scripts/compare: equal work for every engine, rules that are enforced, one report of it all."""
+"""Comparing engines: equal work for all of them, rules that are enforced, one report."""
 
-import contextlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
-from nanovllm_jax.__main__ import UsageError
+from nanovllm_jax import cli
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.tools import roofline, shapes
+from nanovllm_jax.tools.bench import Workload as Requests
+from nanovllm_jax.tools.compare import (
+    adapters,
+    machine,
+    main,
+    random_model,
+    report,
+    results,
+    worker,
+    workloads,
+)
+from nanovllm_jax.tools.compare.job import Case, Job
+from nanovllm_jax.tools.compare.results import (
+    Absent,
+    Check,
+    Failure,
+    Machine,
+    Profile,
+    Results,
+    Run,
+    Settings,
+    Skip,
+    Start,
+    Task,
+)
+from nanovllm_jax.tools.options import UsageError
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import bench  # noqa: E402
-from compare import machine, main, profiling, random_model, report, worker, workloads  # noqa: E402
-from compare.adapters import ENGINES  # noqa: E402
-
-TINY = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-            max_position_embeddings=512, eos_token_id=2)  # fmt: skip
+TINY = replace(
+    shapes.QWEN3["0.6B"], vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,
+    num_heads=2, num_kv_heads=1, head_dim=16, max_position_embeddings=512, eos_token_ids=(2,),
+)  # fmt: skip
 SMALL = workloads.Scale(
     prompt=4, output=5, prefill=(2, 8), prefix=(3, 6, 2, 2), stream=(3, 8, 4), rate=100.0,
     bench=(4, 8), max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64,
@@ -30,7 +52,7 @@ SMALL = workloads.Scale(
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return random_model.write(tmp_path_factory.mktemp("tiny"), bench.qwen3_config("0.6B") | TINY)
+    return random_model.write(tmp_path_factory.mktemp("tiny"), TINY)
 
 
 # --- the command line ---
@@ -42,22 +64,23 @@ def model_dir(tmp_path_factory):
         (["--engines", "sglang"], "--engines sglang is not known"),
         (["--workloads", "batch2"], "--workloads batch2 is not known"),
         (["--engines", ","], "--engines is empty"),
-        (["--random-weights", "9B"], "9B is no published size"),
+        (["--random-weights", "9B"], "9B"),
         (["--random-weights", "8B", "--model", "m"], "not both"),
-        (["--limit", "vllm=soon"], "--limit vllm=soon is not"),
-        (["--limit", "-3"], "--limit -3 is not"),
+        (["--limit", "vllm=soon"], "vllm=soon is not"),
+        (["--limit", "-3"], "-3 is not"),
         (["--python-path", "vllm=/no/such/folder"], "is not ENGINE=DIR"),
-        (["--runs", "0"], "--runs 0 must be at least 1"),
-        (["--rate", "0"], "--rate 0.0 must be positive"),
-        (["--temperature", "-1"], "must not be negative"),
+        (["--runs", "0"], "--runs must be positive, got 0"),
+        (["--rate", "0"], "--rate must be positive"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--from", "no-such.jsonl"], "--from no-such.jsonl is not there"),
+        (["--picture", "x.png"], "name them with --from"),
         (["--model", "no-such-model"], "it has no config.json"),
         (["--colour"], "--colour"),
     ],
 )
 def test_bad_usage_is_one_line_and_names_the_value(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main.main(argv) == 2
+    assert cli.main(["compare", *argv]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -78,19 +101,18 @@ def test_the_order_of_engines_alternates():
 
 @pytest.mark.parametrize("name", workloads.NAMES)
 def test_warm_up_has_other_tokens_of_the_same_kind(name):
-    timed, again = (asdict(workloads.make(name, SMALL, 0, 300)) for _ in range(2))
-    warm_up = asdict(workloads.make(name, SMALL, 1, 300))
-    assert worker.digest(timed) == worker.digest(again)
-    assert worker.digest(timed) != worker.digest(warm_up)
-    assert timed["parts"].keys() == warm_up["parts"].keys()
-    waves = [wave for part in timed["parts"].values() for wave in part]
+    timed, again = (workloads.make(name, SMALL, 0, 300) for _ in range(2))
+    warm_up = workloads.make(name, SMALL, 1, 300)
+    assert timed.digest == again.digest != warm_up.digest
+    assert timed.parts.keys() == warm_up.parts.keys()
+    waves = [wave for part in timed.parts.values() for wave in part]
     longest = max(len(p) + n for wave in waves for p, n in zip(*wave, strict=True))
     assert longest <= SMALL.max_model_len
     assert all(0 <= token < 300 for prompts, _ in waves for prompt in prompts for token in prompt)
 
 
 def test_the_bench_at_full_size_is_nano_vllms():
-    work = workloads.make("bench", workloads.SCALES["gpu"], 0, 151936).work
+    work = workloads.requests(workloads.make("bench", workloads.SCALES["gpu"], 0, 151936))
     assert (work.prompt_tokens, work.output_tokens) == (142_827, 133_966)
 
 
@@ -111,24 +133,22 @@ def test_arrivals_have_the_rate_that_was_asked_for():
     assert len(arrivals) / arrivals[-1] == pytest.approx(50, rel=0.1)
 
 
-def test_need_counts_what_a_step_cannot_avoid(model_dir):
-    config = ModelConfig.from_directory(model_dir)
+def test_the_least_work_is_what_no_engine_can_avoid():
+    costs = roofline.CostModel(TINY, shapes.parameters(TINY))
     q, kv, hidden, mlp, head = 32, 16, 32, 64, 300 * 32
-    layer = hidden * (2 * q + 2 * kv) + 3 * hidden * mlp + 2 * 16 + 2 * hidden
-    need = workloads.Need.of(bench.Workload([[0] * 3], [3]), config)
+    layer, norms = hidden * (2 * q + 2 * kv) + 3 * hidden * mlp, 2 * 16 + 3 * hidden
+    least = workloads.least_work(Requests([[0] * 3], [3]), costs)
     # Five tokens go through the layers, three through the head; token i has i + 1 keys.
-    pairs = 1 + 2 + 3 + 4 + 5
-    products = 2 * (5 * (layer + hidden) + 3 * head)
-    assert need.operations == products + 4 * q * pairs
-    assert need.bytes == 2 * 2 * (layer + hidden + head) + (4 + 5) * 2 * kv * 2
+    assert least.flops == 2 * (5 * layer + 3 * head) + 4 * q * (1 + 2 + 3 + 4 + 5)
+    assert least.bytes == 2 * 2 * (layer + norms + head) + (4 + 5) * 2 * kv * 2
 
 
-def test_need_counts_a_shared_prefix_once(model_dir):
-    config = ModelConfig.from_directory(model_dir)
-    alone = workloads.Need.of(bench.Workload([[0] * 8], [1]), config)
-    shared = workloads.Need.of(bench.Workload([[0] * 8] * 2, [1, 1]), config, shared=6)
-    apart = workloads.Need.of(bench.Workload([[0] * 8] * 2, [1, 1]), config)
-    assert alone.operations < shared.operations < apart.operations == 2 * alone.operations
+def test_a_shared_prefix_is_computed_once():
+    costs = roofline.CostModel(TINY, shapes.parameters(TINY))
+    alone = workloads.least_work(Requests([[0] * 8], [1]), costs)
+    shared = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs, shared=6)
+    apart = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs)
+    assert alone.flops < shared.flops < apart.flops == 2 * alone.flops
 
 
 # --- the rules ---
@@ -165,17 +185,30 @@ class Engine:
         return [(name, count) for name, (count, _) in self.requests.items()]
 
 
-JOB = {"vocab_size": 300, "temperature": 0.6, "runs": 2}
-
-
 def made(name):
-    return json.loads(json.dumps(asdict(workloads.make(name, SMALL, 0, 300))))
+    return workloads.make(name, SMALL, 0, 300)
+
+
+def job(*names):
+    return Job(
+        engine="vllm", round=0, model="", limits=adapters.Limits("cpu", "float32", 64, 2, 64),
+        vocab_size=300, temperature=0.6, runs=2, started=0.0, seconds=100.0, check=([], []),
+        cases=[Case(made(n), made(n)) for n in names], results="", log="",
+    )  # fmt: skip
+
+
+def test_a_job_reads_as_it_was_written(tmp_path):
+    written = job("batch16", "stream")
+    written.write(tmp_path / "job.json")
+    read = Job.read(tmp_path / "job.json")
+    assert [case.timed.digest for case in read.cases] == [c.timed.digest for c in written.cases]
+    assert read.limits == written.limits
 
 
 def test_an_honest_engine_passes():
     engine = Engine()
-    result = worker.measure(engine, made("batch16"), JOB)
-    assert set(result["seconds"]) == {"whole", "first"}
+    run = worker.measure(engine, made("batch16"), job())
+    assert set(run.seconds) == {"whole", "first"}
     assert engine.emptied == 2  # before each part
 
 
@@ -191,23 +224,22 @@ def test_an_honest_engine_passes():
 )
 def test_an_unfair_engine_is_found_out(change, message):
     with pytest.raises(worker.Unfair, match=message):
-        worker.measure(Engine(change), made("batch16"), JOB)
+        worker.measure(Engine(change), made("batch16"), job())
 
 
 def test_arriving_requests_are_timed_one_by_one():
     work = made("stream")
-    result = worker.measure(Engine(), work, JOB)
-    assert len(result["ttft_s"]) == 3
-    assert all(t > 0 for t in result["ttft_s"])
-    assert len(result["tpot_s"]) == sum(n > 1 for n in work["parts"]["whole"][0][1])
-    assert result["seconds"]["whole"] >= work["arrivals"][-1]
+    run = worker.measure(Engine(), work, job())
+    assert len(run.ttft_s) == 3
+    assert all(t > 0 for t in run.ttft_s)
+    assert len(run.tpot_s) == sum(n > 1 for n in work.main[0][1])
+    assert run.seconds["whole"] >= work.arrivals[-1]
 
 
 def test_a_stream_with_too_many_tokens_is_found_out():
-    work = made("stream")
-    work["arrivals"] = [0.0] * 3
+    work = replace(made("stream"), arrivals=[0.0] * 3)
     with pytest.raises(worker.Unfair, match="in place of"):
-        worker.measure(Engine("long"), work, JOB)
+        worker.measure(Engine("long"), work, job())
 
 
 def test_a_workload_that_cannot_fit_the_time_limit_is_not_started():
@@ -220,18 +252,11 @@ def test_a_workload_that_cannot_fit_the_time_limit_is_not_started():
 
 
 def test_a_failing_workload_is_recorded_and_the_next_one_run():
-    records = []
-
-    def emit(kind, **fields):
-        records.append({"kind": kind, **fields})
-
-    cases = [
-        {"timed": made(n), "warm_up": made(n), "profile": False} for n in ("batch1", "prefill")
-    ]
-    cases[0]["timed"]["parts"]["whole"][0][1][0] = -1
-    worker.measure_all(Engine(), JOB | {"workloads": cases}, worker.Clock(100), emit)
-    assert [(r["kind"], r["workload"]) for r in records] == [
-        ("failure", "batch1"), ("run", "prefill"), ("run", "prefill")
+    records, work = [], job("batch1", "prefill")
+    work.cases[0].timed.main[0][1][0] = -1
+    worker.measure_all(Engine(), work, worker.Clock(100), records.append)
+    assert [(type(r), r.workload) for r in records] == [
+        (Failure, "batch1"), (Run, "prefill"), (Run, "prefill")
     ]  # fmt: skip
 
 
@@ -239,52 +264,19 @@ def test_an_engine_without_steps_skips_the_arrivals():
     class Batches:
         generate, reset_prefix_cache = Engine.generate, Engine.reset_prefix_cache
 
-    records, name = [], "stream"
-    case = {"timed": made(name), "warm_up": made(name), "profile": False}
-    emit = lambda kind, **fields: records.append((kind, fields["reason"]))  # noqa: E731
-    worker.measure_all(Batches(), JOB | {"workloads": [case]}, worker.Clock(100), emit)
-    assert records == [("skip", "it takes whole batches only, no arriving requests")]
-
-
-# --- profiles ---
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("nvjet_tst_128x64", "matrix products"),
-        ("aten::addmm", "matrix products"),
-        ("void cutlass::device_kernel<flash::enable_sm90<...>>", "attention"),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
-        ("void vllm::reshape_and_cache_flash_kernel", "KV write"),
-        ("norm_rope_write", "KV write"),
-        ("fusion_3 jit(run)/jit(_draw)/reduce", "sampling"),
-        ("triton_poi_fused_mul_silu_0", "norms, activations, the rest"),
-        ("Memcpy DtoH", "copies between host and device"),
-    ],
-)
-def test_category_of_a_kernel(name, kind):
-    assert profiling.category(name) == kind
-
-
-def test_overlapping_kernels_count_once():
-    times, idle = profiling.uncovered([(0, 4, "a"), (2, 6, "b"), (3, 5, "c"), (8, 9, "a")])
-    assert (times, idle) == ({"a": 5, "b": 2}, 2)
-
-
-def test_nested_operators_count_without_what_they_call():
-    assert profiling.self_times([(0, 10, "a"), (1, 4, "b"), (2, 3, "c"), (5, 6, "c")]) == {
-        "a": 6, "b": 2, "c": 2
-    }  # fmt: skip
+    records = []
+    worker.measure_all(Batches(), job("stream"), worker.Clock(100), records.append)
+    reason = "it takes whole batches only, no arriving requests"
+    assert records == [Skip("vllm", 0, "stream", reason)]
 
 
 # --- the random model ---
 
 
 def test_a_random_model_is_written_once(model_dir):
-    file = model_dir / "model.safetensors"
+    [file, *_] = model_dir.glob("*.safetensors")
     before = file.stat().st_mtime_ns
-    random_model.write(model_dir, bench.qwen3_config("0.6B") | TINY)
+    random_model.write(model_dir, TINY)
     assert file.stat().st_mtime_ns == before
 
 
@@ -295,77 +287,71 @@ def test_a_random_model_loads_in_both_frameworks(model_dir, new_engine):
     weights = model.state_dict()
     assert weights["model.norm.weight"].eq(1).all()
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.num_parameters() == main.parameters(ModelConfig.from_directory(model_dir))
+    ours = shapes.parameters(ModelConfig.from_directory(model_dir))
+    assert model.num_parameters() == sum(x.size for x in jax.tree.leaves(ours))
     assert new_engine(model_dir).tokenizer.decode([5]) == "t5"
 
 
 # --- adapters and report ---
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", adapters.ENGINES)
 def test_an_adapter_has_at_most_40_lines(name):
-    file = ROOT / "scripts" / "compare" / "adapters" / f"{name}.py"
+    file = Path(adapters.__file__).with_name(f"{name}.py")
     assert len(file.read_text().splitlines()) <= 40
 
 
 def sample(digest="same"):
     """Results of two engines, one of them partly failed, and an absent one."""
-    common = {"round": 0, "run": 0, "joules": 3.0}
-    need = {"bytes": 1e9, "operations": 1e9, "rate": 8.0, "requests": 2, "longest_output": 5}
     names = {"batch1": 10, "batch16": 160, "prefill": 2, "prefix": 12, "stream": 20, "bench": 30}
+    parts = {
+        "batch1": ("whole", "first"),
+        "batch16": ("whole", "first"),
+        "prefix": ("shared", "own"),
+    }
     records = [
-        {"kind": "settings", "date": "2026-01-01", "model": "a <model>", "parameters": 5,
-         "dtype": "float32", "rounds": 1, "runs": 1, "temperature": 0.6,
-         "bandwidth_tb_s": 0.1, "peak_tflop_s": 0.2},
-        {"kind": "machine", "cpu": "a CPU", "cores": 2, "gpu": None},
-        *({"kind": "workload", "name": n, "title": n, "prompt_tokens": 64, "output_tokens": t,
-           **need} for n, t in names.items()),
-        {"kind": "absent", "engine": "vllm", "missing": ["vllm"], "install": "pip install vllm"},
-        {"kind": "failure", "engine": "transformers_eager", "round": 0, "workload": "bench",
-         "reason": "RuntimeError: out of memory"},
-    ]  # fmt: skip
+        Settings("2026-01-01", "a <model>", 5, "float32", "cpu", [], 1, 1, 0.6, 0.1, 0.2, {}),
+        Machine("Linux", "3.11", "a CPU", 2, None, 0.5, None),
+        *(Task(n, n, 2, 5, 64, t, 8.0, 1e9, 1e9) for n, t in names.items()),
+        Absent("vllm", 0, ["vllm"], "pip install vllm"),
+        Failure("transformers_eager", 0, "bench", "RuntimeError: out of memory"),
+    ]
     for engine, speed in (("nanovllm_jax", 1.0), ("transformers_eager", 2.0)):
-        records.append({"kind": "engine", "engine": engine, "round": 0, "start_s": 3.0,
-                        "versions": {"numpy": "2"}, "note": "a note"})  # fmt: skip
-        records.append({"kind": "check", "engine": engine, "tokens": [[1, int(speed)], [1, 1]]})
+        records.append(Start(engine, 0, 3.0, {"numpy": "2"}, "a note"))
+        records.append(Check(engine, 0, [[1, int(speed)], [1, 1]]))
         for name in names:
-            parts = {"batch1": ("whole", "first"), "batch16": ("whole", "first"),
-                     "prefix": ("shared", "own")}.get(name, ("whole",))  # fmt: skip
             if engine == "transformers_eager" and name in ("stream", "bench"):
                 continue
-            seconds = {part: speed / (i + 1) for i, part in enumerate(parts)}
-            run = {"kind": "run", "engine": engine, "workload": name, "seconds": seconds, **common}
-            run["digest"] = digest if engine == "transformers_eager" else "same"
-            if name == "stream":
-                run |= {"ttft_s": [0.01, 0.02, 0.03], "tpot_s": [0.001, 0.002]}
-            records.append(run)
-        records.append({"kind": "profile", "engine": engine, "workload": "batch16", "idle": None,
-                        "unit": "operators", "top": [["dot.1", "matrix products", 0.5]],
-                        "seconds": {"attention": 0.5, "matrix products": 0.5}})  # fmt: skip
+            seconds = {p: speed / (i + 1) for i, p in enumerate(parts.get(name, ("whole",)))}
+            given = digest if engine == "transformers_eager" else "same"
+            times = ([0.01, 0.02, 0.03], [0.001, 0.002]) if name == "stream" else ([], [])
+            records.append(Run(engine, 0, name, 0, seconds, given, 3.0, *times))
+        kinds = {"attention": 0.5, "products": 0.5}
+        top = [("dot.1", "products", 0.5)]
+        records.append(Profile(engine, 0, "batch16", kinds, None, "operators", top))
     return records
 
 
 def test_the_figures_are_tokens_over_seconds():
-    results = report.Results(sample())
-    rows = {title: values for title, _, values in report.figures(results)}
+    rows = {row.title: row.values for row in Results(sample()).figures()}
     assert rows["batch 16, output tok/s"]["transformers_eager"] == [160 / 2.0]
     assert rows["batch 16, ms a token"]["nanovllm_jax"] == [(1.0 - 0.5) / 4 * 1e3]
     assert rows["prefill, input tok/s"]["nanovllm_jax"] == [64.0]
-    assert rows["bench, output tok/s"] == {"nanovllm_jax": [30.0], "transformers_eager": []}
+    assert rows["bench, output tok/s"] == {"nanovllm_jax": [30.0]}
     assert rows["bench, joules an output token"]["nanovllm_jax"] == [0.1]
-    assert rows["arrivals, time to first token, median ms"]["nanovllm_jax"] == [20.0]
+    assert rows["arrivals, median ms to the first token"]["nanovllm_jax"] == [20.0]
 
 
 def test_percentiles_lie_between_their_neighbours():
-    assert report.percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert report.percentile([0.0, 1.0], 90) == pytest.approx(0.9)
-    assert report.percentile([7.0], 99) == 7.0
+    assert results.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert results.percentile([0.0, 1.0], 90) == pytest.approx(0.9)
+    assert results.percentile([7.0], 99) == 7.0
 
 
 def test_the_report_is_one_page_that_says_what_is_there_and_what_is_not(tmp_path):
     pytest.importorskip("matplotlib")
-    source = tmp_path / "r.jsonl"
-    source.write_text("".join(json.dumps(r) + "\n" for r in sample()))
+    source, picture = tmp_path / "r.jsonl", tmp_path / "r.png"
+    results.append(source, *sample())
     assert main.main(["--from", str(source)]) == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == 6
@@ -374,98 +360,104 @@ def test_the_report_is_one_page_that_says_what_is_there_and_what_is_not(tmp_path
         assert words in page, words
     assert "<script" not in page
     assert not any(f'{key}="http' in page for key in ("src", "href"))  # self-contained
-    before = page
+    assert main.main(["--from", str(source), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert main.main(["--from", str(source)]) == 0
-    assert (tmp_path / "r.html").read_text() == before
+    assert (tmp_path / "r.html").read_text() == page
+
+
+@pytest.mark.parametrize("name", ["cpu-demo", "h100-0.6B"])
+def test_the_reports_of_earlier_versions_can_be_read(name):
+    pytest.importorskip("matplotlib")
+    found = Results(results.read(ROOT / "docs" / "reports" / f"{name}.jsonl"))
+    assert found.engines[0] == "nanovllm_jax"
+    assert report.render(found).count("<svg") >= 5
+
+
+def test_a_report_without_matplotlib_is_bad_usage(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match="pip install"):
+        main.main(["--model", "any"])
 
 
 def test_results_of_unequal_work_are_refused():
     with pytest.raises(UsageError, match="different work"):
-        report.Results(sample(digest="another"))
+        Results(sample(digest="another"))
 
 
 def test_a_damaged_line_of_results_is_named(tmp_path):
     source = tmp_path / "r.jsonl"
-    source.write_text('{"kind": "settings"}\n{"kind": "run", \n')
-    with pytest.raises(UsageError, match="line 2 is no result"):
-        report.read(source)
+    results.append(source, sample()[0])
+    for damaged in ('{"kind": "run", ', '{"kind": "run", "engine": "vllm"}', '{"kind": "?"}', "1"):
+        (tmp_path / "damaged.jsonl").write_text(f"{source.read_text()}{damaged}\n")
+        with pytest.raises(UsageError, match="line 2 is no result"):
+            results.read(tmp_path / "damaged.jsonl")
 
 
 # --- from end to end ---
 
 
-def test_an_engine_runs_in_its_own_process_and_an_absent_one_is_listed(
-    model_dir, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def small(monkeypatch, model_dir, tmp_path):
+    """The options of a short comparison, whose results are out.jsonl."""
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(workloads.SCALES, "cpu", SMALL)
-    argv = ["--model", str(model_dir), "--engines", "nanovllm_jax,nanovllm", "--rounds", "2"]
-    argv += ["--runs", "1", "--workloads", "batch1,batch16,prefix,stream", "--limit", "120"]
-    assert main.main([*argv, "--output", str(tmp_path / "out")]) == 0
-    records = report.read(tmp_path / "out.jsonl")
-    runs = [(r["engine"], r["round"], r["workload"]) for r in records if r["kind"] == "run"]
+    return ["--model", str(model_dir), "--output", str(tmp_path / "out"), "--limit", "120",
+            "--runs", "1"]  # fmt: skip
+
+
+def test_an_engine_runs_in_its_own_process_and_an_absent_one_is_listed(small, tmp_path, capsys):
     names = ("batch1", "batch16", "prefix", "stream")
+    argv = [*small, "--engines", "nanovllm_jax,nanovllm", "--workloads", ",".join(names)]
+    assert main.main(argv) == 0
+    records = results.read(tmp_path / "out.jsonl")
+    runs = [(r.engine, r.round, r.workload) for r in records if isinstance(r, Run)]
     assert runs == [("nanovllm_jax", i, n) for i in range(2) for n in names], capsys.readouterr()
-    assert [r["engine"] for r in records if r["kind"] == "absent"] == ["nanovllm"]
-    assert [r["workload"] for r in records if r["kind"] == "profile"] == ["batch16"]
-    assert not [r for r in records if r["kind"] == "failure"]
+    assert [r.engine for r in records if isinstance(r, Absent)] == ["nanovllm"]
+    assert [r.workload for r in records if isinstance(r, Profile)] == ["batch16"]
+    assert not [r for r in records if isinstance(r, Failure)]
     page = (tmp_path / "out.html").read_text()
     assert "nano-vLLM" in page
     assert "absent" in page
 
 
-def test_engines_are_added_to_results_of_the_same_work_only(
-    model_dir, tmp_path, monkeypatch, capsys
-):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setitem(workloads.SCALES, "cpu", SMALL)
-    argv = ["--model", str(model_dir), "--output", str(tmp_path / "out"), "--limit", "120"]
-    argv += ["--rounds", "1", "--runs", "1", "--workloads", "batch1", "--engines"]
+def test_engines_are_added_to_results_of_the_same_work_only(small, tmp_path, capsys):
+    argv = ["compare", *small, "--rounds", "1", "--workloads", "batch1", "--engines"]
     added = [*argv, "transformers_eager", "--add"]
-    assert main.main(added) == 2
+    assert cli.main(added) == 2
     assert "is not there" in capsys.readouterr().err
-    assert main.main([*argv, "nanovllm"]) == 0
-    assert main.main([*added, "--temperature", "0"]) == 2
+    assert cli.main([*argv, "nanovllm"]) == 0
+    assert cli.main([*added, "--temperature", "0"]) == 2
     assert "the settings of" in capsys.readouterr().err
-    assert main.main([*added, "--workloads", "batch16"]) == 2
+    assert cli.main([*added, "--workloads", "batch16"]) == 2
     assert "the batch16 of" in capsys.readouterr().err
-    assert main.main([*added, "--runs", "2"]) == 0
-    assert main.main(added) == 2
+    assert cli.main([*added, "--runs", "2"]) == 0
+    assert cli.main(added) == 2
     assert "has results of transformers_eager already" in capsys.readouterr().err
-    results = report.Results(report.read(tmp_path / "out.jsonl"))
-    assert results.engines == ["transformers_eager"]
-    assert list(results.absent) == ["nanovllm"]
-    assert len(results.of("batch1", "transformers_eager")) == 2
-    page = (tmp_path / "out.html").read_text()
-    assert "(rounds: 1, runs in each: 2)" in page
+    found = Results(results.read(tmp_path / "out.jsonl"))
+    assert found.engines == ["transformers_eager"]
+    assert list(found.absent) == ["nanovllm"]
+    assert len(found.of("transformers_eager", "batch1")) == 2
+    assert "(rounds: 1, runs in each: 2)" in (tmp_path / "out.html").read_text()
 
 
-def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(
-    model_dir, tmp_path, monkeypatch
-):
-    pytest.importorskip("matplotlib")
+def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(small, tmp_path, monkeypatch):
     started = []
-    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
 
     def popen(command, **options):
-        results = json.loads(Path(command[-1]).read_text())["results"]
-        line = {"kind": "engine", "engine": "nanovllm_jax", "round": 0, "start_s": 1.0,
-                "versions": {}, "note": ""}  # fmt: skip
-        with open(results, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        started.append(subprocess_popen(sleeper, **options))
+        file = Job.read(Path(command[-1])).results
+        results.append(Path(file), Start("nanovllm_jax", 0, 1.0, {}, ""))
+        sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+        started.append(real_popen(sleeper, **options))
         return started[-1]
 
-    subprocess_popen = subprocess.Popen
+    real_popen = subprocess.Popen
     monkeypatch.setattr(main.subprocess, "Popen", popen)
     monkeypatch.setattr(main, "GRACE_S", 0.1)
-    argv = ["--model", str(model_dir), "--engines", "nanovllm_jax", "--limit", "0.5"]
-    with contextlib.suppress(UsageError):
-        assert main.main([*argv, "--output", str(tmp_path / "out")]) == 0
-    kinds = [r["kind"] for r in report.read(tmp_path / "out.jsonl")]
-    assert kinds[-2:] == ["engine", "failure"]
-    assert len(started) == 1
-    assert started[0].poll() is not None
+    assert main.main([*small, "--engines", "nanovllm_jax", "--limit", "0.5"]) == 0
+    kinds = [type(r) for r in results.read(tmp_path / "out.jsonl")]
+    assert kinds[-2:] == [Start, Failure]
+    assert [process.poll() is not None for process in started] == [True]
     assert "time limit" in (tmp_path / "out.html").read_text()
 
 
@@ -473,5 +465,5 @@ def test_hidden_gpus_are_not_asked(monkeypatch):
     monkeypatch.setattr(machine.subprocess, "run", lambda *args, **options: pytest.fail("asked"))
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert machine.gpu_name() is None
+    assert machine.describe().gpu is None
     assert machine.energy() is None

@@ -19,11 +19,11 @@ ROOT = 0  # hash and uid of the empty prefix
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class BlockContent:
     """What a full block holds: its tokens, behind the prefix that `parent_uid` stands for."""
 
     hash: int
-    uid: int  # of this content and all before it
+    uid: int  # identifies this content and all before it
     parent_uid: int
     tokens: bytes
 
@@ -38,7 +38,7 @@ class Block:
 
     block_id: int
     ref_count: int = 0
-    content: Content | None = None
+    content: BlockContent | None = None
 
 
 def hash_block(parent_hash: int, tokens: bytes) -> int:
@@ -117,10 +117,10 @@ class BlockManager:
         seq.prefix = []
         seq.num_computed = seq.num_cached = 0
 
-    def register(self, seq: Sequence) -> None:
+    def cache_full_blocks(self, seq: Sequence) -> None:
         """Enter the sequence's full blocks into the prefix cache.
 
-        To be called once the step that fills them is scheduled, and not before: any reader is
+        Call it once the step that fills them is scheduled, and not before: any reader is
         then in the same step, where each layer writes keys and values before it attends, or in a
         later one.
         """
@@ -134,7 +134,7 @@ class BlockManager:
                 if not content.is_for(parent_uid, tokens):
                     return  # a hash collision: this prefix stays private
             else:
-                content = Content(key, self.next_uid, parent_uid, tokens)
+                content = BlockContent(key, self.next_uid, parent_uid, tokens)
                 self.next_uid += 1
                 block = self.cached[key] = self.blocks[seq.block_table[index]]
                 block.content = content
@@ -173,7 +173,7 @@ class BlockManager:
             parent_hash, parent_uid = key, content.uid
         return hits
 
-    def _cached_content(self, key: int) -> Content | None:
+    def _cached_content(self, key: int) -> BlockContent | None:
         block = self.cached.get(key)
         return block.content if block else None
 

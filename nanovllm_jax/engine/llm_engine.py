@@ -1,187 +1,180 @@
-"""LLMEngine: requests in, tokens out; the loop that keeps the device one step ahead of the host."""
+"""LLMEngine: requests in, outputs out, with the device kept one step ahead of the host."""
 
-import time
 from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-import numpy as np
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import jax
 
-from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine import multihost
+from nanovllm_jax.config import EngineConfig, EngineOptions
+from nanovllm_jax.engine import commands, multihost
 from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.commands import RequestId
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
+from nanovllm_jax.engine.request import (
+    Outbox,
+    Prompt,
+    Request,
+    as_token_ids,
+    check_fits,
+    eos_token_ids,
+    load_tokenizer,
+    take_news,
+)
+from nanovllm_jax.engine.runtime import configure_runtime
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
-
-Prompt = str | Items[int]
 
 
 class LLMEngine:
-    """See `LLM`, which this is under the name that users know."""
+    """The engine behind `LLM`: queues requests and runs the loop.
 
-    def __init__(self, model: str, **kwargs: Any):
-        self.config = EngineConfig.from_kwargs(model, **kwargs)
-        self.tokenizer = _load_tokenizer(Path(self.config.model))
-        self.vocab_size = self.config.model_config.vocab_size
+    Each request has an owner: whoever made it finds news of it in an outbox. `add_request` uses the
+    engine's own, which `step` and `step_outputs` empty.
+    """
+
+    def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
+        config = EngineConfig.resolve(model, **options)
+        configure_runtime(config)
+        self.config = config.on(jax.default_backend())
+        self.tokenizer = load_tokenizer(Path(config.model))
+        self.vocab_size = config.model_config.vocab_size
         self.runner: ModelRunner | None = ModelRunner(self.config)
+        programs = self.runner.programs
         self.pools = [
-            BlockManager(self.runner.num_blocks, self.config.kvcache_block_size)
-            for _ in range(self.runner.batch_shards)
+            BlockManager(self.runner.num_blocks, config.kvcache_block_size)
+            for _ in range(programs.batch_shards)
         ]
-        largest = self.runner.prefill_buckets[-1]
+        largest = programs.prefill_buckets[-1]
         self.scheduler = Scheduler(
             self.pools,
-            max_num_seqs=self.config.max_num_seqs,
+            max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=largest.num_tokens,
             max_prefill_seqs=largest.num_rows,
-            eos_token_ids=self._eos_token_ids(),
+            eos_token_ids=eos_token_ids(config, self.tokenizer),
         )
-        self.processes = multihost.Processes()  # does nothing where there is only one
+        self.processes = multihost.Processes()  # does nothing if there is only one
         self.next_seq_id = 0
+        self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
+        self.outbox: Outbox = {}
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
-        self.unclaimed: list[Sequence] = []  # finished during somebody else's generate()
 
     # --- the loop ---
 
-    def add_request(self, prompt: Prompt, sampling_params: SamplingParams) -> int:
-        """Queue one request; returns its seq_id, under which `step` will report it.
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: RequestId | None = None,
+    ) -> RequestId:
+        """Queue one request.
+
+        Args:
+            prompt: text, or a list of token ids.
+            request_id: the name under which `step` will report it; default: the next number.
+
+        Returns:
+            The request's id.
 
         Raises:
-            TypeError, ValueError: the request could never run; the message has the numbers.
+            TypeError, ValueError: the request could never run (the message has the numbers), or
+                another one of that id is under way.
         """
-        return self._add(self._check_request(prompt, sampling_params), sampling_params).seq_id
+        return self._add(self._check(prompt, sampling_params, request_id), self.outbox).request_id
 
-    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+    def abort_request(self, request_id: RequestId | list[RequestId]) -> None:
+        """End a request, or several, if they have not ended; `step` reports what they have got."""
+        request_ids = request_id if isinstance(request_id, list) else [request_id]
+        self.apply(commands.AbortRequests(request_ids))
+
+    def step(self) -> tuple[list[tuple[RequestId, list[int]]], int]:
         """Run one round of scheduling and inference.
 
         Returns:
-            The (seq_id, completion token ids) of each request that finished in this round, and a
-            count: the prompt tokens of a prefill round, or minus the sequences of a decode round.
+            The (request id, completion token ids) of each request that has ended, and a count: the
+            prompt tokens of a prefill round, or minus the sequences of a decode round.
         """
-        finished, num_tokens = self._step()
-        finished, self.unclaimed = self.unclaimed + finished, []
-        return [(seq.seq_id, seq.completion_token_ids) for seq in finished], num_tokens
+        num_tokens = self._run_round()
+        ended = [request for request in take_news(self.outbox) if request.is_finished]
+        return [(r.request_id, r.seq.completion_token_ids) for r in ended], num_tokens
+
+    def step_outputs(self) -> list[RequestOutput]:
+        """Run one round; the outputs of the requests that got tokens or ended, as in vLLM."""
+        self._run_round()
+        return [request.output() for request in take_news(self.outbox)]
 
     def is_finished(self) -> bool:
-        """Whether every request has been reported."""
-        return self.scheduler.is_finished and not self.unclaimed
+        """Whether every request has ended and been reported."""
+        return not (self.requests or self.outbox)
 
-    def _step(self) -> tuple[list[Sequence], int]:
-        """Dispatch the next batch, then read the one before it."""
+    def _run_round(self) -> int:
+        """Dispatch the next batch, then read the one before it; returns the count of `step`."""
         self._check_usable()
-        while len(self.in_flight) < (2 if self.config.async_scheduling else 1):
-            if self.scheduler.is_finished or not self._dispatch():
-                break
-        if not self.in_flight:
-            failed = self.scheduler.take_failed()
-            assert failed or self.scheduler.is_finished, "requests are left, but none can run"
-            return failed, 0
+        lead = 2 if self.config.async_scheduling else 1
+        while len(self.in_flight) < lead and self.requests and self._dispatch():
+            pass
         return self._collect()
 
-    def _dispatch(self, digest: int | None = None) -> bool:
-        """Start the next batch; False if none can run before pending tokens are read.
-
-        `digest` is that of process 0's batch, where this process follows it.
-        """
+    def _dispatch(self, expected_digest: int | None = None) -> bool:
+        """Start the next batch; False if none can run before pending tokens are read."""
         batch = self.scheduler.schedule()
-        self.processes.agree(batch, digest)
+        self.processes.agree(batch, expected_digest)
         if batch is None:
             return False
         assert self.runner
         self.in_flight.append((batch, self.runner.dispatch(batch)))
         return True
 
-    def _collect(self) -> tuple[list[Sequence], int]:
-        """Read the oldest batch; returns what `_step` does."""
-        batch, tokens = self.in_flight[0]
-        token_ids = tokens.result()  # the wait of each round: an interruption here loses nothing
-        self.processes.repeat("_collect")
-        self.in_flight.popleft()
-        finished = self.scheduler.take_failed() + self.scheduler.postprocess(batch, token_ids)
-        if self.scheduler.is_finished:
-            self.in_flight.clear()  # only rows of finished sequences are left in it
-        return finished, batch.num_tokens if batch.is_prefill else -len(batch.seqs)
+    def _collect(self) -> int:
+        """Read the oldest batch and give out its news; returns the count of `step`."""
+        batch, token_ids = Batch.empty(), []
+        if self.in_flight:
+            batch, tokens = self.in_flight[0]
+            token_ids = tokens.result()  # an interruption of this wait loses nothing
+            self.in_flight.popleft()
+        self.processes.record(commands.Collect())
+        advanced = self.scheduler.postprocess(batch, token_ids)
+        assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
+        for seq in advanced:
+            self.requests[seq.seq_id].announce()
+            if seq.is_finished:
+                del self.requests[seq.seq_id]
+        self._drop_stale_batches()
+        return batch.num_tokens if batch.is_prefill else -len(batch.seqs)
 
-    # --- whole requests ---
+    def _drop_stale_batches(self) -> None:
+        if not self.requests:
+            self.in_flight.clear()  # only rows of finished sequences are left in them
 
-    def generate(
-        self,
-        prompts: Items[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams],
-        use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
-        """Complete all prompts.
+    # --- commands ---
 
-        Args:
-            prompts: texts or lists of token ids, also mixed.
-            sampling_params: one for all prompts, or exactly one for each.
-            use_tqdm: show completed requests and live prefill and decode tokens/s.
-
-        Returns:
-            In the order of the prompts: {"text": str, "token_ids": list[int]}. `token_ids` holds
-            the completion, with the token that ended it; `text` leaves out special tokens. A
-            request that outgrew the KV cache also has "error": str and what it got so far.
-
-        Raises:
-            TypeError, ValueError: a request could never run; nothing has been started then.
-        """
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of prompts, got one string")
-        params = self._params_for(prompts, sampling_params)
-        token_ids = [self._check_request(p, s) for p, s in zip(prompts, params, strict=True)]
-        seqs = [self._add(ids, s) for ids, s in zip(token_ids, params, strict=True)]
-        mine, texts = set(seqs), {}
-        try:
-            with _Progress(len(seqs), disable=not use_tqdm) as progress:
-                while len(texts) < len(seqs):
-                    finished, num_tokens = self._step()
-                    for seq in finished:
-                        if seq in mine:
-                            texts[seq] = self._text(seq)
-                        else:
-                            self.unclaimed.append(seq)
-                    progress.update(num_tokens, len(texts))
-        except BaseException:
-            self._finish([seq.seq_id for seq in seqs])
-            raise
-        return [_output(seq, texts[seq]) for seq in seqs]
-
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[list[int]]:
-        """Complete one prompt, yielding new token ids as they come; closing it ends the request.
-
-        Raises:
-            TypeError, ValueError: as `add_request`, at the first token.
-            RuntimeError: the request outgrew the KV cache.
-        """
-        seq = self._add(self._check_request(prompt, sampling_params), sampling_params)
-        seen = seq.num_prompt_tokens
-        try:
-            while not seq.is_finished:
-                finished, _ = self._step()
-                self.unclaimed += [other for other in finished if other is not seq]
-                while seen < seq.num_tokens:  # it may also advance while this waits in the yield
-                    new, seen = seq.token_ids[seen:], seq.num_tokens
-                    yield new
-        finally:
-            self._finish([seq.seq_id])
-            if seq in self.unclaimed:
-                self.unclaimed.remove(seq)
-        if seq.error:
-            raise RuntimeError(seq.error)
+    def apply(self, command: commands.Command) -> None:
+        """Carry out a command."""
+        match command:
+            case commands.AddRequest():
+                self._add(command, self.outbox)
+            case commands.AbortRequests(request_ids):
+                self._abort(set(request_ids))
+            case commands.ResetPrefixCache():
+                self.reset_prefix_cache()
+            case commands.Dispatch(digest):
+                self._dispatch(digest)
+            case commands.Collect():
+                self._collect()
+            case commands.Exit():
+                self.exit()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
-        self.processes.repeat("reset_prefix_cache")
+        self.processes.record(commands.ResetPrefixCache())
         self.scheduler.reset_prefix_cache()
 
     def follow(self) -> None:
-        """On each process but the first of several: do what process 0's engine does, to its exit().
+        """On each process but the first of several: repeat what process 0's engine does.
+
+        Returns when that engine is shut down.
 
         Raises:
             RuntimeError: this is process 0, or the only one; or the processes do not agree.
@@ -190,8 +183,9 @@ class LLMEngine:
             raise RuntimeError("follow() is for the processes after the first (jax.distributed)")
         try:
             while self.runner is not None:
-                for method, *args in self.processes.receive():
-                    getattr(self, method)(*args)
+                for command in self.processes.receive():
+                    self.apply(command)
+                self.outbox.clear()  # the news are told on process 0
         finally:
             self.exit()
 
@@ -211,126 +205,47 @@ class LLMEngine:
 
     # --- requests ---
 
-    def _add(self, token_ids: list[int], params: SamplingParams) -> Sequence:
-        self.processes.repeat("_add", token_ids.copy(), params)
+    def _add(self, command: commands.AddRequest, outbox: Outbox) -> Request:
+        """Queue a request whose owner looks into `outbox`."""
+        self.processes.record(command)
         seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
+        params, token_ids = command.params, command.token_ids
         seed = params.seed if params.seed is not None else self.config.seed + seq_id
-        room = self.config.max_model_len - len(token_ids)
-        seq = Sequence(seq_id, token_ids, params, seed & 0xFFFFFFFF, min(params.max_tokens, room))
+        max_tokens = min(params.max_tokens, self.config.max_model_len - len(token_ids))
+        seq = Sequence(seq_id, list(token_ids), params, seed & 0xFFFFFFFF, max_tokens)
+        request_id = seq_id if command.request_id is None else command.request_id
+        request = Request(request_id, command.prompt, seq, outbox, self.tokenizer)
+        self.requests[seq_id] = request
         self.scheduler.add(seq)
-        return seq
+        return request
 
-    def _finish(self, seq_ids: list[int]) -> None:
-        """End those of the requests that have not ended."""
-        self.processes.repeat("_finish", seq_ids)
-        ending = set(seq_ids)
-        for seq in [*self.scheduler.waiting, *self.scheduler.running]:
-            if seq.seq_id in ending:
-                self.scheduler.finish(seq)
+    def _abort(self, request_ids: set[RequestId]) -> None:
+        self.processes.record(commands.AbortRequests(list(request_ids)))
+        aborted = [r for r in self.requests.values() if r.request_id in request_ids]
+        for request in aborted:
+            self.scheduler.finish(request.seq, "abort")
+            request.announce()
+            del self.requests[request.seq.seq_id]
+        self._drop_stale_batches()
 
-    def _check_request(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        """The prompt's token ids, if the request can run."""
+    def _check(
+        self, prompt: Prompt, params: SamplingParams, request_id: RequestId | None = None
+    ) -> commands.AddRequest:
+        """The command that adds a request; TypeError or ValueError if it could never run."""
         self._check_usable()
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{self.config.model} has no tokenizer; pass the prompt as token ids"
-                )
-            prompt = self.tokenizer.encode(prompt)
-        token_ids = _as_token_ids(prompt)
-        n, longest = len(token_ids), self.config.max_model_len
-        if n == 0:
-            raise ValueError("the prompt is empty; at least one token is needed")
-        if n >= longest:
-            raise ValueError(
-                f"the prompt has {n} tokens, which leaves no room for an output within "
-                f"max_model_len={longest}"
-            )
-        needed, pool = self.pools[0].blocks_for(n), len(self.pools[0].blocks)
-        if needed > pool:
-            raise ValueError(
-                f"the prompt has {n} tokens and needs {needed} blocks of "
-                f"{self.config.kvcache_block_size}, the KV cache has {pool}"
-            )
-        lowest, highest = min(token_ids), max(token_ids)
-        if lowest < 0 or highest >= self.vocab_size:
-            bad = lowest if lowest < 0 else highest
-            raise ValueError(f"token id {bad} is not in the vocabulary of {self.vocab_size}")
-        return token_ids
-
-    @staticmethod
-    def _params_for(
-        prompts: Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams]
-    ) -> list[SamplingParams]:
-        if isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * len(prompts)
-        params = list(sampling_params)
-        if len(params) != len(prompts):
-            raise ValueError(
-                f"got {len(prompts)} prompts and {len(params)} sampling_params; pass one for all "
-                f"prompts or one for each"
-            )
-        return params
-
-    def _text(self, seq: Sequence) -> str:
-        if self.tokenizer is None or not seq.params.detokenize:
-            return ""
-        return str(self.tokenizer.decode(seq.completion_token_ids, skip_special_tokens=True))
-
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        """What the model's files name; the tokenizer's own where they name none."""
-        named = self.config.model_config.eos_token_ids
-        if not named and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            return (int(self.tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
-        return named
+        under_way = (r.request_id for r in self.requests.values())
+        if request_id is not None and request_id in under_way:
+            raise ValueError(f"request_id {request_id!r} is under way already; choose another")
+        token_ids = as_token_ids(prompt, self.tokenizer)
+        check_fits(token_ids, self.config, len(self.pools[0].blocks))
+        return commands.AddRequest(
+            token_ids, params, prompt if isinstance(prompt, str) else None, request_id
+        )
 
     def _check_usable(self) -> None:
         if self.runner is None:
             raise RuntimeError("the engine has been shut down by exit(); make a new LLM")
         if self.processes.follows:
             raise RuntimeError("requests are entered on process 0; here, call follow()")
-
-
-class _Progress:
-    """A bar of completed requests with the current prefill and decode rates."""
-
-    def __init__(self, total: int, disable: bool):
-        self.bar = tqdm(total=total, desc="Generating", dynamic_ncols=True, disable=disable)
-        self.rates = {"Prefill": "0tok/s", "Decode": "0tok/s"}
-        self.last = time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self.bar.close()
-
-    def update(self, num_tokens: int, completed: int) -> None:
-        now = time.perf_counter()
-        kind = "Prefill" if num_tokens > 0 else "Decode"
-        self.rates[kind] = f"{int(abs(num_tokens) / (now - self.last))}tok/s"
-        self.last = now
-        self.bar.set_postfix(self.rates, refresh=False)
-        self.bar.update(completed - self.bar.n)
-
-
-def _as_token_ids(prompt: Any) -> list[int]:
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, list | tuple) or not all(type(t) is int for t in prompt):
-        raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r:.80}")
-    return list(prompt)
-
-
-def _output(seq: Sequence, text: str) -> dict[str, Any]:
-    output: dict[str, Any] = {"text": text, "token_ids": seq.completion_token_ids}
-    return output | ({"error": seq.error} if seq.error else {})
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The directory's tokenizer; None if it has no tokenizer files at all."""
-    if not any(directory.glob("tokenizer*")) and not (directory / "vocab.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)

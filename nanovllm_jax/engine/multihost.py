@@ -1,18 +1,16 @@
-"""One engine over the devices of several processes: what the first does, the others repeat.
+"""Runs one engine over the devices of several processes: the others repeat what the first does.
 
 Every process runs the same programs over its own part of one mesh (`jax.distributed`). Requests
-are entered on process 0. It records the few calls of its engine that decide what runs, and sends
-them ahead of each step; the others make the same calls of theirs. The rest follows: scheduling is
+are entered on process 0. It records the commands that decide what its engine runs, and sends them
+ahead of each step; the others apply them to theirs. The rest follows: scheduling is
 deterministic, and every process reads the sampled tokens from its own devices. Messages go through
 the key-value store of jax.distributed: from host to host, beside the devices' work, and a process
 that dies ends the others (see docs/multihost.md).
 """
 
 import atexit
-import json
 import secrets
 import zlib
-from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -22,12 +20,12 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.commands import Command, Dispatch, Exit, decode, encode
 from nanovllm_jax.engine.scheduler import Batch
-from nanovllm_jax.sampling_params import SamplingParams
 
-PIECE = 1 << 20  # characters of a message that are sent at once: gRPC takes 4 MiB
-GENERATION = 64  # messages that are deleted together
-POLL_MS = 1000  # so often a waiting follower looks for an interrupt
+PIECE = 1 << 20  # Characters of a message that are sent at once; gRPC takes 4 MiB.
+GENERATION = 64  # Messages that are deleted together.
+POLL_MS = 1000  # Milliseconds after which a waiting follower looks for an interrupt.
 
 
 def check_same_options(config: EngineConfig) -> None:
@@ -49,34 +47,37 @@ def smallest(number: int) -> int:
 
 
 class Processes:
-    """What this process has to do with an engine's others: it leads, follows, or is alone."""
+    """This process's role among those of one engine: leader, follower or alone."""
 
     def __init__(self):
         self.leads = jax.process_count() > 1 and jax.process_index() == 0
         self.follows = jax.process_index() > 0
         # The processes make their engines in the same order, so they agree on a name for each.
         name = multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31)))
-        self.name, self.count = f"nanovllm_jax/{name}", 0  # of the messages
-        self.calls: list[tuple] = []  # not yet sent
+        self.name, self.count = f"nanovllm_jax/{name}", 0  # count: messages so far
+        self.commands: list[Command] = []  # not yet sent
         if self.leads:
             atexit.register(self.exit)  # runs before jax.distributed's own, which waits for all
 
-    def repeat(self, method: str, *args: Any) -> None:
-        """Have the followers' engines make this call too, ahead of their next step."""
+    def record(self, command: Command) -> None:
+        """Have the followers' engines apply this command too, ahead of their next step."""
         if self.leads:
-            self.calls.append((method, *args))
+            self.commands.append(command)
 
-    def agree(self, batch: Batch | None, digest: int | None) -> None:
-        """Have the followers dispatch what they schedule now; there, compare it with `digest`.
+    def agree(self, batch: Batch | None, expected_digest: int | None) -> None:
+        """Make sure that every process has scheduled the same batch.
+
+        The leader has the followers dispatch what they schedule now. A follower compares its batch
+        with `expected_digest`, the leader's.
 
         Raises:
             RuntimeError: this process has scheduled another batch than process 0.
         """
         if self.leads:
-            self.repeat("_dispatch", _digest(batch))
+            self.record(Dispatch(_digest(batch)))
             if batch is not None:
                 self.send()
-        elif self.follows and _digest(batch) != digest:
+        elif self.follows and _digest(batch) != expected_digest:
             raise RuntimeError(
                 f"process {jax.process_index()} has scheduled another batch than process 0: "
                 "do all processes run the same version?"
@@ -86,13 +87,16 @@ class Processes:
         """Let the followers go."""
         if self.leads:
             atexit.unregister(self.exit)
-            self.repeat("exit")
+            self.record(Exit())
             self.send()
 
     def send(self) -> None:
-        """Send the calls; followers must have received what was sent GENERATION messages ago."""
-        text = json.dumps(self.calls, default=asdict)  # of SamplingParams
-        self.calls = []
+        """Send the recorded commands.
+
+        Followers must have received what was sent GENERATION messages ago.
+        """
+        text = encode(self.commands)
+        self.commands = []
         key, generation = self._next_key()
         for start in range(0, len(text), PIECE):
             is_last = start + PIECE >= len(text)
@@ -101,8 +105,8 @@ class Processes:
         if self.count % GENERATION == 0 and generation >= 2:
             self._store().key_value_delete(f"{self.name}/{generation - 2}")
 
-    def receive(self) -> list[list]:
-        """Wait for the leader's next calls."""
+    def receive(self) -> list[Command]:
+        """Wait for the leader's next commands."""
         key, _ = self._next_key()
         pieces: list[str] = []
         while not pieces or pieces[-1][0] != "1":
@@ -112,7 +116,7 @@ class Processes:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
         text = "".join(piece[1:] for piece in pieces)
-        return json.loads(text, object_hook=lambda fields: SamplingParams(**fields))
+        return decode(text)
 
     def _next_key(self) -> tuple[str, int]:
         self.count += 1
@@ -128,7 +132,7 @@ class Processes:
 
 
 def _digest(batch: Batch | None) -> int:
-    """What two processes' batches are compared by; it tells too if they have read other tokens."""
+    """A number that differs if two processes' batches do, or the tokens that they have read."""
     if batch is None:
         return 0
     rows = [(s.seq_id, s.slot, s.shard, *s.block_table[-1:], s.token_ids[-1]) for s in batch.seqs]

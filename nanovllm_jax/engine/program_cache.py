@@ -1,8 +1,9 @@
-"""Compiled programs kept on disk, and found again without tracing them.
+"""Keeps compiled programs on disk, and finds them again without tracing them.
 
 JAX's own cache knows a program by its lowered text: to find it, a start must trace and lower every
 program first, which takes longer than loading them. Here a program is known by what it is made
-from: the packages' sources, shapes and options, the versions, the flags and the device.
+from: the packages' sources, shapes and options, the versions, the flags and the device. So any edit
+of a source file, a docstring included, makes all programs anew.
 """
 
 import hashlib
@@ -21,7 +22,8 @@ import pallas_kernels
 
 SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
 
-_thread = threading.local()  # .found_by_jax: whether JAX's cache had what this thread compiled last
+# For each thread, `found_by_jax`: did JAX's own cache serve the last compilation?
+_thread = threading.local()
 
 
 def _listen(event: str, **_: Any) -> None:
@@ -33,15 +35,19 @@ jax.monitoring.register_event_listener(_listen)
 
 
 class ProgramCache:
-    """Programs of one engine configuration, as files of a folder."""
+    """Stores the programs of one engine configuration as files of a folder."""
 
     def __init__(
         self,
         folder: Path,
         devices: list[jax.Device],  # pyright: ignore[reportInvalidTypeForm]
-        made_from: Any,
+        key_parts: Any,
     ):
-        """`made_from`: what else tells programs apart; its repr must be the same in every run."""
+        """Programs for `devices`.
+
+        Args:
+            key_parts: what else tells programs apart; its repr must be the same in every run.
+        """
         self.folder, self.devices = folder, devices
         client = devices[0].client
         parts = [
@@ -50,7 +56,7 @@ class ProgramCache:
             *(device.device_kind for device in devices),
             *(f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
             repr(sorted((name, str(value)) for name, value in jax.config.values.items())),
-            repr(made_from),
+            repr(key_parts),
         ]
         digest = hashlib.sha256()
         for part in parts:
@@ -62,8 +68,8 @@ class ProgramCache:
         """The program stored under `name`, or None.
 
         Args:
-            args: anything of the structure of the program's positional arguments.
-            outputs: anything of the structure of its results.
+            args: a pytree with the structure of the program's positional arguments.
+            outputs: a pytree with the structure of its results.
         """
         path = self._path(name)
         if not path.is_file():
@@ -100,7 +106,7 @@ class ProgramCache:
                 whole = Path(folder) / path.name
                 whole.write_bytes(serialize(program)[0])
                 os.replace(whole, path)
-        except Exception as error:  # a full disk, say: the program itself is fine
+        except Exception as error:  # for example a full disk; the program itself is fine
             warnings.warn(f"{path} cannot be written: {error!r}", stacklevel=2)
 
     def _path(self, name: str) -> Path:

@@ -1,119 +1,192 @@
-"""The steps of one model on one mesh, lowered from shapes and layouts: no array is made for it."""
+"""Programs: the compiled steps of one model on one mesh, one for each bucket."""
 
 import functools
+import logging
+import os
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from tqdm import tqdm
 
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.inputs import Column
-from nanovllm_jax.engine.step import DeviceState, StepProgram
-from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.layers.linear import MAX_ONE_SHOT_WORDS
-from nanovllm_jax.models import model_class
-from nanovllm_jax.sharding import Sharding
-from nanovllm_jax.weights import abstract_weights
-from pallas_kernels import Mailboxes, make_mailboxes
+from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
+from nanovllm_jax.engine.packed import Column
+from nanovllm_jax.engine.program_cache import ProgramCache
+from nanovllm_jax.engine.step import DeviceState, StepFunctions
+from nanovllm_jax.layers.collectives import AXIS, Collectives
+from nanovllm_jax.layers.kv_cache import KVCache
+from nanovllm_jax.models import Decoder
+from nanovllm_jax.sharding import Sharding, place
+from nanovllm_jax.weights import Weight, abstract_weights
+
+log = logging.getLogger("nanovllm_jax")
+
+PROBE_BLOCKS = 8  # Blocks of the small cache used to probe a step's temporary memory.
+
+
+class Spec(NamedTuple):
+    """A program to compile: a function, the shapes of its arguments, the layout of its results."""
+
+    name: str
+    run: Callable
+    args: tuple
+    donate: int  # index of the argument that is updated in place
+    out_shardings: Any  # has the structure of the results
+
+    def trace(self) -> jax.stages.Traced:
+        """Trace the function; no array is made."""
+        jitted = jax.jit(self.run, donate_argnums=self.donate, out_shardings=self.out_shardings)
+        return jitted.trace(*self.args)
 
 
 class Programs:
-    """What the compiled programs of an engine are made from; `weights` are shapes."""
+    """Owns the buckets, and lowers and compiles the engine's steps; allocates nothing.
+
+    `steps` (by bucket) and `samples` (by rows of a shard) are there once `compile` has run. They
+    are called as the methods of `StepFunctions` are.
+    """
 
     def __init__(self, config: EngineConfig, sharding: Sharding):
         self.config, self.sharding = config, sharding
         self.batch_shards = sharding.size("batch")
         self.platform = sharding.mesh.devices.flat[0].platform
-        self.model_config = config.model_config.over(sharding.size)
-        if self.platform == "cpu" and config.dtype is None:
-            # XLA's CPU backend converts bfloat16 caches and operands at every use: 7 times slower.
-            self.model_config = replace(self.model_config, dtype="float32")
+        self.model_config = config.model_config.sharded(sharding.size)
         self.table_width = -(-config.max_model_len // config.kvcache_block_size)
-        self.model = model_class(self.model_config.architecture)
-        self.weights = abstract_weights(self.model, self.model_config, sharding)
-        make = functools.partial(self.model, self.model_config, constrain=sharding.constrain)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-        self.step = StepProgram(
-            graph,
+        num_seqs = -(-config.max_num_seqs // self.batch_shards)
+        num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
+        self.decode_buckets = decode_buckets(num_seqs)
+        self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
+        self.weights = abstract_weights(self.model_config, sharding)
+        model = nnx.eval_shape(lambda: Decoder(self.model_config, rngs=nnx.Rngs(0)))
+        self.functions = StepFunctions(
+            nnx.graphdef(model),
             jax.tree.structure(self.weights),
             sharding,
-            *self._attention_backends(),
+            *self._attention_kernels(),
             config.kvcache_block_size,
-            vocab_size=config.model_config.vocab_size,
+            config.model_config.vocab_size,
         )
+        self.steps: dict[Bucket, Callable] = {}
+        self.samples: dict[int, Callable] = {}
+
+    # --- what the programs work on ---
 
     @property
     def cache_dtype(self) -> jnp.dtype:
         fp8 = self.config.kv_cache_dtype == "fp8"
         return jnp.dtype(jnp.float8_e4m3fn if fp8 else self.model_config.dtype)
 
-    def make_state(self, num_blocks: int, make=jnp.zeros) -> DeviceState:
-        """The cache and the last tokens, zeroed on the devices (or other arrays by `make`)."""
+    @property
+    def rows_sharding(self) -> jax.sharding.NamedSharding:
+        """The layout of rows and packed arrays."""
+        return self.sharding.named("batch")
+
+    @property
+    def uses_collectives(self) -> bool:
+        """Whether GPUs of one process that share a layer sum through peer memory."""
+        kernels = self.platform == "gpu" and self.functions.decode != "xla"
+        return kernels and jax.process_count() == 1 and self.sharding.mesh.shape[AXIS] > 1
+
+    def make_state(
+        self, num_blocks: int, collectives: Collectives | None, make: Callable = jnp.zeros
+    ) -> DeviceState:
+        """The cache and the last tokens, zeroed on the devices (or other arrays, by `make`)."""
         c = self.model_config
         shape = (c.num_layers, self.batch_shards * num_blocks, self.config.kvcache_block_size)
         shape += (c.num_kv_heads, c.head_dim)
-        sharding = self.sharding.named(*KVCache.AXES)
-        k, v = (make(shape, self.cache_dtype, device=sharding) for _ in range(2))
+        layout = self.sharding.named(*KVCache.AXES)
+        k, v = (make(shape, self.cache_dtype, device=layout) for _ in range(2))
         slots = (self.batch_shards * (self.config.max_num_seqs + 1),)
         last_tokens = make(slots, jnp.int32, device=self.rows_sharding)
-        return DeviceState(KVCache(k, v), None, last_tokens)
-
-    def make_mailboxes(self) -> Mailboxes | None:
-        """For sums over the GPUs of one process that share a layer; else the sums are XLA's."""
-        if not self.uses_mailboxes:
-            return None
-        return make_mailboxes(self.sharding.mesh, "tensor", MAX_ONE_SHOT_WORDS)
-
-    @property
-    def uses_mailboxes(self) -> bool:
-        kernels = self.platform == "gpu" and self.step.decode != "xla"
-        return kernels and jax.process_count() == 1 and self.sharding.mesh.shape["tensor"] > 1
+        return DeviceState(KVCache(k, v), collectives, last_tokens)
 
     def abstract_state(self, num_blocks: int) -> DeviceState:
         """The state as shapes and layouts."""
 
-        def abstract(shape, dtype, device):
+        def shape_of(shape, dtype, device):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
-        state = self.make_state(num_blocks, abstract)
-        if not self.uses_mailboxes:
-            return state
-        mesh = self.sharding.mesh
-        layout = NamedSharding(mesh, self.sharding.by_device)
-        return state._replace(mailbox=abstract((mesh.size, 2), jnp.int32, layout))
+        collectives = Collectives.abstract(self.sharding) if self.uses_collectives else None
+        return self.make_state(num_blocks, collectives, shape_of)
 
-    def lower_step(
-        self, weights: list, num_tokens: int, num_rows: int, num_blocks: int
-    ) -> jax.stages.Lowered:
-        """The step of a bucket, whose size is that of one shard of the batch.
+    # --- lowering and compiling ---
 
-        `weights` is the flat list that the program will take, of arrays or of their shapes.
+    def step_spec(
+        self, bucket: Bucket, num_blocks: int, weights: list[Weight] | None = None
+    ) -> Spec:
+        """The step of a bucket.
+
+        Args:
+            weights: as they lie on the devices; default: as `self.weights` says.
         """
-        weights = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding), weights
-        )
+        state = self.abstract_state(num_blocks)
         row = len(Column) + self.table_width
-        packed = self._integers(self.batch_shards * (num_tokens + num_rows * row))
-        state = self.abstract_state(num_blocks)
-        layout = jax.tree.map(lambda x: x.sharding, state)
-        run = functools.partial(self.step.run, num_tokens=num_tokens, num_rows=num_rows)
-        out = (layout, self.sharding.replicated, self.logits_sharding)
-        return jax.jit(run, donate_argnums=1, out_shardings=out).lower(weights, state, packed)
+        packed = self._integers(self.batch_shards * (bucket.num_tokens + bucket.num_rows * row))
+        return Spec(
+            f"step-{bucket.num_tokens}-{bucket.num_rows}-{num_blocks}",
+            functools.partial(self.functions.run, bucket=bucket),
+            (self._shapes(weights), state, packed),
+            1,
+            (_layout(state), self._hidden_sharding, self.sharding.named()),
+        )
 
-    def lower_redraw(self, num_rows: int, num_blocks: int) -> jax.stages.Lowered:
-        """The program that draws tokens again from a step's logits, with filters."""
-        num_rows *= self.batch_shards
-        logits = jax.ShapeDtypeStruct(
-            (num_rows, self.model_config.vocab_size), jnp.float32, sharding=self.logits_sharding
+    def sample_spec(
+        self, num_rows: int, num_blocks: int, weights: list[Weight] | None = None
+    ) -> Spec:
+        """The program that draws tokens again from a step's hidden rows; see `step_spec`."""
+        state, rows = self.abstract_state(num_blocks), self.batch_shards * num_rows
+        c = self.model_config
+        hidden = jax.ShapeDtypeStruct(
+            (rows, c.hidden_size), jnp.dtype(c.dtype), sharding=self._hidden_sharding
         )
-        state = self.abstract_state(num_blocks)
-        out = (jax.tree.map(lambda x: x.sharding, state), self.sharding.replicated)
-        return jax.jit(self.step.redraw, donate_argnums=0, out_shardings=out).lower(
-            state, logits, self._integers(num_rows, len(Column) + self.table_width)
+        return Spec(
+            f"sample-{num_rows}-{num_blocks}",
+            self.functions.sample,
+            (
+                self._shapes(weights),
+                state,
+                hidden,
+                self._integers(rows, len(Column) + self.table_width),
+            ),
+            1,
+            (_layout(state), self.sharding.named()),
         )
+
+    def lower_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
+        """Lower the step of a bucket."""
+        return self.step_spec(bucket, num_blocks).trace().lower()
+
+    def compile(self, weights: list[Weight], num_blocks: int) -> None:
+        """Make the programs of all buckets, the largest first."""
+        buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
+        row_counts = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
+        if self.config.enforce_eager:
+            self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
+            self.samples = dict.fromkeys(row_counts, self.functions.sample)
+            return
+        specs = [self.step_spec(bucket, num_blocks, weights) for bucket in buckets]
+        specs += [self.sample_spec(n, num_blocks, weights) for n in row_counts]
+        programs = self._compile(specs, weights)
+        self.steps = dict(zip(buckets, programs[: len(buckets)], strict=True))
+        self.samples = dict(zip(row_counts, programs[len(buckets) :], strict=True))
+
+    def step_bytes(self, weights: list[Weight]) -> int:
+        """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
+        buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
+        specs = [self.step_spec(bucket, PROBE_BLOCKS, weights) for bucket in buckets]
+        largest = 0
+        for step in self._compile(specs, weights):
+            m = step.memory_analysis()
+            assert m is not None
+            outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+            largest = max(largest, m.temp_size_in_bytes + 2 * outputs)  # two steps are under way
+        return largest
 
     @property
     def compiler_options(self) -> dict[str, bool | str]:
@@ -131,18 +204,91 @@ class Programs:
             "xla_disable_hlo_passes": "rematerialization",
         }
 
-    @property
-    def logits_sharding(self) -> jax.sharding.NamedSharding:
-        return self.sharding.named("batch", "vocab")
+    def _compile(self, specs: list[Spec], weights: list[Weight]) -> list[jax.stages.Compiled]:
+        """Load programs from the cache or compile them, side by side.
+
+        Only the lowering is done one after the other. Traced side by side, functions that programs
+        share would carry the source lines of whichever came first, and JAX's cache of compiled
+        programs, whose keys these lines are part of, would miss at the next start.
+        """
+        cache, options = self._program_cache(weights), self.compiler_options
+        with (
+            ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool,
+            tqdm(
+                total=len(specs), desc="Compiling", dynamic_ncols=True,
+                disable=not log.isEnabledFor(logging.INFO),
+            ) as bar,
+        ):  # fmt: skip
+
+            def load(spec: Spec) -> jax.stages.Compiled | None:
+                program = cache.load(spec.name, spec.args, spec.out_shardings) if cache else None
+                bar.update(program is not None)
+                return program
+
+            def compile_one(spec: Spec, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+                program = (
+                    cache.compile(spec.name, lowered, options)
+                    if cache
+                    else lowered.compile(options)
+                )
+                bar.update()
+                return program
+
+            loaded = list(pool.map(load, specs))
+            jobs = {
+                spec.name: pool.submit(compile_one, spec, spec.trace().lower())
+                for spec, program in zip(specs, loaded, strict=True)
+                if program is None
+            }
+            return [
+                program or jobs[spec.name].result()
+                for spec, program in zip(specs, loaded, strict=True)
+            ]
+
+    def _program_cache(self, weights: list[Weight]) -> ProgramCache | None:
+        """The cache of programs beside JAX's.
+
+        There is none without JAX's, on a CPU, whose programs fit only its model, and for several
+        processes, which has not been tried.
+        """
+        folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if folder is None or self.platform != "gpu" or jax.process_count() > 1:
+            return None
+        f, config = self.functions, self.config
+        key_parts = (
+            *(self.model_config, f.prefill, f.decode, f.block_size, f.vocab_size),
+            *(self.cache_dtype, config.max_num_seqs, self.table_width),
+            *(self.sharding.mesh.shape_tuple, sorted(self.sharding.rules.items(), key=str)),
+            [(w.shape, w.dtype, w.sharding.spec) for w in jax.tree.leaves(weights)],
+            self.compiler_options,
+        )
+        devices = list(self.sharding.mesh.devices.flat)
+        return ProgramCache(Path(folder) / "programs", devices, key_parts)
+
+    def _eager_step(self, bucket: Bucket) -> Callable:
+        """A step that runs operation by operation, with the shapes of the compiled one."""
+
+        def run(weights, state, packed):
+            packed = place(packed, self.rows_sharding)
+            return self.functions.run(weights, state, packed, bucket=bucket)
+
+        return run
+
+    def _shapes(self, weights: list[Weight] | None) -> list:
+        """The flat list of weights that a program takes, as shapes and layouts."""
+        return jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
+            jax.tree.leaves(self.weights) if weights is None else weights,
+        )
 
     @property
-    def rows_sharding(self) -> jax.sharding.NamedSharding:
-        return self.sharding.named("batch")
+    def _hidden_sharding(self) -> jax.sharding.NamedSharding:
+        return self.sharding.named("batch", "activation_embed")
 
     def _integers(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.rows_sharding)
 
-    def _attention_backends(self) -> tuple[str, str]:
+    def _attention_kernels(self) -> tuple[str, str]:
         """The kernels of prefill and of decode: as told, or those that measured best."""
         backend, c = self.config.attention_backend, self.model_config
         if self.platform != "gpu":
@@ -160,3 +306,7 @@ class Programs:
         hopper = float(device.compute_capability) == 9.0 and not wrong_masks
         fits = c.dtype == self.cache_dtype == "bfloat16" and c.head_dim in (64, 128)
         return "mosaic" if hopper and fits else "triton", "triton"
+
+
+def _layout(state: DeviceState) -> DeviceState:
+    return jax.tree.map(lambda x: x.sharding, state)

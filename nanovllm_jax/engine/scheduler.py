@@ -1,4 +1,4 @@
-"""Which tokens of which sequences run next: continuous batching, chunked prefill, preemption.
+"""Decides what runs next: continuous batching, chunked prefill, preemption.
 
 Each round runs either a prefill batch (chunks of prompts, packed up to a token budget) or a decode
 batch (one token of every running sequence). While both kinds of work are there the rounds
@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
+from nanovllm_jax.engine.sequence import NO_SLOT, FinishReason, Sequence, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,24 @@ class Batch:
     seqs: list[Sequence]
     starts: list[int]
     lengths: list[int]
-    samples: list[bool]  # whether the row's last token yields a new one (no: unfinished prompt)
+    yields_token: list[bool]  # whether a row's last token yields a new one (no: unfinished prompt)
+
+    @classmethod
+    def empty(cls, is_prefill: bool = False) -> "Batch":
+        """A batch without rows."""
+        return cls(is_prefill, [], [], [], [])
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    def token_ids(self, rows: list[int]) -> list[int]:
+        """The tokens that these rows compute, one row after another; for a prefill."""
+        token_ids: list[int] = []
+        for i in rows:
+            start = self.starts[i]
+            token_ids += self.seqs[i].token_ids[start : start + self.lengths[i]]
+        return token_ids
 
     def rows_of(self, shard: int) -> list[int]:
         """The rows whose sequences live in a shard of the batch."""
@@ -47,7 +60,7 @@ class Scheduler:
         pools: the KV-cache blocks of each shard of the batch.
         max_num_seqs: sequences admitted at once; each holds one slot of the runner's tables.
         max_num_batched_tokens: tokens of one prefill batch at most, in each shard.
-        max_prefill_seqs: how many sequences a prefill batch of so many tokens may hold.
+        max_prefill_seqs: most sequences in one prefill batch, in each shard.
         eos_token_ids: tokens that end a sequence unless it ignores them.
     """
 
@@ -68,7 +81,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order of admission
         shards = range(len(pools))
         self.free_slots = [list(range(s, max_num_seqs, len(pools)))[::-1] for s in shards]
-        self.failed: list[Sequence] = []  # finished with an error, not yet reported
+        self.failed: list[Sequence] = []  # ended with an error since the last postprocess
         self.decode_next = False
 
     @property
@@ -89,34 +102,36 @@ class Scheduler:
         return batch
 
     def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
-        """Take in a step's sampled tokens, one a row; returns the sequences that end with them."""
-        finished = []
-        for seq, samples, token_id in zip(batch.seqs, batch.samples, token_ids, strict=True):
-            if seq.is_finished or not samples:  # finished: ended while this row was in flight
+        """Take in a step's sampled tokens, one for each row.
+
+        Returns:
+            The sequences that got a token, and those that failed since the last call. Those that
+            have ended have a `finish_reason`.
+        """
+        advanced, self.failed = self.failed, []
+        rows = zip(batch.seqs, batch.yields_token, token_ids, strict=True)
+        for seq, yields_token, token_id in rows:
+            if seq.is_finished or not yields_token:  # finished: ended while this row was in flight
                 continue
             seq.in_flight -= 1
             seq.token_ids.append(token_id)
-            self.pools[seq.shard].register(seq)
-            if self._ends(seq, token_id):
-                self.finish(seq)
-                finished.append(seq)
-        return finished
+            self.pools[seq.shard].cache_full_blocks(seq)
+            if reason := self._end_of(seq, token_id):
+                self.finish(seq, reason)
+            advanced.append(seq)
+        return advanced
 
-    def finish(self, seq: Sequence) -> None:
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence, whatever its state, and free what it holds.
 
-        A row of it may still be in flight; it writes to blocks that later steps may have been
+        One of its rows may still be in flight, and write to blocks that later steps may have been
         given. That is harmless, because the device runs steps in order.
         """
         if seq.is_finished:
             return
         self._release(seq)
         seq.status = Status.FINISHED
-
-    def take_failed(self) -> list[Sequence]:
-        """Sequences that ended with an error since the last call."""
-        failed, self.failed = self.failed, []
-        return failed
+        seq.finish_reason = reason
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -131,58 +146,59 @@ class Scheduler:
         self.waiting.insert(len(list(partly_computed)), seq)
 
     def _schedule_prefill(self) -> Batch | None:
-        batch = Batch(True, [], [], [], [])
-        budgets = [self.max_num_batched_tokens] * len(self.pools)
-        rooms = [self.max_prefill_seqs] * len(self.pools)
-        index = 0
-        while index < len(self.waiting):
-            seq = self.waiting[index]
-            open_shards = [s for s, n in enumerate(budgets) if n > 0 and rooms[s] > 0]
-            if not open_shards or not (seq.block_table or self._admit(seq, open_shards)):
-                if seq.is_finished:
-                    continue
+        batch = Batch.empty(is_prefill=True)
+        tokens_left = [self.max_num_batched_tokens] * len(self.pools)
+        rows_left = [self.max_prefill_seqs] * len(self.pools)
+        for seq in list(itertools.islice(self.waiting, sum(rows_left))):
+            open_shards = [s for s, n in enumerate(tokens_left) if n > 0 and rows_left[s] > 0]
+            if not open_shards:
                 break
-            start = seq.num_computed
-            length = min(seq.num_tokens - start, budgets[seq.shard])
-            completes = start + length == seq.num_tokens
-            self._extend(batch, seq, start, length, completes)
-            budgets[seq.shard] -= length
-            rooms[seq.shard] -= 1
+            if not seq.block_table:  # it is not admitted yet
+                if seq.in_flight:
+                    break
+                if self._outgrew_pool(seq):
+                    self._fail(seq)
+                    continue
+                if not self._admit(seq, open_shards):
+                    break
+            length = min(seq.num_tokens - seq.num_computed, tokens_left[seq.shard])
+            tokens_left[seq.shard] -= length
+            rows_left[seq.shard] -= 1
+            completes = seq.num_computed + length == seq.num_tokens
+            self._add_row(batch, seq, length, completes)
             if completes:
                 seq.status = Status.RUNNING
-                del self.waiting[index]
+                self.waiting.remove(seq)  # it is among the first, so this is quick
                 self.running.append(seq)
-            else:
-                index += 1
         return batch if batch.seqs else None
 
     def _schedule_decode(self) -> Batch | None:
-        batch = Batch(False, [], [], [], [])
+        batch = Batch.empty()
         for seq in list(self.running):
             if seq.status is not Status.RUNNING or not seq.wants_token:
                 continue  # preempted in this round, or its last token is in flight
             if self._make_room(seq):
-                self._extend(batch, seq, seq.num_computed, 1, True)
+                self._add_row(batch, seq, 1, True)
         return batch if batch.seqs else None
+
+    def _outgrew_pool(self, seq: Sequence) -> bool:
+        """Whether a sequence, which has grown and been preempted, can never be computed again."""
+        pool = self.pools[0]
+        return pool.blocks_for(seq.num_tokens) > len(pool.blocks)
 
     def _admit(self, seq: Sequence, shards: list[int]) -> bool:
         """Give a waiting sequence a slot and blocks for all of its tokens in one of `shards`."""
-        if seq.in_flight:
-            return False
-        pool = self.pools[0]
-        if pool.blocks_for(seq.num_tokens) > len(pool.blocks):
-            self._fail(seq)  # it has grown since it was accepted, and was preempted
-            return False
         shards = [shard for shard in shards if self.free_slots[shard]]
-        if len(shards) > 1:  # most of it cached, then most slots, then most blocks free
-            shards.sort(key=lambda s: self._attraction(seq, s), reverse=True)
+        if len(shards) > 1:
+            shards.sort(key=lambda s: self._preference(seq, s), reverse=True)
         for shard in shards:
             if self.pools[shard].allocate(seq):
                 seq.shard, seq.slot = shard, self.free_slots[shard].pop()
                 return True
         return False
 
-    def _attraction(self, seq: Sequence, shard: int) -> tuple[int, int, int]:
+    def _preference(self, seq: Sequence, shard: int) -> tuple[int, int, int]:
+        """Orders shards: most of the sequence cached, then most slots, then most blocks free."""
         pool = self.pools[shard]
         return pool.num_cached(seq), len(self.free_slots[shard]), pool.num_free_blocks
 
@@ -214,25 +230,28 @@ class Scheduler:
             f"the pool has {len(pool.blocks)}; raise num_kvcache_blocks or "
             f"gpu_memory_utilization, or lower max_tokens"
         )
-        self.finish(seq)
+        self.finish(seq, "error")
         self.failed.append(seq)
 
-    def _extend(self, batch: Batch, seq: Sequence, start: int, length: int, samples: bool) -> None:
+    def _add_row(self, batch: Batch, seq: Sequence, length: int, yields_token: bool) -> None:
+        """Put the next `length` tokens of a sequence into a batch."""
         batch.seqs.append(seq)
-        batch.starts.append(start)
+        batch.starts.append(seq.num_computed)
         batch.lengths.append(length)
-        batch.samples.append(samples)
-        seq.num_computed = start + length
-        seq.in_flight += samples
-        # Within this very step too: every layer writes keys and values before it attends.
-        self.pools[seq.shard].register(seq)
+        batch.yields_token.append(yields_token)
+        seq.num_computed += length
+        seq.in_flight += yields_token
+        # Readers may be in this very step: every layer writes keys and values before it attends.
+        self.pools[seq.shard].cache_full_blocks(seq)
 
-    def _ends(self, seq: Sequence, token_id: int) -> bool:
+    def _end_of(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        """Why a sequence ends with its newest token, if it does."""
         if not seq.params.ignore_eos and token_id in self.eos_token_ids:
-            return True
-        if token_id in seq.params.stop_token_ids:
-            return True
-        return seq.num_completion_tokens >= seq.max_tokens
+            return "stop"
+        if token_id in (seq.params.stop_token_ids or ()):
+            seq.stop_reason = token_id
+            return "stop"
+        return "length" if seq.num_completion_tokens >= seq.max_tokens else None
 
     def _release(self, seq: Sequence) -> None:
         """Take a sequence out of its queue, and from it what it holds."""

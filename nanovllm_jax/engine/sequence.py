@@ -1,11 +1,15 @@
-"""One request's state, from its arrival to its end."""
+"""Sequence: the state of one request's tokens, from its arrival to its end."""
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Literal
 
 from nanovllm_jax.sampling_params import SamplingParams
 
 NO_SLOT = -1
+
+# Why a sequence ended: an end token, max_tokens, a call of abort_request, or a failure.
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(Enum):
@@ -31,13 +35,15 @@ class Sequence:
     max_tokens: int  # params.max_tokens, capped by max_model_len
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
-    error: str | None = None  # why the request failed, if it did
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the one of params.stop_token_ids that ended it
+    error: str | None = None  # what went wrong, if finish_reason is "error"
 
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache: computed, and never written again
     in_flight: int = 0
     slot: int = NO_SLOT  # row of the runner's tables while admitted
-    shard: int = 0  # of the batch: where its blocks are, while it has any
+    shard: int = 0  # shard of the batch that its blocks are in, while it has any
     block_table: list[int] = field(default_factory=list)
     prefix: list[tuple[int, int]] = field(default_factory=list)  # (hash, uid) of hashed blocks
 

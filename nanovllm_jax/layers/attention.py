@@ -1,69 +1,60 @@
-"""Paged attention over the KV cache: the engine's way for a layer to attend."""
+"""Attention as a layer does it: over the paged KV cache when serving, dense when training."""
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import decode_step, norm_rope_write, paged_prefill
 
-
-class KVCache(NamedTuple):
-    """Keys and values of all layers: L layers, P pages of S positions, K KV heads of size H."""
-
-    k: Float[Array, "L P S K H"]
-    v: Float[Array, "L P S K H"]
-
-    AXES = ("layers", "batch", "positions", "kv_heads", "head_dim")
+Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cos and sin of each position
 
 
 class PagedBatch(NamedTuple):
     """Where a step's tokens live in the cache. Without `query_starts` each row is one token.
 
-    Where the batch is sharded, each shard's part counts from its own first token and page.
+    If the batch is sharded, each shard's part counts from its own first token and page.
     """
 
-    slots: Int32[Array, " T"]  # position in the cache that a token is written to; -1: nowhere
+    slot_mapping: Int32[Array, " T"]  # cache position that a token is written to; -1: nowhere
     block_tables: Int32[Array, "B W"]
-    context_lens: Int32[Array, " B"]  # this step's tokens included; 0: a padding row
+    context_lens: Int32[Array, " B"]  # counts this step's tokens too; 0: a padding row
     query_starts: Int32[Array, " B+1"] | None = None  # row b owns these tokens of the step
 
 
-@dataclass(frozen=True)
-class PagedAttention:
-    """Norms and rotates q and k, writes k and v to their pages, attends over the pages."""
-
-    batch: PagedBatch
-    sharding: Sharding
-    implementation: str
-
-    def __call__(
-        self,
-        qkv: Float[Array, "T K G+2 H"],
-        q_norm: RMSNorm,
-        k_norm: RMSNorm,
-        rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
-        cache: KVCache,
-        layer: Int32[Array, ""],
-    ) -> tuple[Float[Array, "T N H"], KVCache]:
-        return _attend(
-            qkv, q_norm.weight[...], k_norm.weight[...], rope, cache, layer, self.batch,
-            eps=q_norm.eps, sharding=self.sharding, implementation=self.implementation,
-        )  # fmt: skip
-
-
-# Jitted with a donated cache for the eager engine, which would copy the cache at each write
-# otherwise; inside a compiled step the donation of the whole step counts and this one does not.
+# Jitted with a donated cache so that the eager engine, too, updates the cache in place; inside a
+# compiled step only the donation of the whole step counts.
 @functools.partial(
     jax.jit, static_argnames=("eps", "sharding", "implementation"), donate_argnames="cache"
 )
-def _attend(qkv, q_norm, k_norm, rope, cache, layer, batch, *, eps, sharding, implementation):
+def paged_attention(
+    qkv: Float[Array, "T K G+2 H"],
+    q_norm: Float[Array, "L H"],
+    k_norm: Float[Array, "L H"],
+    rope: Rope,
+    cache: KVCache,
+    layer: Int32[Array, ""],
+    batch: PagedBatch,
+    *,
+    eps: float,
+    sharding: Sharding,
+    implementation: str,
+) -> tuple[Float[Array, "T N H"], KVCache]:
+    """Norm and rotate q and k, write k and v to their pages, and attend over the pages.
+
+    Args:
+        qkv: for each KV head its G query heads, then its key, then its value.
+        q_norm, k_norm: norm weights of all layers, of which `layer` is used.
+        implementation: the kernels, as `pallas_kernels` names them.
+    """
+
     def on_shard(qkv, q_norm, k_norm, rope, cache, layer, batch):
-        new = (qkv, q_norm, k_norm, *rope, batch.slots)
+        new = (qkv, q_norm, k_norm, *rope, batch.slot_mapping)
         options = {"eps": eps, "implementation": implementation}
         scale = qkv.shape[-1] ** -0.5
         if batch.query_starts is None:
@@ -87,3 +78,25 @@ def _attend(qkv, q_norm, k_norm, rope, cache, layer, batch, *, eps, sharding, im
         (spec("batch", "kv_heads"), whole, whole, rows, cache_spec, whole, rows),
         (spec("batch", "heads"), cache_spec),
     )(qkv, q_norm, k_norm, rope, cache, layer, batch)
+
+
+def dense_attention(
+    qkv: Float[Array, "T K G+2 H"],
+    q_norm: RMSNorm,
+    k_norm: RMSNorm,
+    rope: Rope,
+    layer: Int32[Array, ""],
+    mask: Bool[Array, "B S S"],
+) -> Float[Array, "T N H"]:
+    """Norm and rotate q and k, and attend within B rows of S tokens (T = B * S), without a cache.
+
+    Args:
+        mask: whether query i of a row may see key j.
+    """
+    tokens, _, _, head_dim = qkv.shape
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    q = q_norm(q.reshape(tokens, -1, head_dim), layer)
+    q, k = apply_rope(q, *rope), apply_rope(k_norm(k, layer), *rope)
+    q, k, v = (x.reshape(*mask.shape[:2], -1, head_dim) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+    return out.reshape(tokens, -1, head_dim)

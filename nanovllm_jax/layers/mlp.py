@@ -3,12 +3,13 @@
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from nanovllm_jax.layers.linear import Linear, Project
+from nanovllm_jax.layers.backend import Backend
+from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.layers.norm import RMSNorm
 
 
 class MLP(nnx.Module):
-    """x + down(silu(gate(norm(x))) * up(norm(x))), gate and up in one product."""
+    """Computes x + down(silu(gate(norm(x))) * up(norm(x))), gate and up in one product."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dtype, rngs: nnx.Rngs):
         hidden, ffn = {"embed": hidden_size}, {"ffn": intermediate_size}
@@ -16,7 +17,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(hidden, ffn, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "T D"], norm: RMSNorm, layer: Int32[Array, ""], project: Project
+        self, x: Float[Array, "T D"], norm: RMSNorm, layer: Int32[Array, ""], backend: Backend
     ) -> Float[Array, "T D"]:
-        gated = project(x, self.gate_up_proj, layer, norm=norm, gated=True)
-        return project(gated, self.down_proj, layer, residual=x)
+        gated = backend.linear(x, self.gate_up_proj, layer, norm=norm, gated=True)
+        return backend.linear(gated, self.down_proj, layer, residual=x)

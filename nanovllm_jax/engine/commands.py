@@ -1,0 +1,75 @@
+"""The commands that decide what an engine runs.
+
+`LLMEngine.apply` carries them out. A process that leads an engine of several records its own and
+sends them to the others, which repeat them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nanovllm_jax.sampling_params import SamplingParams
+
+RequestId = int | str
+
+
+@dataclass(frozen=True)
+class AddRequest:
+    """Queue a request, which has been found valid."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None  # its text, if it came as one
+    request_id: RequestId | None = None  # default: the next number
+
+
+@dataclass(frozen=True)
+class AbortRequests:
+    """End those of the requests that have not ended."""
+
+    request_ids: list[RequestId]
+
+
+@dataclass(frozen=True)
+class ResetPrefixCache:
+    """Forget all cached prefixes."""
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Schedule and start the next batch, which has this digest in the process that leads."""
+
+    digest: int
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Read the tokens of the oldest batch under way."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Shut the engine down."""
+
+
+Command = AddRequest | AbortRequests | ResetPrefixCache | Dispatch | Collect | Exit
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (AddRequest, AbortRequests, ResetPrefixCache, Dispatch, Collect, Exit)
+}
+
+
+def encode(commands: Sequence[Command]) -> str:
+    """Write commands as JSON."""
+    return json.dumps([[type(c).__name__, asdict(c)] for c in commands], default=list)
+
+
+def decode(text: str) -> list[Command]:
+    """Read what `encode` wrote."""
+    commands: list[Command] = []
+    for name, fields in json.loads(text):
+        if "params" in fields:
+            fields["params"] = SamplingParams(**fields["params"])
+        commands.append(_KINDS[name](**fields))
+    return commands

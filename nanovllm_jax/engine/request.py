@@ -1,0 +1,128 @@
+"""Requests: from a prompt, checked, to the outputs that its owner is told of."""
+
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.commands import RequestId
+from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.outputs import CompletionOutput, RequestOutput
+
+Prompt = str | Items[int]
+
+# The requests that have got tokens or ended since their owner last looked, in that order.
+Outbox = dict["Request", None]
+
+
+class Request:
+    """A request under way. News of it is put into the outbox of the one who made it."""
+
+    def __init__(
+        self,
+        request_id: RequestId,
+        prompt: str | None,
+        seq: Sequence,
+        outbox: Outbox,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        self.request_id, self.prompt, self.seq, self.outbox = request_id, prompt, seq, outbox
+        wants_text = tokenizer is not None and seq.params.detokenize
+        self._detokenizer = Detokenizer(tokenizer) if wants_text else None
+        self._text, self._num_decoded = "", 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.seq.is_finished
+
+    def announce(self) -> None:
+        """Tell the request's owner that there is something new."""
+        self.outbox[self] = None
+
+    def output(self) -> RequestOutput:
+        """The request and its completion, as far as it has come."""
+        seq = self.seq
+        token_ids = seq.completion_token_ids
+        if self._detokenizer:
+            self._text += self._detokenizer.push(token_ids[self._num_decoded :])
+            self._num_decoded = len(token_ids)
+            if seq.is_finished:
+                self._text += self._detokenizer.flush()
+                self._detokenizer = None
+        completion = CompletionOutput(0, self._text, token_ids, seq.finish_reason, seq.stop_reason)
+        prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
+        return RequestOutput(
+            self.request_id, self.prompt, prompt_token_ids, [completion], seq.is_finished, seq.error
+        )
+
+
+def take_news(outbox: Outbox) -> list[Request]:
+    """Empty an outbox."""
+    news = list(outbox)
+    outbox.clear()
+    return news
+
+
+def as_token_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """The token ids of a prompt, which is a text or such a list already.
+
+    Raises:
+        TypeError: the prompt is neither.
+        ValueError: it is a text, and there is no tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer; pass the prompt as token ids")
+        prompt = tokenizer.encode(prompt)
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, list | tuple) or not all(type(t) is int for t in prompt):
+        raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r:.80}")
+    return list(prompt)
+
+
+def check_fits(token_ids: list[int], config: EngineConfig, num_blocks: int) -> None:
+    """Raise ValueError, with the numbers, for a prompt that could never run.
+
+    Args:
+        num_blocks: blocks of the KV cache that one sequence can have.
+    """
+    n, block_size = len(token_ids), config.kvcache_block_size
+    if n == 0:
+        raise ValueError("the prompt is empty; at least one token is needed")
+    if n >= config.max_model_len:
+        raise ValueError(
+            f"the prompt has {n} tokens, which leaves no room for an output within "
+            f"max_model_len={config.max_model_len}"
+        )
+    if (needed := -(-n // block_size)) > num_blocks:
+        raise ValueError(
+            f"the prompt has {n} tokens and needs {needed} blocks of {block_size}, "
+            f"the KV cache has {num_blocks}"
+        )
+    lowest, highest = min(token_ids), max(token_ids)
+    vocab_size = config.model_config.vocab_size
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {bad} is not in the vocabulary of {vocab_size}")
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The directory's tokenizer; None if it has no tokenizer files at all."""
+    if not any(directory.glob("tokenizer*")) and not (directory / "vocab.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def eos_token_ids(
+    config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """End tokens that the model's files name; the tokenizer's own if they name none."""
+    named = config.model_config.eos_token_ids
+    if not named and tokenizer is not None and tokenizer.eos_token_id is not None:
+        return (int(tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
+    return named

@@ -1,0 +1,229 @@
+"""How a layer computes: plain JAX everywhere, the project's kernels on GPUs, dense for training.
+
+A model is written once against `Backend`. A backend is made inside the traced step, since it holds
+the arrays that say where the step's tokens lie in the cache.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from nanovllm_jax.layers.attention import PagedBatch, Rope, dense_attention, paged_attention
+from nanovllm_jax.layers.collectives import AXIS, Collectives
+from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.sharding import Sharding
+from pallas_kernels import fits_fused_linear as supports_fused_linear
+from pallas_kernels import fused_linear
+
+
+class Backend(Protocol):
+    """What a decoder asks for, in the order in which a layer does."""
+
+    def embed(self, table: Embedding, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Look up the tokens' rows of an embedding table."""
+        ...
+
+    def linear(
+        self,
+        x: Float[Array, "T *in"],
+        linear: Linear,
+        layer: Layer = None,
+        *,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: Float[Array, "T *out"] | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Float[Array, "T *out"]:
+        """Apply a Linear together with the norm before it and the gate or residual after it.
+
+        Args:
+            layer: which layer of a stack of weights; None if the weights are not stacked.
+            norm: applied to the input.
+            gated: return silu(first half of the output) * second half (SwiGLU).
+            residual: added to the output.
+            dtype: of the output; default: x's.
+        """
+        ...
+
+    def attend(
+        self,
+        qkv: Float[Array, "T K G+2 H"],
+        q_norm: RMSNorm,
+        k_norm: RMSNorm,
+        rope: Rope,
+        cache: Any,
+        layer: Int32[Array, ""],
+    ) -> tuple[Float[Array, "T N H"], Any]:
+        """Norm and rotate q and k, attend, and return the cache with the new keys and values."""
+        ...
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """Tell the compiler how an intermediate array with these logical axes is sharded."""
+        ...
+
+
+class _PlainLinear:
+    """The parts of a backend that need no mesh and no cache."""
+
+    def embed(self, table, token_ids):
+        return table.lookup(token_ids)
+
+    def linear(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
+        if norm is not None:
+            x = norm(x, layer)
+        y = linear(x, layer, dtype)
+        if gated:
+            y = jax.nn.silu(y[:, 0]) * y[:, 1]
+        return y if residual is None else residual + y
+
+
+@dataclass(frozen=True)
+class DenseBackend(_PlainLinear):
+    """Training: rows of equally many tokens attend under a mask, and nothing is cached."""
+
+    mask: Bool[Array, "B S S"]
+
+    def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+        return dense_attention(qkv, q_norm, k_norm, rope, layer, self.mask), cache
+
+    def constrain(self, x, *axes):
+        return x
+
+
+@dataclass(frozen=True)
+class XlaBackend(_PlainLinear):
+    """Serving in plain JAX over a mesh; attention by the kernels that `attention` names."""
+
+    sharding: Sharding
+    batch: PagedBatch
+    attention: str
+
+    def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+        return paged_attention(
+            qkv, q_norm.weight[...], k_norm.weight[...], rope, cache, layer, self.batch,
+            eps=q_norm.eps, sharding=self.sharding, implementation=self.attention,
+        )  # fmt: skip
+
+    def constrain(self, x, *axes):
+        return self.sharding.constrain(x, *axes)
+
+
+class LinearPlan(NamedTuple):
+    """What a GPU's kernels do for one linear layer; sizes are those of a device's shard."""
+
+    rows: int
+    out: tuple[int, ...]
+    width: int  # of the input
+    summed: tuple[str, ...]  # mesh axes whose devices hold parts of the sum
+    one_row: bool  # one kernel for norm, product, gate and residual
+    one_shot: bool  # one kernel for the sum and the residual
+
+
+@dataclass(frozen=True)
+class GpuBackend(XlaBackend):
+    """Serving with the project's own kernels, where they fit; elsewhere as `XlaBackend`.
+
+    A single token in 16 bits takes one kernel for a Linear and what surrounds it. A small sum over
+    the GPUs that share a layer takes one kernel, with the residual.
+    """
+
+    collectives: Collectives | None = None
+
+    def embed(self, table, token_ids):
+        rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec
+        width, dtype = table.weight[...].shape[1], table.weight.dtype
+        split = self.sharding.mesh_axes("vocab") == (AXIS,)
+        if not (split and self._holds_hidden_size and self._sums((rows, width), dtype)):
+            return super().embed(table, token_ids)
+
+        def on_shard(weight, token_ids, collectives):
+            ids = token_ids - jax.lax.axis_index(AXIS) * len(weight)
+            here = (ids >= 0) & (ids < len(weight))
+            return collectives.sum(jnp.where(here[:, None], weight[jnp.where(here, ids, 0)], 0))
+
+        return self.sharding.shard_map(
+            on_shard,
+            (spec("vocab"), spec("batch"), Collectives.spec(self.sharding)),
+            spec("batch"),
+        )(table.weight[...], token_ids, self.collectives)
+
+    def linear(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
+        plan = self.plan(linear, len(x), x.dtype, gated=gated, residual=residual is not None)
+        if plan is None:
+            return super().linear(
+                x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype
+            )
+        num_in, eps = len(linear.in_axes), 0.0 if norm is None else norm.eps
+
+        def stacked(weight):
+            return weight[None] if layer is None else weight
+
+        def on_shard(x, weight, norm_weight, residual, layer, collectives):
+            if plan.one_row:
+                y = fused_linear(
+                    x.reshape(1, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
+                    norm_weight, None if plan.summed else residual,
+                    eps=eps, gated=gated, dtype=dtype or x.dtype,
+                ).reshape(plan.rows, *plan.out)  # fmt: skip
+            else:
+                y = product(x, weight[layer], num_in, dtype)
+            if plan.one_shot:
+                return collectives.sum(y, residual)
+            if not plan.summed:
+                return y
+            y = jax.lax.psum(y, plan.summed)
+            return y if residual is None else residual + y
+
+        spec = self.sharding.spec
+        out_spec = spec("batch", *linear.out_axes[gated:])
+        return self.sharding.shard_map(
+            on_shard,
+            (
+                spec("batch", *linear.in_axes),
+                spec(None, *linear.axes),
+                spec(),
+                out_spec,
+                spec(),
+                Collectives.spec(self.sharding),
+            ),
+            out_spec,
+        )(
+            x,
+            stacked(linear.weight[...]),
+            None if norm is None else stacked(norm.weight[...]),
+            residual,
+            jnp.int32(0) if layer is None else layer,
+            self.collectives,
+        )
+
+    def plan(
+        self, linear: Linear, tokens: int, dtype: DTypeLike, *, gated: bool, residual: bool
+    ) -> LinearPlan | None:
+        """What the kernels do for a Linear over this many tokens; None if none of them fits."""
+        num_in, sharding = len(linear.in_axes), self.sharding
+        shape = linear.weight[...].shape[-len(linear.axes) :]
+        local = sharding.local_shape(shape, linear.axes)
+        rows, out, width = tokens // sharding.size("batch"), local[gated:-num_in], local[-num_in:]
+        num_out, num_inputs = math.prod(out), math.prod(width)
+        axes = [m for axis in linear.in_axes for m in sharding.mesh_axes(axis)]
+        summed = tuple(m for m in axes if sharding.mesh.shape[m] > 1)
+        one_row = supports_fused_linear(rows, num_out, num_inputs, dtype)
+        # A product without a norm before it, and with a residual after it.
+        one_shot = residual and summed == (AXIS,) and self._sums((rows, num_out), dtype)
+        if not self._holds_hidden_size or not (one_row or one_shot):
+            return None
+        return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot)
+
+    @property
+    def _holds_hidden_size(self) -> bool:
+        """Whether each device has all of the hidden size, which the kernels take for granted."""
+        return all(self.sharding.size(axis) == 1 for axis in ("embed", "activation_embed"))
+
+    def _sums(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+        return self.collectives is not None and self.collectives.fits(shape, dtype)

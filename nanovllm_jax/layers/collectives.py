@@ -1,0 +1,72 @@
+"""Sums and maxima over the GPUs that share a layer, through memory that they can all reach."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from nanovllm_jax.sharding import Sharding
+from pallas_kernels import (
+    Mailboxes,
+    make_mailboxes,
+    one_shot_all_reduce,
+    one_shot_max,
+)
+from pallas_kernels import fits_one_shot as supports_one_shot
+
+AXIS = "tensor"  # The mesh axis whose GPUs exchange.
+
+# Words of 4 bytes in the largest sum that takes the one-shot kernel (256 rows of 8B's width).
+# Larger ones are bound by the link, where each GPU should send each number once and not to all.
+MAX_WORDS = 1 << 19
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["addresses"], meta_fields=[])
+@dataclass(frozen=True)
+class Collectives:
+    """One-kernel sums and maxima over the GPUs of `AXIS`; for use under `jax.shard_map`.
+
+    It is an argument of the function that is mapped, with the PartitionSpec `spec(sharding)`. The
+    mailboxes that its addresses name belong to the caller of `make`, and must outlive its use.
+    """
+
+    addresses: Int32[Array, "devices 2"]  # inside shard_map [1, 2]: this GPU's own
+
+    @staticmethod
+    def make(sharding: Sharding) -> tuple["Collectives", Mailboxes]:
+        """Allocate mailboxes on every GPU of a mesh, which lies within one process."""
+        mailboxes = make_mailboxes(sharding.mesh, AXIS, MAX_WORDS)
+        return Collectives(mailboxes.addresses), mailboxes
+
+    @staticmethod
+    def abstract(sharding: Sharding) -> "Collectives":
+        """The shapes of what `make` returns first; no device is touched."""
+        layout = jax.sharding.NamedSharding(sharding.mesh, Collectives.spec(sharding))
+        return Collectives(
+            jax.ShapeDtypeStruct((sharding.mesh.size, 2), jnp.int32, sharding=layout)
+        )  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def spec(sharding: Sharding) -> PartitionSpec:
+        """The addresses' layout, one row for each device of the mesh; fits None as well."""
+        return PartitionSpec(sharding.mesh.axis_names)
+
+    @staticmethod
+    def fits(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+        """Whether `sum` takes arrays of this shape."""
+        return supports_one_shot(shape, dtype, MAX_WORDS)
+
+    def sum(
+        self, part: Float[Array, "T D"], residual: Float[Array, "T D"] | None = None
+    ) -> Float[Array, "T D"]:
+        """residual + the sum of every GPU's part; every GPU gets the same bits."""
+        residual = jnp.zeros_like(part) if residual is None else residual
+        return one_shot_all_reduce(part, residual, self.addresses, AXIS, MAX_WORDS)
+
+    def max(self, keys: Int32[Array, "B 2"]) -> Int32[Array, "B 2"]:
+        """The largest of each key, taken as unsigned 64-bit integers [low, high]."""
+        return one_shot_max(keys, self.addresses, AXIS, MAX_WORDS)

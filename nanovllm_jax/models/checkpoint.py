@@ -1,0 +1,95 @@
+"""The one table of a model's tensors: what a Hugging Face checkpoint calls them and their shapes.
+
+Loading joins tensors into parameters, writing splits parameters into tensors, and random weights
+need the shapes alone.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovllm_jax.models.config import ModelConfig
+
+STACKED = "layers"  # Parameters whose path begins so have a leading axis of layers.
+
+
+class Source(NamedTuple):
+    """The tensors that make up one parameter (of one layer, for a parameter of the layers)."""
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]  # name with "{i}" for the layer, and shape
+    join: Callable[..., np.ndarray]  # the tensors, in this order -> the parameter
+    split: Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the inverse
+
+
+def sources(config: ModelConfig) -> dict[str, Source]:
+    """Where each parameter comes from, by its dotted path in the decoder.
+
+    The config may be a sharded one: its copies of KV heads and its padded vocabulary are added to
+    the published tensors, and removed again by `split`.
+    """
+    c, d, copies = config, config.hidden_size, config.kv_head_copies
+    k, g, h, ffn = c.num_kv_heads, c.group_size, c.head_dim, c.intermediate_size
+    vocab = c.vocab_size - c.vocab_padding
+
+    def one(name: str, *shape: int) -> Source:
+        return Source(((f"{name}.weight", shape),), lambda x: x, lambda x: (x,))
+
+    def layer(name: str, *shape: int) -> tuple[str, tuple[int, ...]]:
+        return f"model.layers.{{i}}.{name}.weight", shape
+
+    def table(name: str) -> Source:
+        return Source(
+            ((f"{name}.weight", (vocab, d)),),
+            lambda x: np.pad(x, ((0, c.vocab_padding), (0, 0))),
+            lambda x: (x[:vocab],),
+        )
+
+    def join_qkv(q, k_, v):
+        k_, v = (np.repeat(x.reshape(-1, 1, h, d), copies, axis=0) for x in (k_, v))
+        return np.concatenate([q.reshape(k, g, h, d), k_, v], axis=1)
+
+    def split_qkv(x):
+        kv = x[::copies]
+        return x[:, :g].reshape(-1, d), kv[:, g].reshape(-1, d), kv[:, g + 1].reshape(-1, d)
+
+    found = {
+        "embed_tokens": table("model.embed_tokens"),
+        "norm": one("model.norm", d),
+        "layers.self_attn.qkv_proj": Source(
+            (
+                layer("self_attn.q_proj", k * g * h, d),
+                layer("self_attn.k_proj", k // copies * h, d),
+                layer("self_attn.v_proj", k // copies * h, d),
+            ),
+            join_qkv,
+            split_qkv,
+        ),
+        "layers.self_attn.o_proj": Source(
+            (layer("self_attn.o_proj", d, k * g * h),),
+            lambda o: o.reshape(d, k * g, h),
+            lambda o: (o.reshape(d, -1),),
+        ),
+        "layers.mlp.gate_up_proj": Source(
+            (layer("mlp.gate_proj", ffn, d), layer("mlp.up_proj", ffn, d)),
+            lambda gate, up: np.stack([gate, up]),
+            lambda gate_up: (gate_up[0], gate_up[1]),
+        ),
+        "layers.mlp.down_proj": one("model.layers.{i}.mlp.down_proj", d, ffn),
+    }
+    sizes = {"input_layernorm": d, "post_attention_layernorm": d}
+    sizes |= {"self_attn.q_norm": h, "self_attn.k_norm": h}
+    found |= {f"layers.{n}": one(f"model.layers.{{i}}.{n}", size) for n, size in sizes.items()}
+    if not c.tie_word_embeddings:
+        found["lm_head"] = table("lm_head")
+    return {f"{path}.weight": source for path, source in found.items()}
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor in a checkpoint of this model."""
+    return {
+        name.format(i=i): shape
+        for path, source in sources(config).items()
+        for i in range(config.num_layers if path.startswith(f"{STACKED}.") else 1)
+        for name, shape in source.tensors
+    }

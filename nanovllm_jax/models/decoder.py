@@ -1,0 +1,102 @@
+"""The decoder: grouped-query attention with q/k norm, RoPE, SwiGLU (Qwen3, arXiv:2505.09388).
+
+The parameters of all layers are stacked along a leading axis [L, ...], so that a step passes about
+a dozen arrays to the compiled program, however deep the model is. How a layer computes is the
+caller's choice: the engine passes a backend over its KV cache, a trainer a dense one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from nanovllm_jax.layers.backend import Backend
+from nanovllm_jax.layers.linear import Embedding, Linear
+from nanovllm_jax.layers.mlp import MLP
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import rope_angles
+from nanovllm_jax.models.config import ModelConfig
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with its norm and residual; q, k and v come from one product."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        c, head = config, {"head_dim": config.head_dim}
+        # Grouped by KV head, so that a shard of KV heads brings its query heads along.
+        qkv = {"kv_heads": c.num_kv_heads, "group": c.group_size + 2, **head}
+        hidden = {"embed": c.hidden_size}
+        self.qkv_proj = Linear(qkv, hidden, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+        self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend):
+        qkv = backend.linear(x, self.qkv_proj, layer, norm=norm)
+        out, cache = backend.attend(qkv, self.q_norm, self.k_norm, rope, cache, layer)
+        return backend.linear(out, self.o_proj, layer, residual=x), cache
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
+        c = config
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, rope, cache, layer, backend: Backend):
+        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, backend)
+        x = backend.constrain(x, "activation_tokens", "activation_embed")
+        x = self.mlp(x, self.post_attention_layernorm, layer, backend)
+        return backend.constrain(x, "activation_tokens", "activation_embed"), cache
+
+
+class Decoder(nnx.Module):
+    """Turns token ids and positions into hidden states; `logits` turns chosen rows into scores."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        c, dtype = config, jnp.dtype(config.dtype)
+        self.config = config
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        stacked = nnx.vmap(lambda r: DecoderLayer(c, dtype=dtype, rngs=r))
+        self.layers = stacked(rngs.split(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        backend: Backend,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Run all layers over T tokens; returns hidden states, not yet normed, and the cache."""
+        x = backend.embed(self.embed_tokens, token_ids)
+        x = backend.constrain(x, "activation_tokens", "activation_embed")
+        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        graph, weights = nnx.split(self.layers)
+
+        def run_layer(weights, x, rope, cache, layer):
+            # Every weight goes in whole, [L, ...]: products and kernels read their layer's slice
+            # in place, while an array sliced out here would be copied for the kernels.
+            return nnx.merge(graph, weights)(x, rope, cache, layer, backend)
+
+        # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
+        # Eagerly it runs operation by operation, so that print and a debugger work inside it.
+        if isinstance(x, Tracer):
+            run_layer = jax.jit(run_layer)
+        for i in range(self.config.num_layers):
+            x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
+        return x, cache
+
+    def logits(self, hidden: Float[Array, "B D"], backend: Backend) -> Float[Array, "B V"]:
+        """Next-token scores of the hidden states of chosen rows, in float32."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return backend.linear(hidden, head, norm=self.norm, dtype=jnp.float32)

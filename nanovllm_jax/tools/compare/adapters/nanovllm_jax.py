@@ -1,0 +1,36 @@
+"""This engine."""
+
+from nanovllm_jax.tools.compare.profiling import jax_profile
+
+
+class Adapter:
+    note = "continuous batching; programs for all buckets compiled at the start, or found on disk"
+
+    def __init__(self, model, limits):
+        import nanovllm_jax as library
+
+        self.make_params = library.SamplingParams
+        self.llm = library.LLM(model, dtype=limits.dtype, **limits.sizes)
+
+    def params(self, output, temperature):
+        return self.make_params(temperature, output, ignore_eos=True, detokenize=False)
+
+    def generate(self, prompts, outputs, temperature):
+        params = [self.params(n, temperature) for n in outputs]
+        return [r["token_ids"] for r in self.llm.generate(prompts, params, use_tqdm=False)]
+
+    def reset_prefix_cache(self):
+        self.llm.reset_prefix_cache()
+
+    def add_request(self, prompt, output, temperature):
+        return self.llm.add_request(prompt, self.params(output, temperature))
+
+    def step(self):
+        finished, _ = self.llm.step()
+        running = [(seq.seq_id, seq.num_completion_tokens) for seq in self.llm.scheduler.running]
+        return running + [(seq_id, len(token_ids)) for seq_id, token_ids in finished]
+
+    def profile(self, run, batch):
+        runner = self.llm.runner
+        buckets = [b for b in runner.decode_buckets if b.num_rows >= batch]
+        return jax_profile(run, runner.steps[(buckets or runner.decode_buckets[-1:])[0]])

@@ -1,0 +1,91 @@
+"""What the command hands to a worker: an engine, its limits, and the work to time.
+
+Neither this file nor the worker imports JAX: in another engine's process it has no business.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nanovllm_jax.tools.compare.adapters import Limits
+
+Wave = tuple[list[list[int]], list[int]]  # prompts, output lengths
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Work in parts, which are timed one by one, each starting with an empty prefix cache.
+
+    A part is a list of waves: a wave is submitted when the one before it is complete.
+    """
+
+    name: str
+    title: str
+    parts: dict[str, list[Wave]]
+    arrivals: list[float] = field(default_factory=list)  # seconds from the start, ascending
+    rate: float = 0.0  # requests a second
+
+    @property
+    def main(self) -> list[Wave]:
+        """The part that the title describes."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def batch(self) -> int:
+        """Most requests at a time; 64 at most, which is as far as rates grow for every engine."""
+        return min(64, max(len(prompts) for prompts, _ in self.main))
+
+    @property
+    def output_tokens(self) -> int:
+        """Output tokens of all parts."""
+        return sum(sum(outputs) for waves in self.parts.values() for _, outputs in waves)
+
+    @property
+    def digest(self) -> str:
+        """A name of the token ids, lengths and arrivals, equal for equal work only."""
+        content = json.dumps([self.parts, self.arrivals])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload to time, one of the same kind to warm up with, and whether to profile it too."""
+
+    timed: Workload
+    warm_up: Workload
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of one process; see `main.parse` for the options."""
+
+    engine: str
+    round: int
+    model: str
+    limits: Limits
+    vocab_size: int
+    temperature: float
+    runs: int
+    started: float  # time.time() when the process was started
+    seconds: float  # the time that it has
+    check: Wave  # what the engines' greedy tokens are compared on
+    cases: list[Case]
+    results: str  # file that records are appended to
+    log: str  # file for what the engine prints
+
+    def write(self, path: Path) -> None:
+        """Write the job as JSON."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> "Job":
+        """Read a job that `write` wrote."""
+        fields = json.loads(path.read_text())
+        fields["limits"] = Limits(**fields["limits"])
+        fields["cases"] = [
+            Case(Workload(**case["timed"]), Workload(**case["warm_up"]), case["profile"])
+            for case in fields["cases"]
+        ]
+        return cls(**fields)

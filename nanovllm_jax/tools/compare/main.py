@@ -1,0 +1,346 @@
+"""The command `nanovllm-jax compare`: engines in turn, one process each, then the report.
+
+nanovllm-jax compare                          # the demo model, a report in compare.html
+nanovllm-jax compare --random-weights 0.6B --output h100
+nanovllm-jax compare --random-weights 0.6B --output h100 --add --engines vllm
+nanovllm-jax compare --from h100.jsonl        # the report again
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jax
+
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.tools import roofline, shapes
+from nanovllm_jax.tools.compare import machine, plots, random_model, report, results, workloads
+from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
+from nanovllm_jax.tools.compare.job import Case, Job
+from nanovllm_jax.tools.compare.results import Absent, Added, Failure, Results, Run, Settings, Task
+from nanovllm_jax.tools.options import (
+    DEMO_MODEL,
+    Parser,
+    UsageError,
+    check_positive,
+    refusals,
+)
+
+LIMIT_S = {"cpu": 50.0, "gpu": 600.0}  # seconds for each engine, over all rounds
+GRACE_S = 2.0  # seconds beyond the limit before a worker is killed
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; raises UsageError."""
+    parser = Parser(
+        prog="nanovllm-jax compare",
+        description="Run the same work on every engine that is installed, and write one report.",
+    )
+    add = parser.add_argument
+    folder = Path(tempfile.gettempdir()) / "nanovllm_jax-compare"
+    names = ",".join(workloads.NAMES)
+    add("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
+    add(
+        "--random-weights",
+        choices=shapes.QWEN3,
+        metavar="SIZE",
+        help=f"instead: {', '.join(shapes.QWEN3)}",
+    )
+    add(
+        "--weights-folder",
+        type=Path,
+        metavar="DIR",
+        default=folder,
+        help="where random weights are written, once (default: in the system's temporary folder)",
+    )
+    add("--engines", metavar="NAME[,NAME...]", default=",".join(ENGINES), help="default: all")
+    add("--workloads", metavar="NAME[,NAME...]", default=names, help=f"default: {names}")
+    add("--scale", choices=workloads.SCALES, help="lengths (default: by the device)")
+    add("--rounds", type=int, default=2, help="processes of each engine, in alternating order")
+    add("--runs", type=int, default=2, help="timed runs of each workload and process")
+    add(
+        "--limit",
+        type=_limit,
+        action="append",
+        default=[],
+        metavar="[ENGINE=]SECONDS",
+        help="time for one engine over all rounds (default: 50 on a CPU, 600 on a GPU)",
+    )
+    add("--rate", type=float, metavar="R", help="requests a second of the stream")
+    add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
+    add(
+        "--python-path",
+        type=_python_path,
+        action="append",
+        default=[],
+        metavar="ENGINE=DIR",
+        help="put DIR before PYTHONPATH for that engine alone",
+    )
+    add("--bandwidth", type=float, metavar="TB/S", help="memory bandwidth, of an unknown GPU")
+    add("--peak", type=float, metavar="TFLOP/S", help="rate of products, of an unknown GPU")
+    add(
+        "--output",
+        type=Path,
+        default=Path("compare"),
+        metavar="NAME",
+        help="NAME.jsonl and NAME.html are written (default: compare)",
+    )
+    add(
+        "--add",
+        action="store_true",
+        help="keep the results of NAME.jsonl, of the same work on a machine of the same "
+        "description, and add the engines named by --engines",
+    )
+    add(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="run nothing, make FILE.html of results",
+    )
+    add("--picture", type=Path, metavar="FILE.png",
+        help="with --from: write the plot of throughput instead")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.engines = _names("--engines", args.engines, tuple(ENGINES))
+    args.workloads = _names("--workloads", args.workloads, workloads.NAMES)
+    args.limit, args.python_path = dict(args.limit), dict(args.python_path)
+    if args.model and args.random_weights:
+        raise UsageError("give either --model or --random-weights, not both")
+    if args.picture and not args.source:
+        raise UsageError("--picture is drawn of results: name them with --from FILE.jsonl")
+    check_positive(args, "rounds", "runs")
+    check_positive(args, "temperature", at_least=0)
+    check_positive(args, "rate", "bandwidth", "peak")
+    return args
+
+
+def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """Read a list of names, into the order of those that are known."""
+    names = [name for name in text.split(",") if name]
+    wrong = next((name for name in names if name not in known), None)
+    if wrong or not names:
+        what = f"{wrong} is not known" if wrong else "is empty"
+        raise UsageError(f"{option} {what}: choose from {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def _limit(text: str) -> tuple[str, float]:
+    engine, _, seconds = text.rpartition("=")
+    try:
+        value = float(seconds)
+    except ValueError:
+        value = 0.0
+    if not value > 0 or (engine and engine not in ENGINES):
+        known = ", ".join(ENGINES)
+        raise argparse.ArgumentTypeError(f"{text} is not SECONDS or ENGINE=SECONDS of {known}")
+    return engine, value
+
+
+def _python_path(text: str) -> tuple[str, str]:
+    engine, _, folder = text.partition("=")
+    if engine not in ENGINES or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not ENGINE=DIR of {', '.join(ENGINES)}")
+    return engine, str(Path(folder).resolve())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is decided before the first engine starts."""
+
+    settings: Settings
+    machine: results.Machine
+    tasks: list[Task]
+    cases: list[Case]
+    job: Job  # what the jobs of all workers share
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Choose model, scale and workloads; raises UsageError for a model that is none."""
+    here = machine.describe()
+    device = "gpu" if here.gpu else "cpu"
+    if args.random_weights:
+        title = f"Qwen3-{args.random_weights}, random weights"
+        model = args.weights_folder / f"qwen3-random-{args.random_weights}"
+        print(f"{title}, in {model}")
+        random_model.write(model, shapes.QWEN3[args.random_weights])
+    else:
+        model = (args.model or DEMO_MODEL).resolve()
+        title = model.name if args.model else "the demo model"
+    if not (model / "config.json").is_file():
+        raise UsageError(f"{model} is no model directory: it has no config.json")
+    with refusals(ValueError):
+        config = ModelConfig.from_directory(model)
+    config = config if here.gpu else replace(config, dtype="float32")
+    scale = workloads.SCALES[args.scale or device]
+    scale = replace(scale, rate=args.rate or scale.rate)
+    if scale.max_model_len > config.max_position_embeddings:
+        raise UsageError(
+            f"--scale {args.scale or device} needs {scale.max_model_len} positions and {model} has "
+            f"{config.max_position_embeddings}: choose --scale cpu or another model"
+        )
+    weights = shapes.parameters(config)
+    costs = roofline.CostModel(config, weights)
+    profiled = "batch16" if "batch16" in args.workloads else args.workloads[0]
+    cases, tasks = [], []
+    for name in args.workloads:
+        timed, warm_up = (
+            workloads.make(name, scale, seed, config.vocab_size)
+            for seed in (workloads.SEED, workloads.WARM_UP_SEED)
+        )
+        cases.append(Case(timed, warm_up, name == profiled))
+        work = workloads.requests(timed)
+        least = workloads.least_work(work, costs, scale.prefix[1] if name == "prefix" else 0)
+        tasks.append(Task(
+            name, timed.title, len(work.prompts), max(work.outputs), work.prompt_tokens,
+            work.output_tokens, timed.rate, least.bytes, least.flops,
+        ))  # fmt: skip
+    # A CPU's limits are unknown: for one thing, a small model's weights stay in its caches.
+    rates = roofline.find_hardware(here.gpu or "")
+    settings = Settings(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=title,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)),
+        dtype=config.dtype,
+        device=device,
+        engines=args.engines,
+        rounds=args.rounds,
+        runs=args.runs,
+        temperature=args.temperature,
+        bandwidth_tb_s=args.bandwidth or (rates and rates.memory / 1e12),
+        peak_tflop_s=args.peak or (rates and rates.flops / 1e12),
+        scale=asdict(scale),
+    )
+    limits = Limits(
+        "cuda" if here.gpu else "cpu", config.dtype, scale.max_model_len, scale.max_num_seqs,
+        scale.max_num_batched_tokens,
+    )  # fmt: skip
+    [check] = workloads.make("batch16", scale, workloads.CHECK_SEED, config.vocab_size).main
+    job = Job(
+        engine="", round=0, model=str(model), limits=limits, vocab_size=config.vocab_size,
+        temperature=args.temperature, runs=args.runs, started=0.0, seconds=0.0, check=check,
+        cases=cases, results="", log="",
+    )  # fmt: skip
+    return Plan(settings, here, tasks, cases, job)
+
+
+def order(engines: Sequence[str], round_number: int) -> list[str]:
+    """Return the engines in a round's order: forward in even rounds, backward in odd ones."""
+    return list(engines) if round_number % 2 == 0 else list(engines)[::-1]
+
+
+def run_all(args: argparse.Namespace, plan: Plan, file: Path) -> None:
+    """Run every engine in every round, each within its time limit; the results grow as they come."""
+    default = args.limit.get("", LIMIT_S[plan.settings.device])
+    left = {name: args.limit.get(name, default) for name in args.engines}
+    done = set()  # absent, or out of time
+    with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
+        for number in range(args.rounds):
+            for name in order(args.engines, number):
+                if name in done:
+                    continue
+                print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
+                start = time.perf_counter()
+                job = replace(
+                    plan.job, engine=name, round=number, started=time.time(), seconds=left[name],
+                    results=str(file.resolve()),
+                    log=str(file.with_suffix(f".{name}.log").resolve()),
+                    cases=[replace(c, profile=c.profile and number == 0) for c in plan.cases],
+                )  # fmt: skip
+                run_worker(job, Path(folder), args.python_path.get(name))
+                left[name] -= time.perf_counter() - start
+                absent = any(type(r) is Absent and r.engine == name for r in results.read(file))
+                if absent or left[name] < GRACE_S:
+                    done.add(name)
+
+
+def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
+    """Run one engine in a process of its own, which is killed after its time limit."""
+    job.write(path := folder / "job.json")
+    # The cache is this comparison's alone: a process that is killed may leave a damaged file in it.
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **os.environ}
+    if python_path:
+        paths = [python_path, os.environ.get("PYTHONPATH")]
+        env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if job.limits.device == "cpu":
+        cores = str(len(os.sched_getaffinity(0)))  # PyTorch may take fewer than JAX
+        env = {"OMP_NUM_THREADS": cores, **env, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "nanovllm_jax.tools.compare.worker", str(path)]
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+    reason = None
+    try:
+        if code := process.wait(job.seconds + GRACE_S):
+            reason = f"the process ended with {code}; see {Path(job.log).name}"
+    except subprocess.TimeoutExpired:
+        reason = f"stopped after its time limit, {job.seconds:.0f} s in this round"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if reason:
+        print(f"  failure: {reason}")
+        results.append(Path(job.results), Failure(job.engine, job.round, None, reason))
+
+
+def check_added(file: Path, plan: Plan) -> None:
+    """Raise UsageError unless the results are of the plan's work and machine, without its engines."""
+    if not file.is_file():
+        raise UsageError(f"--add: {file} is not there: leave --add out for a new report")
+    old = results.read(file)
+    engines = {r.engine for r in old if isinstance(r, Run)}
+    if again := engines & set(plan.settings.engines):
+        raise UsageError(f"--add: {file} has results of {', '.join(sorted(again))} already")
+    there = [_comparable(record) for record in old]
+    for record in (plan.settings, plan.machine, *plan.tasks):
+        if _comparable(record) not in there:
+            what = record.name if isinstance(record, Task) else type(record).__name__.lower()
+            raise UsageError(
+                f"--add: the {what} of {file} differs from this call's: give the same model "
+                "and options on such a machine"
+            )
+
+
+def _comparable(record: results.Record) -> str:
+    """Return a record's fields, as they are in a file, without those that vary between calls."""
+    varies = ("date", "engines", "rounds", "runs", "load_at_the_start")
+    return json.dumps({name: x for name, x in asdict(record).items() if name not in varies})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what the command line asks for, write the report, and return 0; raises UsageError."""
+    args = parse(argv)
+    if args.source:
+        if not args.source.is_file():
+            raise UsageError(f"--from {args.source} is not there: give a file of results")
+        found = Results(results.read(args.source))
+        if args.picture:
+            plots.write_picture(found, args.picture)
+        else:
+            args.source.with_suffix(".html").write_text(report.render(found))
+        return 0
+    plots.pyplot()  # raises before the work if it is not there, not after it
+    file, page = (Path(f"{args.output}.{suffix}") for suffix in ("jsonl", "html"))
+    plan = make_plan(args)
+    if args.add:
+        check_added(file, plan)
+        results.append(file, Added(**vars(plan.settings)))
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        results.append(file, plan.settings, plan.machine, *plan.tasks)
+    start = time.perf_counter()
+    try:
+        run_all(args, plan, file)
+    finally:  # interrupted or not: what there is
+        page.write_text(report.render(Results(results.read(file))))
+        print(f"{page} and {file} written after {time.perf_counter() - start:.0f} s")
+    return 0

@@ -1,0 +1,66 @@
+"""Find out where the time of a run goes: kernels and operators by category, as fields of a Profile.
+
+On a GPU the time of each kernel counts from the end of the kernels before it, and what no kernel
+covers is idle. On a CPU there is no idle time, and operators count without what they call.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
+    """Profile `run`. `program` is the compiled step: it says what XLA's kernels were made from."""
+    import jax
+
+    from nanovllm_jax.tools import trace
+
+    with tempfile.TemporaryDirectory() as folder:
+        with trace.tracing(Path(folder)):
+            run()
+        times, gaps = trace.busy_times(trace.read_events(Path(folder)))
+    origins = trace.origins(program.as_text() or "")
+    if jax.default_backend() == "gpu":
+        return _summary(times, gaps.total(), "kernels", 1e-9, origins)
+    return _summary(times, None, "operators, overlapping threads counted once", 1e-9, origins)
+
+
+def torch_profile(run: Callable[[], Any]) -> dict[str, Any]:
+    """Profile `run` in this process alone."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from nanovllm_jax.tools import trace
+
+    on_gpu = torch.cuda.is_available()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+    if not on_gpu:
+        operators = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+        return _summary(operators, None, "operators, calling thread", 1e-6)
+    events = [e for e in profiler.events() or [] if "CUDA" in str(e.device_type)]
+    kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
+    times, gaps = trace.busy_times(kernels)
+    return _summary(times, gaps.total(), "kernels", 1e-6)
+
+
+def _summary(
+    times: Mapping[str, float], idle: float | None, unit: str, scale: float,
+    origins: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Sum times by category; `scale` is their unit in seconds."""
+    from nanovllm_jax.tools.trace import CATEGORIES, category
+
+    if not times:
+        raise RuntimeError("the profiler saw nothing of this process")
+    seconds, top = dict.fromkeys(CATEGORIES, 0.0), []
+    for name, time in sorted(times.items(), key=lambda item: -item[1]):
+        kind = category(name, (origins or {}).get(name, ""))
+        seconds[kind] += time * scale
+        top.append((name[:80], kind, time * scale))
+    idle = None if idle is None else idle * scale
+    return {"seconds": seconds, "idle": idle, "unit": unit, "top": top[:12]}

@@ -1,0 +1,82 @@
+"""Write a checkpoint of random weights in a published shape, once, for all engines."""
+
+import json
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models import model_class
+from nanovllm_jax.tools import shapes
+
+DONE = "complete"  # file that says that a folder holds a whole model, and which
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of each tensor of a checkpoint of this model."""
+    model, tensors = model_class(config.architecture), {}
+    for path, _ in nnx.to_flat_state(shapes.parameters(config)):
+        name = ".".join(map(str, path))
+        layers = range(config.num_layers if path[0] == "layers" else 1)
+        sources, _ = model.checkpoint_tensors(config, name)
+        tensors |= {source.format(i=i): shape for i in layers for source, shape in sources}
+    return tensors
+
+
+def write(folder: Path, config: ModelConfig) -> Path:
+    """Write config.json, bfloat16 weights of standard deviation 0.02 and a tokenizer to `folder`.
+
+    A folder that holds the same model already is left as it is. Returns `folder`.
+    """
+    stamp = repr(config)
+    if (folder / DONE).is_file() and (folder / DONE).read_text() == stamp:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
+    shapes.write_config(config, folder)
+    _write_tokenizer(folder, config)
+    _write_tensors(folder, tensor_shapes(config))
+    (folder / DONE).write_text(stamp)
+    return folder
+
+
+def _write_tensors(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    """Write one safetensors file a layer, and their index; few layers are in memory at a time."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        files[f"model-{layer}.safetensors"].append(name)
+    seeds = {name: i for i, name in enumerate(tensors)}
+
+    def draw(name: str) -> np.ndarray:
+        shape = tensors[name]
+        if len(shape) == 1:
+            return np.ones(shape, ml_dtypes.bfloat16)
+        normal = np.random.default_rng(seeds[name]).standard_normal(shape, np.float32)
+        return (normal * 0.02).astype(ml_dtypes.bfloat16)
+
+    def write_file(file: str) -> None:
+        save_file({name: draw(name) for name in files[file]}, folder / file, {"format": "pt"})
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # numpy lets threads run
+        list(pool.map(write_file, files))
+    index = {"metadata": {}, "weight_map": {n: file for file in files for n in files[file]}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """Write a tokenizer of made-up words, for the engines that want one; no workload uses it."""
+    words = {f"t{i}": i for i in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = f"t{config.eos_token_ids[0]}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,0 +1,253 @@
+"""Run one engine in its own process: read a job, keep the rules of fairness, append results.
+
+    python -m nanovllm_jax.tools.compare.worker JOB.json
+
+The rules, each of which ends the workload with an error if it is broken: every completion has
+exactly its length and lies in the vocabulary; the prompts are those of the job, before and after;
+each part of a timed run starts with an empty prefix cache, after one whole warm-up run with other
+prompts.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanovllm_jax.tools.compare import machine, results
+from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
+from nanovllm_jax.tools.compare.job import Case, Job, Workload
+from nanovllm_jax.tools.compare.results import (
+    Absent, Check, Failure, Profile, Record, Run, Skip, Start,
+)  # fmt: skip
+
+Emit = Callable[[Record], None]
+
+
+class Unfair(Exception):
+    """An engine did other work than it was given; the message says which."""
+
+
+def check_completions(
+    completions: Sequence[Sequence[int]], outputs: Sequence[int], vocab_size: int
+) -> None:
+    """Raise Unfair unless completion i has exactly outputs[i] tokens of the vocabulary."""
+    if len(completions) != len(outputs):
+        raise Unfair(f"{len(completions)} completions of {len(outputs)} requests")
+    for i, (tokens, n) in enumerate(zip(completions, outputs, strict=True)):
+        if len(tokens) != n:
+            raise Unfair(f"request {i} got {len(tokens)} output tokens in place of {n}")
+        if not all(0 <= token < vocab_size for token in tokens):
+            raise Unfair(f"request {i} got a token outside the vocabulary of {vocab_size}")
+
+
+def empty_cache(engine: Adapter) -> None:
+    """Empty the prefix cache, or raise Unfair."""
+    if engine.reset_prefix_cache() is False:
+        raise Unfair("the prefix cache could not be emptied")
+
+
+def run_batch(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
+    """Time each part of a workload."""
+    seconds = {}
+    for part, waves in workload.parts.items():
+        empty_cache(engine)
+        start = time.perf_counter()
+        done = [engine.generate(p, n, job.temperature) for p, n in waves]
+        seconds[part] = time.perf_counter() - start
+        for completions, (_, outputs) in zip(done, waves, strict=True):
+            check_completions(completions, outputs, job.vocab_size)
+    return {"seconds": seconds}
+
+
+def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
+    """Submit each request at its time of arrival, and step while any is unfinished.
+
+    Returns the time to the first token, from the arrival, and the time per token after it, of
+    each request, in seconds.
+    """
+    [[prompts, outputs]], arrivals = workload.main, workload.arrivals
+    first, last = [0.0] * len(prompts), [0.0] * len(prompts)
+    counts, names = [0] * len(prompts), {}
+    finished = submitted = 0
+    empty_cache(engine)
+    start = time.perf_counter()
+    while finished < len(prompts):
+        now = time.perf_counter() - start
+        while submitted < len(prompts) and arrivals[submitted] <= now:
+            request = (prompts[submitted], outputs[submitted], job.temperature)
+            names[engine.add_request(*request)] = submitted
+            submitted += 1
+        if finished == submitted:
+            time.sleep(max(0.0, arrivals[submitted] - (time.perf_counter() - start)))
+            continue
+        progress = engine.step()
+        now = time.perf_counter() - start
+        for name, count in progress:
+            i = names[name]
+            if count == counts[i]:
+                continue
+            first[i] = first[i] if counts[i] else now
+            counts[i], last[i] = count, now
+            finished += count == outputs[i]
+            if count > outputs[i]:
+                raise Unfair(f"request {i} got {count} output tokens in place of {outputs[i]}")
+    seconds = time.perf_counter() - start
+    ttft = [t - arrival for t, arrival in zip(first, arrivals, strict=True)]
+    steps = zip(first, last, outputs, strict=True)
+    tpot = [(end - begin) / (n - 1) for begin, end, n in steps if n > 1]
+    return {"seconds": {"whole": seconds}, "ttft_s": ttft, "tpot_s": tpot}
+
+
+def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> Run:
+    """Run a workload once, with the energy that it took and the digest of what it was."""
+    digest, before = workload.digest, machine.energy()
+    times = (run_stream if workload.arrivals else run_batch)(engine, workload, job)
+    after = machine.energy()
+    if workload.digest != digest:
+        raise Unfair("the engine changed the prompts that it was given")
+    joules = None if before is None or after is None else after - before
+    return Run(job.engine, job.round, workload.name, number, digest=digest, joules=joules, **times)
+
+
+class Clock:
+    """How much of the time limit is left, and whether a workload is likely to fit into it."""
+
+    def __init__(self, seconds: float):
+        self.end = time.perf_counter() + seconds
+        self.rate, self.batch = 0.0, 1  # output tokens a second, at this many requests at a time
+        self.extra = 0.0  # seconds by which the slowest warm-up was slower than the runs after it
+
+    def learn(self, workload: Workload, warm_up: float, run: float) -> None:
+        """Take note of a workload that was run: one warm-up and its slowest run, in seconds."""
+        self.extra = max(self.extra, warm_up - run)
+        if workload.name.startswith("batch"):
+            self.rate, self.batch = workload.output_tokens / run, workload.batch
+
+    def reason_to_skip(self, workload: Workload, runs: int) -> str | None:
+        """Say why a workload would not fit, if so. The rate is taken to grow with the batch."""
+        rate = self.rate * max(1.0, workload.batch / self.batch)
+        needed = self.extra + (workload.output_tokens * (runs + 1) / rate if rate else 0.0)
+        left = max(self.end - time.perf_counter(), 0.0)
+        if needed <= left:
+            return None
+        return (
+            f"would take about {needed:.0f} s or more (at {rate:,.0f} output tok/s), and "
+            f"{left:.0f} s of the time limit were left"
+        )
+
+
+def work(job: Job, emit: Emit) -> None:
+    """Start the engine, check it, and measure; `emit` takes the results one by one."""
+    spec, clock = ENGINES[job.engine], Clock(job.seconds)
+    missing = [m for m in spec.needs if importlib.util.find_spec(m) is None]
+    if missing:
+        emit(Absent(job.engine, job.round, missing, spec.install))
+        return
+    adapter = importlib.import_module(f"nanovllm_jax.tools.compare.adapters.{job.engine}")
+    engine = adapter.Adapter(job.model, job.limits)
+    start_s, versions = time.time() - job.started, machine.versions(spec.needs)
+    emit(Start(job.engine, job.round, start_s, versions, engine.note))
+    prompts, outputs = job.check
+    try:
+        tokens = engine.generate(prompts, outputs, 0.0)
+        check_completions(tokens, outputs, job.vocab_size)
+        emit(Check(job.engine, job.round, [list(row) for row in tokens]))
+        measure_all(engine, job, clock, emit)
+    finally:
+        if callable(stop := getattr(engine, "exit", None)):
+            stop()
+
+
+def measure_all(engine: Adapter, job: Job, clock: Clock, emit: Emit) -> None:
+    """Time every workload of the job, then profile: profilers may leave something behind."""
+    for case in job.cases:
+        with _failures(job, case.timed.name, emit):
+            _time(engine, case, job, clock, emit)
+    for timed in (case.timed for case in job.cases if case.profile):
+        with _failures(job, timed.name, emit):
+            empty_cache(engine)
+            run = functools.partial(run_waves, engine, timed, job)
+            profile = engine.profile(run, timed.batch)
+            emit(Profile(job.engine, job.round, timed.name, **profile))
+
+
+def run_waves(engine: Adapter, workload: Workload, job: Job) -> None:
+    """Run the main part of a workload."""
+    for prompts, outputs in workload.main:
+        engine.generate(prompts, outputs, job.temperature)
+
+
+def _time(engine: Adapter, case: Case, job: Job, clock: Clock, emit: Emit) -> None:
+    """Warm up for one workload and time it."""
+    timed, reason = case.timed, clock.reason_to_skip(case.timed, job.runs)
+    if timed.arrivals and not hasattr(engine, "step"):
+        reason = "it takes whole batches only, no arriving requests"
+    if reason:
+        emit(Skip(job.engine, job.round, timed.name, reason))
+        return
+    start = time.perf_counter()
+    measure(engine, case.warm_up, job)
+    warm_up, slowest = time.perf_counter() - start, 0.0
+    for number in range(job.runs):
+        start = time.perf_counter()
+        run = measure(engine, timed, job, number)
+        slowest = max(slowest, time.perf_counter() - start)
+        emit(run)
+    clock.learn(timed, warm_up, slowest)
+
+
+@contextlib.contextmanager
+def _failures(job: Job, workload: str | None, emit: Emit) -> Iterator[None]:
+    """Record what fails inside, so that the next workload is tried."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        text = " ".join(str(error).split())[:300]
+        emit(Failure(job.engine, job.round, workload, f"{type(error).__name__}: {text}"))
+
+
+def describe(record: Record) -> str:
+    """Describe a result in a line of progress."""
+    match record:
+        case Run():
+            times = ", ".join(f"{part} {s:.3f} s" for part, s in record.seconds.items())
+            return f"{record.workload}: {times}"
+        case Start():
+            return f"started in {record.start_s:.1f} s"
+        case Absent():
+            return f"absent: no module {', '.join(record.missing)} ({record.install})"
+        case Skip() | Failure():
+            word = type(record).__name__.lower()
+            return f"{record.workload or 'engine'} {word}: {record.reason}"
+    return type(record).__name__.lower()
+
+
+def main(path: str) -> None:
+    """Do the job of a file. Standard output shows progress; all else goes to the job's log."""
+    job = Job.read(Path(path))
+    progress = os.fdopen(os.dup(1), "w")
+    with open(job.log, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+    def emit(record: Record) -> None:
+        results.append(Path(job.results), record)
+        print(f"  {describe(record)}", file=progress, flush=True)
+
+    with _failures(job, None, emit):
+        work(job, emit)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # some engines' threads would keep the process
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

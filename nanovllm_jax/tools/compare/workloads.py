@@ -1,0 +1,144 @@
+"""Make the work that every engine gets: token ids, output lengths and arrivals, from fixed seeds."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanovllm_jax.tools import bench
+from nanovllm_jax.tools.compare.job import Workload
+from nanovllm_jax.tools.roofline import CostModel, Work
+
+BATCHES = (1, 16, 64)
+SEED, WARM_UP_SEED, CHECK_SEED = 0, 12345, 7
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long the workloads are; every length in tokens."""
+
+    prompt: int  # each prompt of the batches
+    output: int
+    prefill: tuple[int, int]  # prompts, length of each
+    prefix: tuple[int, int, int, int]  # prompts, shared prefix, rest of each, output of each
+    stream: tuple[int, int, int]  # requests, longest prompt, longest output
+    rate: float  # requests a second of the stream
+    bench: tuple[int, int]  # requests, longest prompt and longest output
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+SCALES = {
+    "gpu": Scale(
+        prompt=128, output=256, prefill=(64, 1024), prefix=(32, 2048, 64, 32),
+        stream=(80, 512, 192), rate=20, bench=(256, 1024),
+        max_model_len=4096, max_num_seqs=256, max_num_batched_tokens=16384,
+    ),
+    "cpu": Scale(
+        prompt=32, output=48, prefill=(32, 128), prefix=(16, 256, 16, 8),
+        stream=(16, 64, 48), rate=8, bench=(32, 128),
+        max_model_len=512, max_num_seqs=64, max_num_batched_tokens=512,
+    ),
+}  # fmt: skip
+
+
+def make(name: str, scale: Scale, seed: int, vocab_size: int) -> Workload:
+    """Make a workload; another seed gives other token ids of the same lengths or distribution."""
+    rng = random.Random(f"{name} {seed}")
+    if name == "bench":  # at full size seed 0 is nano-vLLM's bench.py, token for token
+        requests, longest = scale.bench
+        work = bench.random_workload(seed, requests, longest, vocab_size)
+        scaled = "" if (requests, longest) == bench.STANDARD[:2] else ", scaled down"
+        title = (
+            f"nano-vLLM's bench.py{scaled}: {requests} requests, {work.prompt_tokens:,} prompt and "
+            f"{work.output_tokens:,} output tokens"
+        )
+        return Workload(name, title, {"whole": [(work.prompts, work.outputs)]})
+    return MAKERS[name](name, rng, scale, vocab_size)
+
+
+def _batch(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
+    """Make equal requests, completed in full and for one token."""
+    batch = int(name.removeprefix("batch"))
+    work = bench.fixed_workload(rng, batch, scale.prompt, scale.output, vocab_size)
+    title = f"batch {batch}: {scale.prompt} prompt + {scale.output} output tokens each"
+    parts = {"whole": [(work.prompts, work.outputs)], "first": [(work.prompts, [1] * batch)]}
+    return Workload(name, title, parts)
+
+
+def _prefill(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
+    """Make long prompts with one output token."""
+    prompts, length = scale.prefill
+    work = bench.fixed_workload(rng, prompts, length, 1, vocab_size)
+    title = f"prefill: {prompts} x {length} tokens"
+    return Workload(name, title, {"whole": [(work.prompts, work.outputs)]})
+
+
+def _prefix(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
+    """Make prompts behind one prefix, the first of them ahead; then as many that share nothing."""
+    count, shared, rest, output = scale.prefix
+    own = bench.fixed_workload(rng, 2 * count, shared + rest, output, vocab_size).prompts
+    behind_one = [own[0][:shared] + prompt[shared:] for prompt in own[:count]]
+    outputs = [output] * count
+    parts = {
+        label: [(prompts[:1], outputs[:1]), (prompts[1:], outputs[1:])]
+        for label, prompts in (("shared", behind_one), ("own", own[count:]))
+    }
+    title = (
+        f"shared prefix: {count} prompts of {shared} shared + {rest} own tokens, {output} output"
+    )
+    return Workload(name, title, parts)
+
+
+def _stream(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
+    """Make Poisson arrivals; lengths uniform from a quarter of the longest."""
+    count, prompt, output = scale.stream
+    top = min(bench.MAX_TOKEN_ID, vocab_size - 1)
+    lengths = [rng.randint(prompt // 4, prompt) for _ in range(count)]
+    prompts = [[rng.randint(0, top) for _ in range(length)] for length in lengths]
+    outputs = [rng.randint(output // 4, output) for _ in range(count)]
+    gaps = [rng.expovariate(scale.rate) for _ in range(count)]
+    title = (
+        f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), up to {prompt} prompt and "
+        f"{output} output tokens"
+    )
+    arrivals = list(itertools.accumulate(gaps))
+    return Workload(name, title, {"whole": [(prompts, outputs)]}, arrivals, scale.rate)
+
+
+MAKERS: dict[str, Callable[[str, random.Random, Scale, int], Workload]] = {
+    **{f"batch{n}": _batch for n in BATCHES},
+    "prefill": _prefill,
+    "prefix": _prefix,
+    "stream": _stream,
+}
+NAMES = (*MAKERS, "bench")
+
+
+def requests(workload: Workload) -> bench.Workload:
+    """Return the requests of the main part, all waves together."""
+    prompts, outputs = zip(*workload.main, strict=True)
+    return bench.Workload(list(itertools.chain(*prompts)), list(itertools.chain(*outputs)))
+
+
+def least_work(work: bench.Workload, costs: CostModel, shared: int = 0) -> Work:
+    """Count what requests must move and compute at the very least.
+
+    Decoding reads every weight once a step, in as few steps as the longest output needs if all
+    requests run at once, and the keys and values of each sequence once a token. Of a prefill only
+    the operations count.
+
+    Args:
+        shared: tokens of a prefix that is computed once for all prompts.
+    """
+    lengths = list(zip(map(len, work.prompts), work.outputs, strict=True))
+    others = len(lengths) - 1
+    return costs.least(
+        steps=max(work.outputs) - 1,
+        tokens=sum(p + n - 1 for p, n in lengths) - others * shared,
+        rows=work.output_tokens,
+        context=work.context_tokens,
+        pairs=sum((p + n - 1) * (p + n) / 2 for p, n in lengths)
+        - others * shared * (shared + 1) / 2,
+    )

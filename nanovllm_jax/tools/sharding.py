@@ -1,0 +1,331 @@
+"""The command `nanovllm-jax sharding`: layouts, bytes a device, collectives and predicted times.
+
+    nanovllm-jax sharding --random-weights 32B --mesh data=2,tensor=4
+    nanovllm-jax sharding --model DIR --mesh tensor=2 --rules rules.json --batch 16 64
+
+No weights are read or made. If there are fewer GPUs than the mesh needs, the steps are compiled for
+fake CPU devices, or with `--target h100` for H100s that are not there.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nanovllm_jax.config import EngineConfig, read_json
+from nanovllm_jax.engine.model_runner import Bucket, prefill_buckets
+from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.sharding import Rule, make_sharding
+from nanovllm_jax.tools.hlo import Collective, collectives
+from nanovllm_jax.tools.options import Parser, UsageError, check_positive, refusals
+from nanovllm_jax.tools.roofline import HARDWARE, CostModel, Hardware, find_hardware
+from nanovllm_jax.tools.shapes import QWEN3, model_directory
+
+MAX_DEVICES = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one array is cut over the mesh."""
+
+    name: str
+    axes: tuple[str, ...]  # logical
+    shape: tuple[int, ...]
+    dtype: str
+    spec: list[list[str]]  # mesh axes that each dimension is cut over
+    bytes: int  # the whole array, once
+    bytes_per_device: int
+    copies: int  # devices that hold each part
+
+    @classmethod
+    def of(cls, name: str, axes: tuple[str, ...], array: Any) -> "Layout":
+        """Describe an array that is given by shape, type and sharding."""
+        mesh, spec = array.sharding.mesh, array.sharding.spec
+        spec = [*map(_names, spec), *[[] for _ in array.shape[len(spec) :]]]
+        size = math.prod(array.shape) * array.dtype.itemsize
+        parts = math.prod(mesh.shape[axis] for names in spec for axis in names)
+        copies = mesh.size // parts
+        return cls(name, axes, array.shape, array.dtype.name, spec, size, size // parts, copies)
+
+    def __str__(self) -> str:
+        """Show the axes as in `[vocab 151936 / tensor, embed 1024]`."""
+        dimensions = zip(self.axes, self.shape, self.spec, strict=True)
+        cut = ", ".join(f"{a} {n}" + f" / {'+'.join(s)}" * bool(s) for a, n, s in dimensions)
+        return f"[{cut}]"
+
+
+def layouts(programs: Programs, num_blocks: int) -> list[Layout]:
+    """Return the layouts of the parameters and of the KV cache."""
+    is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
+    found = []
+    for path, param in jax.tree.leaves_with_path(programs.weights, is_leaf=is_param):
+        name = ".".join(str(key.key) for key in path)
+        stacked = ("layers",) if name.startswith("layers.") else ()
+        axes = (*stacked, *param.get_metadata()["axes"])
+        found.append(Layout.of(name, axes, param.get_value()))
+    cache = programs.abstract_state(num_blocks).cache
+    return found + [
+        Layout.of(f"cache.{name}", KVCache.AXES, array)
+        for name, array in zip(KVCache._fields, cache, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch that one step computes; the numbers are those of one shard of the batch."""
+
+    name: str
+    bucket: Bucket
+    lengths: tuple[int, ...]  # tokens of each sequence in this step
+    context: int  # tokens of each sequence, those of this step included
+
+
+def make_steps(programs: Programs, args: argparse.Namespace) -> list[Step]:
+    """Return the prefill step and the decode steps that the command line asks for."""
+    shards, steps = programs.batch_shards, []
+    if tokens := -(-args.prefill // shards):
+        num_rows = prefill_buckets(tokens, -(-max(args.batch) // shards))[-1].num_rows
+        full, rest = divmod(tokens, args.context)
+        lengths = (args.context,) * full + (rest,) * bool(rest)
+        if len(lengths) > num_rows:
+            raise UsageError(
+                f"--prefill {args.prefill}: {len(lengths)} sequences of --context {args.context} "
+                f"do not fit into the step's {num_rows} rows; raise --context or --batch"
+            )
+        name = f"prefill of {args.prefill} tokens"
+        steps.append(Step(name, Bucket(tokens, num_rows), lengths, args.context))
+    for batch in args.batch:
+        rows = -(-batch // shards)
+        steps.append(Step(f"decode of batch {batch}", Bucket(0, rows), (1,) * rows, args.context))
+    return steps
+
+
+def predict(
+    costs: CostModel, step: Step, hardware: Hardware, found: Sequence[Collective]
+) -> dict[str, float]:
+    """Predict the seconds of a step: the slower of memory and products, then collectives.
+
+    Overlap and launches are left out, so this is a limit, apart from the latency of collectives,
+    which is measured.
+    """
+    tokens, rows = sum(step.lengths), step.bucket.num_rows
+    context = pairs = rows * step.context
+    if step.bucket.num_tokens:  # a prefill, whose tokens attend to those before them
+        context, pairs = tokens, sum(n * (n + 1) / 2 for n in step.lengths)
+    least = costs.least(steps=1, tokens=tokens, rows=rows, context=context, pairs=pairs)
+    memory, compute = least.bytes / hardware.memory, least.flops / hardware.flops
+    talk = sum(c.count * c.seconds(hardware) for c in found)
+    times = {"memory_s": memory, "compute_s": compute, "collectives_s": talk}
+    return times | {"total_s": max(memory, compute) + talk}
+
+
+# --- The command ---
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line and check what needs no device."""
+    parser = Parser(
+        prog="nanovllm-jax sharding",
+        description="Report what a sharding costs, without weights and without the devices.",
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--model", type=Path, metavar="DIR", help="model directory; only config.json is read")
+    add("--random-weights", choices=QWEN3, metavar="SIZE", help="instead: a Qwen3 shape")
+    add("--mesh", type=_mesh, required=True, metavar="AXIS=N,...", help="as in data=2,tensor=4")
+    add("--rules", type=_rules, default={}, metavar="FILE",
+        help="JSON: logical axis -> mesh axis, list or null")
+    add("--batch", type=int, nargs="+", default=[16], help="decode batches (default: 16)")
+    add("--context", type=int, default=1024, help="tokens of each sequence (default: 1024)")
+    add("--prefill", type=int, default=2048, help="tokens of the prefill step, 0: none (2048)")
+    add("--dtype", help="float32 or bfloat16, instead of config.json's")
+    add("--kv-cache-dtype", default="auto", help="auto, or fp8")
+    add("--target", choices=("auto", "cpu", "h100"), default="auto",
+        help="compile for the devices that there are, else fake CPUs (auto); or for H100s that "
+        "are not there, which needs the CUDA wheels")
+    add("--hardware", choices=HARDWARE, help="predict for (default: the GPU, else H100)")
+    add("--out", type=Path, metavar="FILE", help="write the report to FILE as JSON, too")
+    # fmt: on
+    args = parser.parse_args(argv)
+    if (args.model is None) == (args.random_weights is None):
+        parser.error("give either --model DIR or --random-weights SIZE")
+    check_positive(args, "batch", "context")
+    check_positive(args, "prefill", at_least=0)
+    return args
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Read `data=2,tensor=4`; EngineConfig checks axes and sizes."""
+    try:
+        pairs = [(axis, int(size)) for axis, size in (p.split("=") for p in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not as in data=2,tensor=4") from None
+    if len(mesh := dict(pairs)) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names an axis twice")
+    if (count := math.prod(mesh.values())) > MAX_DEVICES:
+        raise argparse.ArgumentTypeError(f"{text} is {count} devices; at most {MAX_DEVICES}")
+    return mesh
+
+
+def _rules(file: str) -> dict[str, Rule]:
+    """Read a file of rules; `merge_rules` checks their names."""
+    try:
+        rules = read_json(Path(file))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(rules, dict):
+        raise argparse.ArgumentTypeError(f"{file} holds no JSON object {{logical axis: mesh axis}}")
+    for axis, rule in rules.items():
+        names = rule if isinstance(rule, list) else [rule]
+        if rule is not None and not all(isinstance(name, str) for name in names):
+            message = f"{axis!r} is {rule!r}; give a mesh axis, a list of them, or null"
+            raise argparse.ArgumentTypeError(message)
+    return rules
+
+
+def find_devices(target: str, count: int) -> list:
+    """Return `count` devices: those that there are, else fake CPUs, or H100s to compile for."""
+    if target == "h100":
+        from nanovllm_jax.tools.h100_target import h100s
+
+        try:
+            return h100s(count)
+        except RuntimeError as error:
+            raise UsageError(
+                f"--target h100 needs JAX's CUDA wheels ({' '.join(str(error).split())[:80]}): "
+                'pip install "nanovllm-jax[cuda13]", or leave --target out for fake CPUs'
+            ) from error
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX may have its devices already
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if target == "cpu" or len(devices) < count:
+        devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UsageError(
+            f"--mesh needs {count} devices, and JAX was started with {len(devices)}: raise "
+            "--xla_force_host_platform_device_count in XLA_FLAGS, or take it out"
+        )
+    return devices[:count]
+
+
+def make_config(args: argparse.Namespace) -> EngineConfig:
+    """Check the options and return the engine's; raises UsageError."""
+    longest = args.context + 1
+    options = {"dtype": args.dtype} if args.dtype else {}
+    with model_directory(args) as path, refusals(AssertionError, TypeError, ValueError):
+        config = EngineConfig.from_kwargs(
+            str(path), mesh_shape=args.mesh, sharding_rules=args.rules, max_model_len=longest,
+            max_num_seqs=max(args.batch), kv_cache_dtype=args.kv_cache_dtype,
+            max_num_batched_tokens=max(args.prefill, longest), **options,
+        )  # fmt: skip
+    if config.max_model_len < longest:
+        raise UsageError(
+            f"--context {args.context} is too long for this model; at most "
+            f"{config.max_model_len - 1}"
+        )
+    return replace(config, dtype=config.model_config.dtype)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Report on the sharding that the command line describes, and return 0; raises UsageError."""
+    args = parse(argv)
+    config = make_config(args)
+    devices = find_devices(args.target, math.prod(args.mesh.values()))
+    kind = devices[0].device_kind
+    hardware = HARDWARE[args.hardware] if args.hardware else find_hardware(kind)
+    hardware = hardware or HARDWARE["H100"]
+    with refusals(ValueError):  # rules that the model or one another contradict
+        sharding = make_sharding(args.mesh, config.sharding_rules, devices)
+        programs = Programs(config, sharding)
+        steps = make_steps(programs, args)
+        num_blocks = max(len(step.lengths) for step in steps) * programs.table_width
+        arrays = layouts(programs, num_blocks)
+        weights = jax.tree.leaves(programs.weights)
+        lowered = [programs.lower_step(weights, *step.bucket, num_blocks) for step in steps]
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda x: x.compile(programs.compiler_options), lowered))
+    report: dict[str, Any] = {
+        "model": args.random_weights or str(args.model),
+        "dtype": programs.model_config.dtype,
+        "mesh": dict(sharding.mesh.shape),
+        "rules": {axis: _names(rule) for axis, rule in sharding.rules.items()},
+        "devices": kind,
+        "jax": jax.__version__,
+        "hardware": asdict(hardware),
+        "arrays": [asdict(array) for array in arrays],
+        "steps": [],
+    }
+    print_layouts(report, arrays)
+    itemsize = programs.cache_dtype.itemsize
+    costs = CostModel(
+        programs.model_config, programs.weights, kv_itemsize=itemsize, sharding=sharding
+    )
+    for step, program in zip(steps, compiled, strict=True):
+        found = collectives(program.as_text() or "", sharding.mesh.shape)
+        predicted = predict(costs, step, hardware, found)
+        report["steps"].append(
+            {"step": step.name, "collectives": [*map(asdict, found)], "predicted": predicted}
+        )
+        print_step(step, found, predicted, hardware)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def print_layouts(report: Mapping[str, Any], arrays: Sequence[Layout]) -> None:
+    """Print what each device holds."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    print(f"{report['model']}, {report['dtype']}, mesh {mesh}, compiled for {report['devices']}")
+    rules = (f"{axis} -> {'+'.join(names) or '-'}" for axis, names in report["rules"].items())
+    print(f"rules: {', '.join(rules)}\n")
+    width = max(len(array.name) for array in arrays)
+    print(f"{'array':{width}}  {'a device':>10}  copies  layout")
+    for a in arrays:
+        print(f"{a.name:{width}}  {_size(a.bytes_per_device):>10}  {a.copies:6}  {a}")
+    for name in ("weights", "cache"):
+        part = [a for a in arrays if a.name.startswith("cache.") == (name == "cache")]
+        held, whole = sum(a.bytes_per_device for a in part), sum(a.bytes for a in part)
+        print(f"{name}: {_size(held)} a device, {_size(whole)} in all without copies")
+
+
+def print_step(
+    step: Step, found: Sequence[Collective], predicted: Mapping[str, float], hardware: Hardware
+) -> None:
+    """Print a step's collectives and times."""
+    print(f"\n{step.name}")
+    print(f"  {'count':>5}  {'collective':18} {'bytes':>10}  {'over':12} {'us each':>8}  made from")
+    for c in found:
+        axes = "no mesh axis" if c.axes is None else "+".join(c.axes)
+        origin, note = c.origin.removeprefix("jit(run)/"), f"  ({c.note})" * bool(c.note)
+        print(f"  {c.count:5}  {c.kind:18} {_size(c.num_bytes):>10}  {axes:12} "
+              f"{c.seconds(hardware) * 1e6:8.1f}  {origin} {c.dtype}{note}")  # fmt: skip
+    if not found:
+        print("      0  collectives")
+    p = {name: value * 1e3 for name, value in predicted.items()}
+    print(
+        f"  predicted on {hardware.name}s: {p['total_s']:.3f} ms = "
+        f"max(memory {p['memory_s']:.3f}, products {p['compute_s']:.3f}) + "
+        f"collectives {p['collectives_s']:.3f}"
+    )
+
+
+def _names(rule: Any) -> list[str]:
+    """Return the mesh axes of a rule, or of a part of a PartitionSpec, as a list."""
+    return [rule] if isinstance(rule, str) else list(rule or ())
+
+
+def _size(num_bytes: float) -> str:
+    """Show bytes in the largest unit that leaves at least 1."""
+    power = min(3, int(math.log2(max(1, num_bytes)) / 10))
+    return f"{num_bytes / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
