@@ -14,7 +14,7 @@ def complete(llm: LLM, prompts: Sequence[str], max_tokens: int) -> list[tuple[st
     """Continues prompts greedily; returns each text, and whether it ended by itself."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
-    ends = llm.tokenizer.convert_tokens_to_ids([demo_data.TURN_END, demo_data.EOS])
+    ends = llm.config.model_config.eos_token_ids
     return [(out["text"], out["token_ids"][-1] in ends) for out in outputs]
 
 

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = {name: getattr(args, name) for name in SAMPLING}
     check_positive(args, "actors", "batch_size")
     with refusals(AssertionError, TypeError, ValueError):
-        config = EngineConfig.from_kwargs(str(args.model), **engine)
+        config = EngineConfig.resolve(args.model, **engine)
         SamplingParams(**sampling)
     prompts, output = read_prompts(args.input), args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)

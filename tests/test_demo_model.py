@@ -9,7 +9,6 @@ import random
 import re
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -27,10 +26,8 @@ OTHER_TASKS = [task for task in demo_data.TASKS if task != "addition"]
 @pytest.fixture(scope="module")
 def llm():
     """The demo model with few buckets, for a quick start."""
-    # On a CPU bfloat16 is emulated, many times slower.
-    dtype = "float32" if jax.default_backend() == "cpu" else None
     sizes = dict(max_model_len=512, max_num_batched_tokens=512, max_num_seqs=64)
-    with LLM(str(DEMO_MODEL), dtype=dtype, num_kvcache_blocks=140, **sizes) as llm:
+    with LLM(DEMO_MODEL, num_kvcache_blocks=140, **sizes) as llm:
         yield llm
 
 
@@ -62,7 +59,7 @@ def test_unseen_additions_are_right(llm):
 def test_additions_are_right_with_an_fp8_cache():
     turns = demo_data.evaluation_set("addition", 200, seed=2)
     options = dict(max_model_len=256, max_num_batched_tokens=256, max_num_seqs=32)
-    with LLM(str(DEMO_MODEL), kv_cache_dtype="fp8", num_kvcache_blocks=64, **options) as llm:
+    with LLM(DEMO_MODEL, kv_cache_dtype="fp8", num_kvcache_blocks=64, **options) as llm:
         assert llm.runner.state.cache.k.dtype == "float8_e4m3fn"
         wrong = wrong_answers(llm, turns)
     assert len(wrong) <= 2, wrong
@@ -262,7 +259,7 @@ def test_an_exported_model_continues_as_the_trained_one_would(train_demo, recipe
 
     prompt = tokenizer.encode("Once upon a time").ids
     sizes = dict(max_model_len=256, max_num_batched_tokens=256, max_num_seqs=1)
-    with LLM(str(tmp_path / "model"), num_kvcache_blocks=2, **sizes) as llm:
+    with LLM(tmp_path / "model", num_kvcache_blocks=2, **sizes) as llm:
         params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
         (out,) = llm.generate([prompt], params, use_tqdm=False)
     tokens = np.array([*prompt, *out["token_ids"]])
