@@ -1,7 +1,6 @@
 """A small, readable, fast LLM inference engine in JAX."""
 
 import logging
-from importlib.metadata import version
 
 from nanovllm_jax.llm import LLM
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
@@ -9,7 +8,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
-__version__ = version("nanovllm-jax")
+__version__ = "0.2.0.dev0"
 
 # The progress of an engine's start is shown at this level; a higher one silences it.
 if logging.getLogger(__name__).level == logging.NOTSET:

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools.options import (
     DEMO_MODEL,
     Parser,
@@ -136,12 +136,12 @@ def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> LLM:
         UsageError: an option is wrong, or the weights do not fit config.json or the memory.
     """
     with (
-        refusals(AssertionError, TypeError, ValueError, OSError),
+        refusals(AssertionError, TypeError, ValueError, OSError, MemoryError),
         contextlib.redirect_stdout(sys.stderr),  # standard output is for what is generated
     ):
         longest = ModelConfig.from_directory(model).max_position_embeddings
         longest = max(1, min(options.get("max_model_len", 4096), longest))
-        defaults = {"max_num_seqs": min(num_prompts, 512), "max_num_batched_tokens": longest}
+        defaults: dict[str, Any] = {"max_num_seqs": min(num_prompts, 512), "max_num_batched_tokens": longest}
         return LLM(str(model), **defaults | options)
 
 

@@ -52,6 +52,7 @@ def test_allocate_refuses_without_side_effects_when_the_pool_is_short(books):
 
 
 def test_append_takes_a_block_exactly_when_one_is_needed(books):
+    """nano-vLLM's condition was correct but cryptic, and was reported nine times."""
     seq = sequence(range(3))
     books.allocate(seq)
     for position in range(3, 13):
@@ -102,6 +103,7 @@ def test_a_prefix_is_found_after_its_sequence_has_ended(books):
 
 
 def test_a_full_hit_leaves_one_token_to_compute(books):
+    """nano-vLLM #144, #199: a prefill of no tokens."""
     a, _ = admit(books, range(8))
     books.free(a)
     b = sequence(range(8))
@@ -120,6 +122,7 @@ def test_tokens_in_another_block_do_not_match(books):
 
 
 def test_a_block_is_not_found_before_it_is_computed(books):
+    """nano-vLLM #208: blocks were hashed before their keys and values existed."""
     a, b = sequence(range(8)), sequence(range(8))
     books.allocate(a)
     a.num_computed = 7

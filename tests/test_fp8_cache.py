@@ -9,7 +9,6 @@ import pytest
 from helpers import greedy, make_checkpoint, prompt, tokens
 from safetensors.numpy import load_file, save_file
 
-from nanovllm_jax import LLM
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models import Qwen3
 from nanovllm_jax.sharding import make_sharding
@@ -71,12 +70,11 @@ def test_scaling_is_by_powers_of_two_that_cancel(tmp_path, devices):
         np.testing.assert_array_equal(old, new)
 
 
-def test_tokens_do_not_depend_on_the_size_of_keys_and_values(tmp_path):
+def test_tokens_do_not_depend_on_the_size_of_keys_and_values(tmp_path, new_engine):
     """e4m3 alone would flush values of 2^-9 to zero."""
-    options = dict(max_num_seqs=2, max_num_batched_tokens=256, max_model_len=256)
     answers = []
     for size in (1.0, 2.0**-9):
         path = shrink(make_checkpoint(tmp_path / str(size)), size)
-        with LLM(str(path), kv_cache_dtype="fp8", num_kvcache_blocks=4, **options) as llm:
-            answers.append(tokens(llm, [prompt(5), prompt(120)], greedy()))
+        llm = new_engine(path, kv_cache_dtype="fp8")
+        answers.append(tokens(llm, [prompt(5), prompt(120)], greedy()))
     assert answers[0] == answers[1]

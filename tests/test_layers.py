@@ -1,4 +1,4 @@
-"""`FusedProject` against `project`, on one device and on shards, and the layers made of them."""
+"""Linear layers with a kernel against those without, on one device and on shards; RoPE."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.linear import FusedProject, Linear, project
 from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.models import Qwen3
 from nanovllm_jax.sharding import make_sharding
 
@@ -125,3 +126,16 @@ def test_fused_logits_are_the_plain_ones(tied, devices):
     got = jax.jit(lambda x: model.logits(x, FusedProject(sharding)))(hidden)
     assert got.dtype == jnp.float32 and got.shape == (1, 96)
     np.testing.assert_allclose(got, model.logits(hidden), rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_rope_angles_are_right_to_32k(head_dim, theta):
+    """bfloat16 or TF32 angles round positions: an error of radians at 32k."""
+    positions = np.array([0, 1, 2, 255, 256, 257, 1023, 4097, 8191, 16385, 32767])
+    cos, sin = rope_angles(positions.astype(np.int32), head_dim, theta)
+    angles = positions[:, None] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    # The inverse frequencies are float32: relative error 2^-23 or so of the angle.
+    bound = 1e-6 + np.abs(angles) * 4 * 2.0**-23
+    assert np.all(np.abs(cos - np.cos(angles)) <= bound)
+    assert np.all(np.abs(sin - np.sin(angles)) <= bound)

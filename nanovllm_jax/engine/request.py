@@ -31,8 +31,9 @@ class Request:
         tokenizer: PreTrainedTokenizerBase | None,
     ):
         self.request_id, self.prompt, self.seq, self.outbox = request_id, prompt, seq, outbox
-        wants_text = tokenizer is not None and seq.params.detokenize
-        self._detokenizer = Detokenizer(tokenizer) if wants_text else None
+        self._detokenizer = None
+        if tokenizer is not None and seq.params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer)
         self._text, self._num_decoded = "", 0
 
     @property

@@ -1,7 +1,7 @@
 """Attention as a layer does it: over the paged KV cache when serving, dense when training."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float, Int32
@@ -71,7 +71,8 @@ def paged_attention(
         return out, KVCache(*cache)
 
     spec = sharding.spec
-    cache_spec = KVCache(*[spec(*KVCache.AXES)] * 2)
+    one: Any = spec(*KVCache.AXES)
+    cache_spec = KVCache(one, one)
     rows, whole = spec("batch"), spec()
     return sharding.shard_map(
         on_shard,

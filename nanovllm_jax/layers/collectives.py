@@ -2,10 +2,11 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -45,10 +46,9 @@ class Collectives:
     @staticmethod
     def abstract(sharding: Sharding) -> "Collectives":
         """The shapes of what `make` returns first; no device is touched."""
-        layout = jax.sharding.NamedSharding(sharding.mesh, Collectives.spec(sharding))
-        return Collectives(
-            jax.ShapeDtypeStruct((sharding.mesh.size, 2), jnp.int32, sharding=layout)
-        )  # pyright: ignore[reportArgumentType]
+        layout = NamedSharding(sharding.mesh, Collectives.spec(sharding))
+        shape: Any = jax.ShapeDtypeStruct((sharding.mesh.size, 2), jnp.int32, sharding=layout)
+        return Collectives(shape)
 
     @staticmethod
     def spec(sharding: Sharding) -> PartitionSpec:

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.scheduler import Batch
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools import trace
 from nanovllm_jax.tools.bench import fixed_workload
 from nanovllm_jax.tools.options import (

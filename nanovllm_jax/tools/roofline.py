@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import Sharding
 
 TB, GB = 1e12, 1e9

@@ -6,12 +6,8 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from flax import nnx
-
-from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models import model_class
+from nanovllm_jax.models import ModelConfig
 
 
 def _qwen3(
@@ -45,7 +41,7 @@ QWEN3 = {
 
 def write_config(config: ModelConfig, directory: Path) -> None:
     """Write the config.json of a model into its directory."""
-    (directory / "config.json").write_text(json.dumps(_as_json(config)))
+    (directory / "config.json").write_text(json.dumps(config.as_json()))
 
 
 @contextlib.contextmanager
@@ -60,33 +56,3 @@ def model_directory(args: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         write_config(QWEN3[args.random_weights], Path(folder))
         yield Path(folder)
-
-
-def parameters(config: ModelConfig) -> nnx.State:
-    """Return the shapes, types and logical axes of a model's parameters."""
-    model = model_class(config.architecture)
-    return nnx.state(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))), nnx.Param)
-
-
-def _as_json(c: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": [c.architecture],
-        "model_type": "qwen3",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "max_position_embeddings": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": None,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "torch_dtype": c.dtype,
-        "bos_token_id": 151643,
-        "eos_token_id": c.eos_token_ids[0],
-    }

@@ -14,17 +14,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
-from nanovllm_jax.config import EngineConfig, read_json
-from nanovllm_jax.engine.model_runner import Bucket, prefill_buckets
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.buckets import Bucket, prefill_buckets
 from nanovllm_jax.engine.programs import Programs
-from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.layers.kv_cache import KVCache
+from nanovllm_jax.models.config import read_json
 from nanovllm_jax.sharding import Rule, make_sharding
 from nanovllm_jax.tools.hlo import Collective, collectives
 from nanovllm_jax.tools.options import Parser, UsageError, check_positive, refusals
@@ -224,8 +225,8 @@ def make_config(args: argparse.Namespace) -> EngineConfig:
     longest = args.context + 1
     options = {"dtype": args.dtype} if args.dtype else {}
     with model_directory(args) as path, refusals(AssertionError, TypeError, ValueError):
-        config = EngineConfig.from_kwargs(
-            str(path), mesh_shape=args.mesh, sharding_rules=args.rules, max_model_len=longest,
+        config = EngineConfig.resolve(
+            path, platform="gpu", mesh_shape=args.mesh, sharding_rules=args.rules, max_model_len=longest,
             max_num_seqs=max(args.batch), kv_cache_dtype=args.kv_cache_dtype,
             max_num_batched_tokens=max(args.prefill, longest), **options,
         )  # fmt: skip
@@ -234,7 +235,7 @@ def make_config(args: argparse.Namespace) -> EngineConfig:
             f"--context {args.context} is too long for this model; at most "
             f"{config.max_model_len - 1}"
         )
-    return replace(config, dtype=config.model_config.dtype)
+    return config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -251,8 +252,7 @@ def main(argv: Sequence[str]) -> int:
         steps = make_steps(programs, args)
         num_blocks = max(len(step.lengths) for step in steps) * programs.table_width
         arrays = layouts(programs, num_blocks)
-        weights = jax.tree.leaves(programs.weights)
-        lowered = [programs.lower_step(weights, *step.bucket, num_blocks) for step in steps]
+        lowered = [programs.lower_step(step.bucket, num_blocks) for step in steps]
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda x: x.compile(programs.compiler_options), lowered))
     report: dict[str, Any] = {

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.compare import machine, plots, random_model, report, results, workloads
 from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
@@ -188,7 +188,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             f"--scale {args.scale or device} needs {scale.max_model_len} positions and {model} has "
             f"{config.max_position_embeddings}: choose --scale cpu or another model"
         )
-    weights = shapes.parameters(config)
+    weights = parameters(config)
     costs = roofline.CostModel(config, weights)
     profiled = "batch16" if "batch16" in args.workloads else args.workloads[0]
     cases, tasks = [], []

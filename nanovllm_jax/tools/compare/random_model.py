@@ -8,26 +8,14 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models import model_class
+from nanovllm_jax.models import ModelConfig
+from nanovllm_jax.models.checkpoint import tensor_shapes
 from nanovllm_jax.tools import shapes
 
 DONE = "complete"  # file that says that a folder holds a whole model, and which
-
-
-def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each tensor of a checkpoint of this model."""
-    model, tensors = model_class(config.architecture), {}
-    for path, _ in nnx.to_flat_state(shapes.parameters(config)):
-        name = ".".join(map(str, path))
-        layers = range(config.num_layers if path[0] == "layers" else 1)
-        sources, _ = model.checkpoint_tensors(config, name)
-        tensors |= {source.format(i=i): shape for i in layers for source, shape in sources}
-    return tensors
 
 
 def write(folder: Path, config: ModelConfig) -> Path:

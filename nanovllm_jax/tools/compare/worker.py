@@ -24,7 +24,14 @@ from nanovllm_jax.tools.compare import machine, results
 from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
 from nanovllm_jax.tools.compare.job import Case, Job, Workload
 from nanovllm_jax.tools.compare.results import (
-    Absent, Check, Failure, Profile, Record, Run, Skip, Start,
+    Absent,
+    Check,
+    Failure,
+    Profile,
+    Record,
+    Run,
+    Skip,
+    Start,
 )  # fmt: skip
 
 Emit = Callable[[Record], None]

@@ -31,6 +31,6 @@ class Adapter:
         return running + [(seq_id, len(token_ids)) for seq_id, token_ids in finished]
 
     def profile(self, run, batch):
-        runner = self.llm.runner
-        buckets = [b for b in runner.decode_buckets if b.num_rows >= batch]
-        return jax_profile(run, runner.steps[(buckets or runner.decode_buckets[-1:])[0]])
+        programs = self.llm.runner.programs
+        buckets = [b for b in programs.decode_buckets if b.num_rows >= batch]
+        return jax_profile(run, programs.steps[(buckets or programs.decode_buckets[-1:])[0]])
