@@ -70,7 +70,7 @@ def test_no_room_is_an_error_with_the_numbers():
 
 def test_an_allocation_that_fails_becomes_an_error_with_numbers_and_remedy():
     with (
-        pytest.raises(MemoryError, match=r"no memory left: RESOURCE.*64B\. device 0.*Lower gpu_"),
+        pytest.raises(MemoryError, match=r"no memory left: RESOURCE.*64B\. device 0.*lower gpu_"),
         memory.memory_errors(lambda: "device 0: full"),
     ):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: failed to allocate 64B\nmore")
