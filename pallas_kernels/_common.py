@@ -26,16 +26,16 @@ def check_implementation(implementation: str) -> None:
 
 def mosaic_problem(device) -> str | None:
     """Return why a GPU cannot run the Mosaic kernels, or gets them wrong; None if it can."""
-    if float(device.compute_capability) != 9.0:
+    if device.compute_capability != "9.0":
         return (
-            "implementation 'mosaic' needs a Hopper GPU (compute capability 9.0), not "
+            "Mosaic kernels need a Hopper GPU (compute capability 9.0), not "
             f"{device.compute_capability}: use 'triton'"
         )
     cuda = re.search(r"cuda (\d+)", device.client.platform_version)
     if cuda is not None and 12080 <= int(cuda[1]) < 12091:
         return (
-            "implementation 'mosaic' needs another CUDA than 12.8.0 to 12.9.0, whose compiler gets "
-            "causal masks wrong: install \"jax[cuda13]\", or use 'triton'"
+            "Mosaic kernels need another CUDA than 12.8.0 to 12.9.0, whose compiler gets causal "
+            "masks wrong: install \"jax[cuda13]\", or use 'triton'"
         )
     return None
 
@@ -126,7 +126,7 @@ def load_tile(ref, rows, cols, row_mask=None, col_mask=None):
 
 
 def store_rows(ref, rows, tile, row_mask=None):
-    """Write `tile`, in the dtype of the matrix `ref`, to those of its rows that are not masked.
+    """Write `tile` to the rows of the matrix `ref` that are not masked, in the dtype of `ref`.
 
     A masked row must not be one that is also written: the interpreter writes the old value there.
     """

@@ -118,7 +118,7 @@ def _plan(context_lens, chunk: int, num_ctas: int) -> _Plan:
     bounds = cta * share + jnp.minimum(cta, rest)
 
     def owner(chunk_ends, chunk_number):
-        """Return the part that holds a chunk: its number is that of the parts that end before."""
+        """Return the part that holds a chunk: its number counts the parts that end before."""
         return (chunk_ends[None, :] <= chunk_number[:, None]).sum(axis=1, dtype=jnp.int32)
 
     begin, end = bounds[:-1], bounds[1:]

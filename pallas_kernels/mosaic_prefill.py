@@ -227,7 +227,7 @@ class Geometry(NamedTuple):
     page_size: int
     block_n: int  # positions of a block of K and V
     stages: int  # blocks in each of the rings of K and V
-    scale: float  # of the scores, for a softmax in base 2
+    scale: float  # factor of the scores, for a softmax in base 2
     interpret: bool
 
     @property
@@ -285,7 +285,7 @@ class Item(NamedTuple):
     end: Array
     position: Array
     context: Array
-    blocks: Array  # of keys that the tile sees
+    blocks: Array  # number of key blocks that the tile sees
 
 
 def _kernel(*operands, geometry: Geometry, **scratch):

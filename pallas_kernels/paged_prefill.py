@@ -47,7 +47,7 @@ def paged_prefill(
     """Return causal softmax(scale * q k^T) v of packed queries over the pages of their sequences.
 
     The queries of a sequence are the last tokens of its context. Their own keys and values are in
-    the cache already, like those of a cached prefix or of earlier chunks.
+    the cache already, and so are a cached prefix's and earlier chunks'.
 
     Args:
         q: the query tokens of all sequences, one sequence after the other; head n belongs to KV

@@ -528,7 +528,7 @@ def test_kernels_lower_for_a_gpu(decode, dtype):
 @pytest.mark.parametrize("programs", [1, None])
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", FP8])
 def test_decode_step_lowers_for_a_gpu(cache_dtype, programs, target_programs):
-    """To one kernel and the merging of its parts, or where nothing is split, to the usual two."""
+    """It becomes one kernel and the merging of its parts, or the usual two if nothing is split."""
     target_programs(programs)
     dtype = "float32" if cache_dtype == "float32" else "bfloat16"
     qkv, norm, cos, slots, tables, _, lens, *_ = two_layers_shapes(dtype)

@@ -40,9 +40,11 @@ def outcome(directory, backend, **options):
 def test_the_kernels_agree_with_xla(tmp_path):
     """Prefill gives the first token, decode the second.
 
-    Both engines round to bfloat16 (2^-9 of a number) some hundred times on the way to a logit, at
-    different places: that adds up to one or two percent, and decides ties. A wrong mask, position
-    or page changes a logit by as much as there is.
+    Both engines round to bfloat16 at different places. In 28 layers of this shape bfloat16 moves
+    the logits by 1.3% of their root mean square (against float32, on a CPU), so the two engines
+    differ by about 1.9%. The best two of 151,936 random logits lie so close that this decides some
+    5% of the tokens. The limits are near three times these figures; a mask, position or page that
+    is wrong moves the logits by more.
     """
     write_config(QWEN3["0.6B"], tmp_path)
     want, want_logits = outcome(tmp_path, "xla")
@@ -50,5 +52,5 @@ def test_the_kernels_agree_with_xla(tmp_path):
     difference = np.sqrt(np.mean((got_logits - want_logits) ** 2))
     assert difference < 0.05 * np.sqrt(np.mean(want_logits**2))
     same_first = got[:, 0] == want[:, 0]
-    assert same_first.mean() > 0.9
-    assert (got == want)[same_first, 1].mean() > 0.9
+    assert same_first.mean() > 0.85
+    assert (got == want)[same_first, 1].mean() > 0.85

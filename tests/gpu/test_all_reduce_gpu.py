@@ -115,7 +115,7 @@ def test_chains_of_changing_shapes(mesh, mailboxes):
 @pytest.mark.parametrize("rows", [1, 3, 64, 500])
 def test_max(mesh, mailboxes, rows):
     keys = np.random.default_rng(rows).integers(-(2**31), 2**31, (mesh.size, rows, 2), np.int64)
-    keys[:, : rows // 2, 1] = 7  # of equal high words the low ones decide
+    keys[:, : rows // 2, 1] = 7  # if the high words are equal, the low ones decide
     words = jax.device_put(keys.astype(np.int32), NamedSharding(mesh, PartitionSpec("tensor")))
 
     def largest(parts, residual, address):
