@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
-"""Complete a file of prompts with many engines: Ray Data maps batches over actors, an LLM in each.
+"""Completes a file of prompts with many engines: Ray Data maps batches over actors, an LLM in each.
 
     python scripts/ray_generate.py prompts.jsonl --output DIR --actors 8 --model MODEL_DIR
 
-A line of the input is {"id": 7, "prompt": "text, or token ids"}; the completions come in the same
-order in DIR/completions.jsonl, as {"id", "prompt", "text", "token_ids"} and, where a request was
-refused or outgrew the KV cache, "error". Every finished batch is a file DIR/part-*.jsonl, written
-whole or not at all. A killed actor is restarted by Ray and given its batches again; after a killed
-driver, the same command goes on with the prompts that are in no part. On several machines DIR must
-be a folder that all of them see.
+Each line of the input is {"id": 7, "prompt": "text, or token ids"}. DIR/completions.jsonl has a
+line for each in the same order: {"id", "prompt", "text", "token_ids"}, and "error" if the request
+was refused or outgrew the KV cache. Every finished batch is a file DIR/part-*.jsonl, which is
+written whole or not at all. Ray restarts a killed actor and gives it its batches again. After the
+driver was killed, the same command goes on with the prompts that are in no part. On several
+machines DIR must be a folder that all of them see.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -23,15 +24,25 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.__main__ import DEMO_MODEL, UsageError, add_engine_options, engine_options
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.tools.options import (
+    DEMO_MODEL,
+    Parser,
+    UsageError,
+    add_engine_options,
+    check_positive,
+    engine_options,
+    flag,
+    refusals,
+)
 
 SAMPLING = ("temperature", "max_tokens", "top_k", "top_p", "min_p")
-CHANGE_TOKENS = ("max_model_len", "dtype", "kv_cache_dtype", "load_format")  # engine options
+# Engine options that change the tokens of a completion.
+CHANGE_TOKENS = ("max_model_len", "dtype", "kv_cache_dtype", "load_format")
 
 
 class Generate:
-    """An engine in its actor."""
+    """The engine of one actor; Ray calls it with batches of prompts."""
 
     def __init__(self, output: Path, model: str, engine: dict, sampling: dict, seed: int):
         self.output, self.sampling, self.seed = output, sampling, seed
@@ -40,18 +51,19 @@ class Generate:
 
     def __call__(self, batches: dict[str, Any]) -> dict[str, Any]:
         for name, rows in zip(batches["name"], batches["rows"], strict=True):
-            if not (self.output / name).exists():  # finished by an actor that died before saying so
+            if not (self.output / name).exists():  # else its actor died before saying so
                 write(self.output / name, self.complete(json.loads(rows)))
         return {"name": batches["name"]}
 
     def complete(self, rows: list[dict]) -> list[dict]:
-        """The rows with their completions; a prompt that is refused gets the reason instead."""
-        # The seed is the prompt's own: no other actor, batch or restart changes its tokens.
+        """Returns the rows with their completions, or with the reason if a prompt is refused."""
+        # Each prompt has a seed of its own, so that actors, batches and restarts do not change its
+        # tokens.
         seeds = [hashlib.sha256(f"{self.seed} {row['id']!r}".encode()).digest() for row in rows]
         params = [SamplingParams(**self.sampling, seed=int.from_bytes(s[:4])) for s in seeds]
         try:
             outputs = self.llm.generate([row["prompt"] for row in rows], params, use_tqdm=False)
-        except (TypeError, ValueError) as error:  # raised before anything has run: look for it
+        except (TypeError, ValueError) as error:  # nothing has run yet: look for the bad prompt
             if len(rows) == 1:
                 return [rows[0] | {"text": "", "token_ids": [], "error": str(error)}]
             half = len(rows) // 2
@@ -60,7 +72,7 @@ class Generate:
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Write a file of JSON lines: readers see all of it or none."""
+    """Writes a file of JSON lines, of which readers see all or nothing."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
@@ -69,7 +81,11 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """The input's rows, {"id", "prompt"} each; UsageError names the line that is no such row."""
+    """Reads the input's rows, {"id", "prompt"} each.
+
+    Raises:
+        UsageError: the file cannot be read, or a line, which the message names, is no such row.
+    """
     rows: dict[Any, dict] = {}
     try:
         lines = path.read_text().splitlines()
@@ -94,20 +110,21 @@ def read_prompts(path: Path) -> list[dict]:
 
 
 def key(row: dict) -> str:
-    """What makes a finished row the answer to this one: a changed prompt is run again."""
+    """Identifies a row by its id and prompt, so that a changed prompt is run again."""
     return json.dumps([row["id"], row["prompt"]])
 
 
 def read_parts(output: Path) -> dict[str, dict]:
-    """The finished rows by key."""
+    """Reads the finished rows, by key."""
     lines = (line for path in output.glob("part-*.jsonl") for line in path.open())
     return {key(row): row for row in map(json.loads, lines)}
 
 
 def batches(prompts: list[dict], done: dict[str, dict], size: int) -> list[dict[str, str]]:
-    """What is left to do: a part's file name, and its rows as JSON.
+    """Cuts the prompts that are not done into parts, {"name": file name, "rows": JSON} each.
 
-    Cut before what is done is left out: a rerun gives the same names to the same work.
+    Prompts are cut before those that are done are left out, so that a rerun gives the same work the
+    same names.
     """
     parts = []
     for i in range(0, len(prompts), size):
@@ -119,7 +136,7 @@ def batches(prompts: list[dict], done: dict[str, dict], size: int) -> list[dict[
 
 
 def check_settings(output: Path, settings: dict) -> None:
-    """Keep what makes the completions beside them, so that a rerun cannot mix two kinds."""
+    """Records the settings of a run beside its parts, and refuses to mix them with others."""
     path = output / "settings.json"
     if not path.exists():
         write(path, [settings])
@@ -133,7 +150,7 @@ def check_settings(output: Path, settings: dict) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Complete what is not finished, then write completions.jsonl; 1 if a request failed."""
+    """Completes what is left and writes completions.jsonl; returns 1 if a request failed."""
     try:
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -142,13 +159,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError('Ray is not installed: pip install "nanovllm-jax[ray]"') from None
     engine = engine_options(args)
     sampling = {name: getattr(args, name) for name in SAMPLING}
-    try:
-        config = EngineConfig.from_kwargs(str(args.model), **engine)
+    check_positive(args, "actors", "batch_size")
+    with refusals(AssertionError, TypeError, ValueError):
+        config = EngineConfig.resolve(args.model, **engine)
         SamplingParams(**sampling)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
-    if min(args.actors, args.batch_size) < 1:
-        raise UsageError("--actors and --batch-size must be at least 1")
     prompts, output = read_prompts(args.input), args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     model, seed = str(args.model.resolve()), args.seed
@@ -160,7 +174,8 @@ def run(args: argparse.Namespace) -> int:
 
     if todo:
         ray.init(include_dashboard=False)
-        gpus = config.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
+        devices = math.prod(config.mesh_shape.values())  # of one engine
+        gpus = devices if ray.cluster_resources().get("GPU") else 0
         for kind, each in (("CPU", 1), ("GPU", gpus)):
             if each * args.actors > (there := ray.cluster_resources().get(kind, 0)):
                 raise UsageError(f"--actors {args.actors} at {each} {kind} each: there are {there}")
@@ -176,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             for count, _ in enumerate(finished.iter_rows(), 1):
                 print(f"{count} of {len(todo)} batches", flush=True)
-        except ray.exceptions.RayError as error:  # its last line is the actor's own exception
+        except ray.exceptions.RayError as error:  # the last line is the actor's own exception
             raise UsageError(f"an actor failed: {str(error).splitlines()[-1]}") from None
 
     done = read_parts(output)
@@ -187,20 +202,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is done; 1: done, but some requests failed; 2: bad usage."""
-    parser = argparse.ArgumentParser(description="Complete a file of prompts with many engines.")
+    """Returns 0 if all is done, 1 if some requests failed, 2 for bad usage."""
+    parser = Parser(description="Complete a file of prompts with many engines.")
     add = parser.add_argument
     add("input", type=Path, help="JSON lines with an id and a prompt")
-    add("--output", type=Path, required=True, metavar="DIR", help="of this run, new or unfinished")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of this run, new or unfinished",
+    )
     add("--model", type=Path, default=DEMO_MODEL, metavar="DIR", help="default: the demo model")
-    add("--actors", type=int, default=1, help="engines, each with tensor_parallel_size GPUs")
-    add("--batch-size", type=int, default=1024, help="prompts that are given and kept together: "
-        "several times --max-num-seqs keeps an engine full")  # fmt: skip
+    add("--actors", type=int, default=1, help="engines, each with its own GPUs")
+    add("--batch-size", type=int, default=1024, help="prompts given to an engine, and written, "
+        "together: several times --max-num-seqs keeps the engine full")  # fmt: skip
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     for name in SAMPLING:
-        default = defaults[name]
-        add("--" + name.replace("_", "-"), type=type(default), default=default)
-    add("--seed", type=int, default=0, help="every prompt's own seed comes from this and its id")
+        add(flag(name), type=type(defaults[name]), default=defaults[name])
+    add("--seed", type=int, default=0, help="with a prompt's id, what its own seed is made from")
     add_engine_options(parser)
     try:
         return run(parser.parse_args(argv))

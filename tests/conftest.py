@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -18,7 +19,8 @@ _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
-# Programs compiled once a session, in subprocesses too, and never taken from an earlier one.
+# Folder of compiled programs: each is compiled once a session, in subprocesses too, and none comes
+# from an earlier session.
 _CACHE = (
     tempfile.mkdtemp(prefix="nanovllm_jax-tests-")
     if ("JAX_COMPILATION_CACHE_DIR" not in os.environ)
@@ -30,6 +32,11 @@ if _CACHE:
 
 collect_ignore = ["gpu"] if os.environ["JAX_PLATFORMS"] == "cpu" else []
 
+# Options of the engines that tests use.
+SMALL = {"max_num_seqs": 4, "max_model_len": 768, "max_num_batched_tokens": 1024}
+SMALL |= {"num_kvcache_blocks": 16, "dtype": "float32"}
+MAX_SHARED = 60  # Engines kept at once. Each maps about 600 areas of memory, see _clear_programs.
+
 
 def pytest_unconfigure():
     if _CACHE:
@@ -38,7 +45,10 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """checkpoint(shape, **changes) -> directory of a tiny random model, made once a session."""
+    """Give a function that makes a tiny random model's directory, once for equal arguments.
+
+    checkpoint(shape, **changes of config.json and options of `helpers.make_checkpoint`) -> Path
+    """
     import helpers
 
     made = {}
@@ -55,37 +65,70 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def new_engine():
-    """Make an engine of a directory, small and in float32 unless told; closed after the test."""
+    """Give a function that makes an engine for this test alone, and close what it made.
+
+    new_engine(directory, **options) -> LLM. It is small and computes in float32 unless told, and
+    compiles one decode and one prefill bucket unless `every_bucket=True`.
+    """
     with _Engines() as engines:
         yield engines.make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _shared_engines():
-    """Not for the whole session: a process may map 65,530 areas of memory (vm.max_map_count), and
-    XLA's CPU programs take hundreds of them each. Beyond that jaxlib crashes.
-    """
-    import jax
-
     with _Engines() as engines:
         yield engines
-    jax.clear_caches()
-    gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clear_programs():
+    """Forget the programs of plain `jax.jit` functions after each module.
+
+    XLA maps a few hundred areas of memory for each CPU program, and a process may map 65,530
+    (vm.max_map_count); beyond that jaxlib crashes.
+    """
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
 def engine(checkpoint, _shared_engines):
-    """engine(shape, **options) -> an engine that tests share, idle and with no cached prefix."""
+    """Give a function that finds or makes an engine that all tests share.
 
+    engine(shape, checkpoint=changes of the model, **options as for new_engine) -> LLM. It is idle,
+    and its prefix cache is empty.
+    """
     made_with = checkpoint
 
     def get(shape="gqa", *, checkpoint=None, **options):
         llm = _shared_engines.get(made_with(shape, **(checkpoint or {})), options)
         llm.reset_prefix_cache()
-        llm.pools[0].check([])
+        for pool in llm.pools:
+            pool.check([])
         return llm
 
     return get
+
+
+@pytest.fixture
+def fake_engine(checkpoint, monkeypatch):
+    """Give a function that makes an engine without a device: see `helpers.FakeRunner`.
+
+    fake_engine(directory, **options) -> LLM. The default model has a tokenizer.
+    """
+    import helpers
+
+    from nanovllm_jax.engine import llm_engine
+    from nanovllm_jax.llm import LLM
+
+    monkeypatch.setattr(llm_engine, "ModelRunner", helpers.FakeRunner)
+
+    def make(path=None, **options):
+        return LLM(str(path or checkpoint(tokenizer=True)), **(SMALL | options))
+
+    return make
 
 
 class _Engines:
@@ -94,31 +137,27 @@ class _Engines:
     def __init__(self):
         self.made = {}
 
-    def make(self, path, **options):
-        import jax
+    def make(self, path, *, every_bucket=False, **options):
+        import helpers
 
         from nanovllm_jax.llm import LLM
 
-        small = {"max_num_seqs": 4, "max_model_len": 768, "max_num_batched_tokens": 1024}
-        small |= {"num_kvcache_blocks": 16, "dtype": "float32"}
-        # The programs run for milliseconds: what counts is the time to compile them.
-        quick = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            llm = LLM(str(path), **(small | options))
-        finally:
-            jax.config.update("jax_disable_most_optimizations", quick)
-        self.made[len(self.made)] = llm
+        with helpers.quick_start(every_bucket):
+            llm = LLM(str(path), **(SMALL | options))
+        self.made[id(llm)] = llm
         return llm
 
     def get(self, path, options):
         key = json.dumps([str(path), options], sort_keys=True)
-        llm = self.made.get(key)
+        llm = self.made.pop(key, None)
         if llm is None or llm.runner is None or not llm.is_finished():  # a failed test's leavings
             if llm is not None:
                 llm.exit()
-            self.made[key] = self.make(path, **options)
-        return self.made[key]
+            if len(self.made) == MAX_SHARED:
+                self.made.pop(next(iter(self.made))).exit()  # the least recently used
+            llm = self.made.pop(id(self.make(path, **options)))
+        self.made[key] = llm
+        return llm
 
     def __enter__(self):
         return self
@@ -130,9 +169,10 @@ class _Engines:
 
 @pytest.fixture(scope="session")
 def oracle(pytestconfig):
-    """oracle(directory, prompts, max_tokens) -> transformers' greedy tokens, in float32.
+    """Give a function that returns transformers' greedy tokens, computed in float32.
 
-    They are kept in pytest's cache, where an environment without torch finds them.
+    oracle(directory, prompts, max_tokens) -> a list of tokens for each prompt. They are kept in
+    pytest's cache, where an environment without torch finds them.
     """
     models = {}
 

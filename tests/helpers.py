@@ -1,19 +1,26 @@
 """Tiny random Qwen3 checkpoints, requests for them, and ways to look into an engine."""
 
+import contextlib
 import json
+import zlib
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.engine import programs
+from nanovllm_jax.engine.buckets import Bucket
+from nanovllm_jax.layers.kv_cache import KVCache
 
 VOCAB = 131  # no multiple of 2, 4 or 8
 BLOCK = 256
@@ -41,7 +48,7 @@ SHAPES = {
 
 
 def config_json(shape: str = "gqa", **changes) -> dict:
-    """config.json of a tiny model, as transformers 5 writes it; a change to None drops the key."""
+    """Return a tiny model's config.json as transformers 5 writes it; None drops a key."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -62,7 +69,7 @@ def config_json(shape: str = "gqa", **changes) -> dict:
 
 
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors, of a scale that makes greedy outputs diverse."""
+    """Draw a checkpoint's tensors, at a scale that makes greedy outputs diverse."""
     rng = np.random.default_rng(seed)
     d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     n, k, vocab = (
@@ -129,7 +136,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], shards: int = 1) ->
 
 
 def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of printable ASCII, one token a character, with an end token and a template."""
+    """Make a tokenizer of printable ASCII: one token a character, an end token, a template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ascii_first = sorted(alphabet, key=lambda sign: (ord(sign) > 126 and sign != "Ġ", sign))
     vocab = {sign: i for i, sign in enumerate(["<end>", *ascii_first[: size - 1]])}
@@ -145,7 +152,7 @@ def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    """Random token ids, the same for the same arguments."""
+    """Draw random token ids, the same for the same arguments."""
     return np.random.default_rng((seed, length)).integers(0, VOCAB, length).tolist()
 
 
@@ -158,7 +165,7 @@ def greedy(max_tokens: int = NEW, **options) -> SamplingParams:
 
 
 def tokens(llm, prompts, params) -> list[list[int]]:
-    """What `generate` returns, the token ids alone; a request that failed fails the test."""
+    """Generate, and return the token ids alone; a request that failed fails the test."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert not [output["error"] for output in outputs if "error" in output]
     return [output["token_ids"] for output in outputs]
@@ -169,6 +176,90 @@ def poison(llm) -> None:
     cache = llm.runner.state.cache
     nan = [jax.device_put(jnp.full(x.shape, jnp.nan, x.dtype), x.sharding) for x in cache]
     llm.runner.state = llm.runner.state._replace(cache=KVCache(*nan))
+
+
+@contextlib.contextmanager
+def quick_start(every_bucket: bool = False):
+    """Make the engines that are built meanwhile start within a second or two.
+
+    Compiling is what tests of engines spend their time on, so XLA optimizes little, and unless
+    `every_bucket` an engine has one decode bucket and one prefill bucket, the largest of each, with
+    the same number of rows: three programs instead of a dozen.
+    """
+    decode, prefill = programs.decode_buckets, programs.prefill_buckets
+    quick = jax.config.read("jax_disable_most_optimizations")
+    with pytest.MonkeyPatch.context() as patch:
+        if not every_bucket:
+            patch.setattr(programs, "decode_buckets", lambda seqs: decode(seqs)[-1:])
+            patch.setattr(
+                programs,
+                "prefill_buckets",
+                lambda tokens, seqs: [prefill(tokens, seqs)[-1]._replace(num_rows=seqs)],
+            )
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", quick)
+
+
+class FakeRunner:
+    """Takes the place of `ModelRunner` for tests that need no device.
+
+    A row's token is a checksum of all tokens before it, and of the request's seed unless it is
+    greedy; so it depends on neither the batch nor the cache, as with a real model. Like a device,
+    the runner keeps for itself the tokens that the host has not read yet.
+    """
+
+    num_blocks, batch_shards, vocab = 16, 1, VOCAB
+    largest_bucket = None  # default: as large as the options allow
+
+    def __init__(self, config):
+        self.num_blocks = config.num_kvcache_blocks or self.num_blocks
+        bucket = Bucket(config.max_num_batched_tokens, config.max_num_seqs)
+        self.programs = SimpleNamespace(
+            batch_shards=self.batch_shards, prefill_buckets=[self.largest_bucket or bucket]
+        )
+        self.known = {}  # seq_id -> its tokens
+        self.before_read = lambda: None  # called whenever the host waits for a step's tokens
+
+    def dispatch(self, batch):
+        tokens = []
+        for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+            if batch.is_prefill:
+                self.known[seq.seq_id] = seq.token_ids[: start + length]
+            known = self.known[seq.seq_id]
+            assert len(known) == start + length, "not the sequence's next token"
+            seed = seq.seed if seq.params.temperature else 0
+            token = zlib.crc32(array("q", known).tobytes(), seed) % self.vocab
+            tokens.append(token)
+            known.append(token)
+        return FakeFuture(tokens, self)
+
+    def shut_down(self):
+        pass
+
+
+class FakeFuture:
+    """The tokens of one of `FakeRunner`'s steps."""
+
+    def __init__(self, tokens, runner):
+        self.tokens, self.runner = tokens, runner
+
+    def result(self):
+        self.runner.before_read()
+        return self.tokens
+
+
+def drain(llm) -> tuple[dict[int, list[int]], list[int]]:
+    """Step until all is done; return {request id: tokens} and the count of each step."""
+    results, counts = {}, []
+    while not llm.is_finished():
+        finished, num_tokens = llm.step()
+        assert not results.keys() & dict(finished).keys(), "a request was reported twice"
+        results |= finished
+        counts.append(num_tokens)
+    return results, counts
 
 
 class Spy:

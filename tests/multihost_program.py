@@ -1,6 +1,6 @@
 """One process of an engine over several, as tests/test_multihost.py starts it.
 
-python multihost_program.py MODEL OPTIONS SCENARIO [PORT PROCESSES PROCESS_ID]
+python multihost_program.py MODEL OPTIONS SCENARIO PORT PROCESSES PROCESS_ID
 """
 
 import itertools
@@ -8,13 +8,9 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import jax
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from helpers import greedy, prompt, tokens
+from helpers import greedy, prompt, quick_start, tokens
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.model_runner import TokenFuture
@@ -68,17 +64,16 @@ def serve(llm):
     }
 
 
-def main(model, options, scenario, port=0, num_processes=1, process_id=0):
-    if int(num_processes) > 1:
-        jax.distributed.initialize(
-            f"localhost:{port}", int(num_processes), int(process_id),
-            heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
-        )  # fmt: skip
-    jax.config.update("jax_disable_most_optimizations", True)
+def main(model, options, scenario, port, num_processes, process_id):
+    jax.distributed.initialize(
+        f"localhost:{port}", int(num_processes), int(process_id),
+        heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
+    )  # fmt: skip
     options = json.loads(options)
     if scenario == "differ":
         options["max_num_seqs"] += jax.process_index()
-    llm = LLM(model, **options)
+    with quick_start():
+        llm = LLM(model, **options)
     if jax.process_index():
         try:
             llm.add_request([1], greedy(1))

@@ -17,7 +17,7 @@ def sequence(token_ids, seq_id=0):
 def compute(books, seq):
     """All of the sequence's tokens are scheduled: full blocks enter the prefix cache."""
     seq.num_computed = seq.num_tokens
-    books.register(seq)
+    books.cache_full_blocks(seq)
 
 
 def admit(books, token_ids):
@@ -52,6 +52,7 @@ def test_allocate_refuses_without_side_effects_when_the_pool_is_short(books):
 
 
 def test_append_takes_a_block_exactly_when_one_is_needed(books):
+    """nano-vLLM's condition was correct but cryptic, and was reported nine times."""
     seq = sequence(range(3))
     books.allocate(seq)
     for position in range(3, 13):
@@ -102,6 +103,7 @@ def test_a_prefix_is_found_after_its_sequence_has_ended(books):
 
 
 def test_a_full_hit_leaves_one_token_to_compute(books):
+    """nano-vLLM #144, #199: a prefill of no tokens."""
     a, _ = admit(books, range(8))
     books.free(a)
     b = sequence(range(8))
@@ -120,10 +122,11 @@ def test_tokens_in_another_block_do_not_match(books):
 
 
 def test_a_block_is_not_found_before_it_is_computed(books):
+    """nano-vLLM #208: blocks were hashed before their keys and values existed."""
     a, b = sequence(range(8)), sequence(range(8))
     books.allocate(a)
     a.num_computed = 7
-    books.register(a)
+    books.cache_full_blocks(a)
     books.allocate(b)
     assert b.num_cached == 4
 
@@ -133,10 +136,10 @@ def test_tokens_that_the_host_does_not_know_are_not_hashed(books):
     a = sequence(range(7))
     books.allocate(a)
     a.num_computed = 8
-    books.register(a)
+    books.cache_full_blocks(a)
     assert len(books.cached) == 1
     a.token_ids.append(7)
-    books.register(a)
+    books.cache_full_blocks(a)
     assert len(books.cached) == 2
 
 

@@ -1,28 +1,23 @@
-"""The shipped demo model: through the engine it gives the answers that are known to be right.
+"""The shipped demo model gives, through the engine, the answers that are known to be right.
 
 `DEMO_QUESTIONS=1000` asks every task all of its questions; by default only addition is.
 """
 
-import importlib
 import json
 import os
 import random
 import re
-import sys
-from pathlib import Path
+from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.__main__ import DEMO_MODEL
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-demo_data = importlib.import_module("demo_data")
+from nanovllm_jax.tools.options import DEMO_MODEL
+from scripts import demo_data, stories
+from scripts.demo_evaluation import complete, wrong_answers
 
 OTHERS = int(os.environ.get("DEMO_QUESTIONS", "100"))
 OTHER_TASKS = [task for task in demo_data.TASKS if task != "addition"]
@@ -31,10 +26,8 @@ OTHER_TASKS = [task for task in demo_data.TASKS if task != "addition"]
 @pytest.fixture(scope="module")
 def llm():
     """The demo model with few buckets, for a quick start."""
-    # On a CPU bfloat16 is emulated, many times slower.
-    dtype = "float32" if jax.default_backend() == "cpu" else None
     sizes = dict(max_model_len=512, max_num_batched_tokens=512, max_num_seqs=64)
-    with LLM(str(DEMO_MODEL), dtype=dtype, num_kvcache_blocks=140, **sizes) as llm:
+    with LLM(DEMO_MODEL, num_kvcache_blocks=140, **sizes) as llm:
         yield llm
 
 
@@ -49,41 +42,27 @@ def recorded():
     return json.loads((DEMO_MODEL / "evaluation.json").read_text())
 
 
-def ask(llm, questions, max_tokens):
-    """Greedy answers in chat form: texts, and whether each ended by itself."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    prompts = [demo_data.chat_prompt(question) for question in questions]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    ends = llm.tokenizer.convert_tokens_to_ids([demo_data.TURN_END, demo_data.EOS])
-    return [(out["text"], out["token_ids"][-1] in ends) for out in outputs]
-
-
-def accuracy(llm, turns):
-    longest = max(len(llm.tokenizer(turn.answer)["input_ids"]) for turn in turns)
-    answers = ask(llm, [turn.question for turn in turns], longest + 1)
-    wrong = [
-        (turn.question, turn.answer, *answer)
-        for turn, answer in zip(turns, answers, strict=True)
-        if answer != (turn.answer, True)
-    ]
-    print("wrong:", *wrong, sep="\n  ")  # pytest shows it where the test fails
-    return 1 - len(wrong) / len(turns)
+def ask(llm, question, max_tokens):
+    """The greedy answer in chat form, and whether it ended by itself."""
+    (answer,) = complete(llm, [demo_data.chat_prompt(question)], max_tokens)
+    return answer
 
 
 # ---- answers --------------------------------------------------------------------------------
 
 
 def test_unseen_additions_are_right(llm):
-    turns = demo_data.evaluation_set("addition", 1000, seed=1)
-    assert accuracy(llm, turns) >= 0.99
+    wrong = wrong_answers(llm, demo_data.evaluation_set("addition", 1000, seed=1))
+    assert len(wrong) <= 10, wrong
 
 
 def test_additions_are_right_with_an_fp8_cache():
     turns = demo_data.evaluation_set("addition", 200, seed=2)
     options = dict(max_model_len=256, max_num_batched_tokens=256, max_num_seqs=32)
-    with LLM(str(DEMO_MODEL), kv_cache_dtype="fp8", num_kvcache_blocks=64, **options) as llm:
+    with LLM(DEMO_MODEL, kv_cache_dtype="fp8", num_kvcache_blocks=64, **options) as llm:
         assert llm.runner.state.cache.k.dtype == "float8_e4m3fn"
-        assert accuracy(llm, turns) >= 0.99
+        wrong = wrong_answers(llm, turns)
+    assert len(wrong) <= 2, wrong
 
 
 @pytest.mark.parametrize("task", OTHER_TASKS)
@@ -92,7 +71,8 @@ def test_other_tasks_are_as_right_as_when_trained(llm, recorded, task):
     # The first questions may be harder than all thousand: three standard errors.
     share = recorded[task]
     slack = 3 * max(share * (1 - share) / len(turns), 1e-4) ** 0.5
-    assert accuracy(llm, turns) >= share - slack
+    wrong = wrong_answers(llm, turns)
+    assert 1 - len(wrong) / len(turns) >= share - slack, wrong
 
 
 def test_a_second_turn_is_answered(llm, tokenizer):
@@ -102,12 +82,11 @@ def test_a_second_turn_is_answered(llm, tokenizer):
         {"role": "user", "content": "What is 100 + 250?"},
     ]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    (out,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
-    assert out["text"] == "350"
+    assert complete(llm, [prompt], 8) == [("350", True)]
 
 
 def test_it_says_what_it_is(llm):
-    (answer, ended), *_ = ask(llm, ["Who are you?"], 64)
+    answer, ended = ask(llm, "Who are you?", 64)
     assert ended and "nanovllm_jax demo model" in answer
 
 
@@ -116,14 +95,13 @@ def test_it_says_what_it_is(llm):
 
 @pytest.mark.parametrize(("hero", "item"), [("fox", "lantern"), ("owl", "bell")])
 def test_a_story_is_english_about_what_was_asked_and_ends(llm, hero, item):
-    ((text, ended),) = ask(llm, [demo_data.story_request(hero, item)], 350)
-    print(text)
-    words = demo_data.words_of(text)
-    known = demo_data.story_words()
+    text, ended = ask(llm, demo_data.story_request(hero, item), 350)
+    words = stories.words_of(text)
+    known = stories.story_words()
     assert ended
     assert {hero, item} <= set(words)
     assert 60 <= len(words) <= 250
-    assert sum(word in known for word in words) >= 0.98 * len(words)
+    assert sum(word in known for word in words) >= 0.98 * len(words), text
 
 
 def test_a_raw_text_is_continued_to_its_end(llm):
@@ -219,63 +197,75 @@ def test_the_evaluation_asks_only_what_is_held_out():
 
 def test_stories_hold_their_subjects_and_no_trace_of_the_grammar():
     rng = random.Random(0)
-    stories = []
+    told = set()
     for _ in range(500):
-        hero, item = rng.choice(demo_data.KINDS), rng.choice(tuple(demo_data.OBJECTS))
-        stories.append(demo_data.story(rng, demo_data.Subject(hero=hero, item=item)))
-        assert {hero, item} <= set(demo_data.words_of(stories[-1]))
-        assert not re.search(
-            r"[{}\[\]|~¶]|  | [.,]|\b[Aa] [aeio]|\b[Aa]n (?!hour)[^aeiou]", stories[-1]
-        )
-        assert stories[-1][-1] in '.!"'
-    assert len(set(stories)) == 500
-
-
-# ---- the export -----------------------------------------------------------------------------
-
-
-def test_exported_names_and_shapes_are_those_that_the_loader_joins():
-    pytest.importorskip("optax", reason="training needs the extra 'train'")
-    train_demo = importlib.import_module("train_demo")
-    from flax import nnx
-
-    from nanovllm_jax.models.qwen3 import Qwen3
-
-    trainer = train_demo.Trainer(train_demo.TINY)
-    config, tensors, used = trainer.config, {}, set()
-    for name, tensor in train_demo.checkpoint(config, trainer.params).items():
-        tensors[name] = tensor.astype(np.float32)
-    for path, value in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(trainer.params))[0]:
-        parameter = ".".join(key.key for key in path)
-        sources, join = Qwen3.checkpoint_tensors(config, parameter)
-        stacked = parameter.startswith("layers.")
-        joined = []
-        for i in range(config.num_layers if stacked else 1):
-            names = [name.replace("{i}", str(i)) for name, _ in sources]
-            assert [tensors[name].shape for name in names] == [shape for _, shape in sources]
-            joined.append(join(*(tensors[name] for name in names)))
-            used.update(names)
-        expected = np.asarray(value.astype("bfloat16").astype("float32"))
-        np.testing.assert_array_equal(np.stack(joined) if stacked else joined[0], expected)
-    assert used == set(tensors)
+        hero, item = rng.choice(stories.KINDS), rng.choice(tuple(stories.OBJECTS))
+        story = stories.story(rng, stories.Subject(hero=hero, item=item))
+        told.add(story)
+        assert {hero, item} <= set(stories.words_of(story))
+        assert not re.search(r"[{}\[\]|~¶@]|  | [.,]|\b[Aa] [aeio]|\b[Aa]n (?!hour)[^aeiou]", story)
+        assert story[-1] in '.!"'
+    assert len(told) == 500
 
 
 # ---- the training ---------------------------------------------------------------------------
 
 
-def test_training_lowers_the_loss():
+@pytest.fixture(scope="module")
+def train_demo():
     pytest.importorskip("optax", reason="training needs the extra 'train'")
-    train_demo = importlib.import_module("train_demo")
-    trainer = train_demo.Trainer(train_demo.TINY, dtype="float32")
-    model = trainer.model(trainer.params)
-    ids = np.array([3, 511, 0])
-    table = np.asarray(model.embed_tokens.weight[...])
-    np.testing.assert_array_equal(model.embed_tokens.lookup(ids), table[ids])
-    assert type(model.embed_tokens).lookup is train_demo.MatmulEmbedding.lookup
+    from scripts import train_demo
 
-    length = train_demo.TINY.row_length
-    rows = np.zeros((4, 3, length), np.int16)  # token, document, kind
-    rows[:, 0] = np.arange(length) % 7 + 3  # a text that is easy to learn
-    rows[:, 2] = 1
-    losses = [loss for _, loss, _ in trainer.run(rows, minutes=np.inf)]
+    return train_demo
+
+
+@pytest.fixture(scope="module")
+def recipe(train_demo):
+    """The smallest recipe, in float32: what is trained and what is served can be compared."""
+    tiny = train_demo.TINY
+    return replace(tiny, model=replace(tiny.model, dtype="float32"))
+
+
+def test_training_lowers_the_loss(train_demo, recipe):
+    rows = np.zeros((4, 3, recipe.row_length), np.int16)  # token, document, kind
+    rows[:, 0] = np.arange(recipe.row_length) % 7 + 3  # a text that is easy to learn
+    rows[:, 2] = demo_data.TOLD
+    losses = [loss for _, loss, _ in train_demo.Trainer(recipe).run(rows)]
     assert len(losses) == 4 and losses[-1] < 0.8 * losses[0]
+
+
+def test_documents_of_a_row_do_not_see_each_other(train_demo, recipe):
+    trainer = train_demo.Trainer(recipe)
+    model = trainer.model(trainer.params)
+    tokens = np.random.default_rng(0).integers(3, 500, (2, 40))
+    apart = np.stack([tokens, np.zeros_like(tokens), np.full_like(tokens, demo_data.TOLD)], axis=1)
+    packed = np.concatenate(list(apart), axis=-1)[None]
+    packed[:, 1, 40:] = 1
+    losses = [float(train_demo.answer_loss(model, rows, 3.0)) for rows in (apart, packed)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_an_exported_model_continues_as_the_trained_one_would(train_demo, recipe, tmp_path):
+    from nanovllm_jax.models.checkpoint import tensor_shapes
+
+    tokenizer = train_demo.train_tokenizer(recipe)
+    trainer = train_demo.Trainer(recipe)
+    for _ in trainer.run(train_demo.make_rows(recipe, tokenizer, workers=1)):
+        pass
+    train_demo.export(tmp_path / "model", trainer, tokenizer)
+    with safe_open(tmp_path / "model" / "model.safetensors", "np") as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    assert shapes == tensor_shapes(recipe.model)
+
+    prompt = tokenizer.encode("Once upon a time").ids
+    sizes = dict(max_model_len=256, max_num_batched_tokens=256, max_num_seqs=1)
+    with LLM(tmp_path / "model", num_kvcache_blocks=2, **sizes) as llm:
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+        (out,) = llm.generate([prompt], params, use_tqdm=False)
+    tokens = np.array([*prompt, *out["token_ids"]])
+    place = np.arange(len(tokens))
+    backend = train_demo.TrainingBackend((place[:, None] >= place)[None])
+    model = trainer.model(trainer.params)
+    hidden, _ = model(tokens, place, backend)
+    best = np.argmax(model.logits(hidden, backend), axis=-1)
+    assert out["token_ids"] == best[len(prompt) - 1 : -1].tolist()

@@ -9,23 +9,25 @@ import socket
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytest
+from helpers import FakeFuture, FakeRunner
+from multihost_program import serve
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine import llm_engine, multihost
-from nanovllm_jax.engine.model_runner import Bucket
+from nanovllm_jax.engine.buckets import Bucket
+from nanovllm_jax.engine.commands import AbortRequests
 
 PROGRAM = Path(__file__).parent / "multihost_program.py"
 SMALL = {"max_num_seqs": 2, "max_model_len": 256, "max_num_batched_tokens": 256}
 SMALL |= {"num_kvcache_blocks": 4, "dtype": "float32", "tensor_parallel_size": 8}
 
 
-def start(devices, *args):
-    """The program in a process that sees so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def start(*args):
+    """The program in a process that sees four devices."""
+    flags = "--xla_force_host_platform_device_count=4"
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *map(str, args)],
         env=os.environ | {"XLA_FLAGS": flags},
@@ -38,7 +40,7 @@ def run_two(model, options, scenario):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    both = [start(4, model, json.dumps(options), scenario, port, 2, i) for i in range(2)]
+    both = [start(model, json.dumps(options), scenario, port, 2, i) for i in range(2)]
     ends = {}
     deadline = time.monotonic() + 240
     try:
@@ -64,12 +66,11 @@ def result(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"tensor": 8}, {"data": 2, "tensor": 4}])
-def test_two_processes_give_the_tokens_of_one(checkpoint, mesh):
+def test_two_processes_give_the_tokens_of_one(checkpoint, new_engine, mesh):
     model = checkpoint("eight_heads")
     options = {"mesh_shape": mesh, "dtype": "float32", "max_num_seqs": 4, "max_model_len": 768}
     options |= {"max_num_batched_tokens": 768, "num_kvcache_blocks": 6 // mesh.get("data", 1)}
-    one = start(8, model, json.dumps(options), "serve")
-    alone = result(one.communicate(timeout=240)[0])
+    alone = serve(new_engine(model, **options))
     (status, text, end), (other_status, other, other_end) = run_two(model, options, "serve")
     assert (status, other_status) == (0, 0), text + other
     assert result(text) == alone
@@ -122,31 +123,19 @@ class Store:
         return self.values[key]
 
 
-class Runner:
-    """Devices with little room, whose tokens follow from the sequence and the position."""
+class Runner(FakeRunner):
+    """Devices with little room, which note the engine's state at each step."""
 
-    num_blocks, batch_shards = 5, 2
-    prefill_buckets = (Bucket(600, 4),)
+    num_blocks, batch_shards, vocab = 5, 2, 8
+    largest_bucket = Bucket(600, 4)
 
     def __init__(self, config):
-        self.states, self.interrupt = [], lambda: None
+        super().__init__(config)
+        self.states = []
 
     def dispatch(self, batch):
         self.states.append(state(self.llm))
-        rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
-        return Future([zlib.crc32(b"%d %d" % (s.seq_id, i + n)) % 8 for s, i, n in rows], self)
-
-    def shut_down(self):
-        pass
-
-
-class Future:
-    def __init__(self, tokens, runner):
-        self.tokens, self.runner = tokens, runner
-
-    def result(self):
-        self.runner.interrupt()
-        return self.tokens
+        return super().dispatch(batch)
 
 
 @pytest.fixture
@@ -184,7 +173,7 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             interrupts.append(len(leads.states))
             raise KeyboardInterrupt
 
-    leads.interrupt = interrupt
+    leads.before_read = interrupt
     for _ in range(300):
         action = rng.random()
         if action < 0.15:
@@ -193,7 +182,9 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
             leader.add_request(ids, params)
         elif action < 0.2:
-            leader._finish([rng.randrange(leader.next_seq_id + 1)])  # also one that has finished
+            leader.abort_request(
+                rng.randrange(leader.next_seq_id + 1)
+            )  # also one that has finished
         elif action < 0.23:
             leader.reset_prefix_cache()
         else:
@@ -212,7 +203,7 @@ def test_a_follower_that_decides_otherwise_stops(pair, drift):
         follower.scheduler.free_slots[0].pop()
     else:
         dispatch = follower.runner.dispatch
-        follower.runner.dispatch = lambda batch: Future(
+        follower.runner.dispatch = lambda batch: FakeFuture(
             [token ^ 2 for token in dispatch(batch).tokens], follower.runner
         )
     leader.add_request([1], SamplingParams(max_tokens=40, ignore_eos=True))
@@ -229,10 +220,10 @@ def test_an_idle_leader_has_nothing_to_say(pair):
     leader.add_request([1], SamplingParams(max_tokens=4))
     while not leader.is_finished():
         leader.step()
-    said = len(leader.processes.calls)
+    said = len(leader.processes.commands)
     for _ in range(5):
         assert leader.step() == ([], 0)
-    assert len(leader.processes.calls) == said
+    assert len(leader.processes.commands) == said
 
 
 def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatch):
@@ -241,9 +232,14 @@ def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatc
     sender, receiver = multihost.Processes(), multihost.Processes()
     assert sender.name != receiver.name
     receiver.name = sender.name
-    for n in range(500):
-        sender.calls = ["x" * (n * 10_000), n]
+    # Most are short; some take several pieces, and some are just about one piece long.
+    lengths = [
+        {0: 5 * multihost.PIECE, 50: multihost.PIECE - 11 + n // 100}.get(n % 100, 10 * n)
+        for n in range(500)
+    ]
+    for n, length in enumerate(lengths):
+        sender.commands = [AbortRequests(["x" * length, n])]
         sender.send()
         if n >= 3:  # as far behind as a follower can be
-            assert receiver.receive() == ["x" * ((n - 3) * 10_000), n - 3]
+            assert receiver.receive() == [AbortRequests(["x" * lengths[n - 3], n - 3])]
     assert len({key.split("/")[2] for key in store.values}) <= 3 * multihost.GENERATION

@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.__main__ import DEMO_MODEL
+from nanovllm_jax.tools.options import DEMO_MODEL
+from scripts import ray_generate
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import ray_generate  # noqa: E402
 
 PROMPTS = [f"Tell me a story about {i} foxes and a lantern." for i in range(96)]
 ENGINE = {"max_num_seqs": 8, "max_model_len": 512, "max_num_batched_tokens": 512}

@@ -1,6 +1,9 @@
 """The runner: nothing compiles after start-up, the cache stays in place, buffers stay unchanged."""
 
+import copy
+import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -10,21 +13,8 @@ import pytest
 from helpers import BLOCK, edge_prompts, greedy, prompt, tokens
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.inputs import (
-    Column,
-    RowTable,
-    floats,
-    sampled_positions,
-    seeds,
-    unpack,
-)
-from nanovllm_jax.engine.model_runner import (
-    Bucket,
-    decode_buckets,
-    prefill_buckets,
-)
+from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
 from nanovllm_jax.engine.programs import Programs
-from nanovllm_jax.engine.sequence import Sequence
 
 COMPILE_EVENTS = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -56,14 +46,26 @@ def test_bucket_families_are_short():
     assert [b.num_tokens for b in prefill_buckets(16384, 512)] == [2**k for k in range(6, 15)]
 
 
+@pytest.mark.parametrize("n", [*range(1, 70), 100, 127, 128, 200, 256, 257, 511, 512, 1000])
+def test_buckets_reach_any_max_num_seqs(n):
+    """nano-vLLM #216: they missed what is no multiple of 16."""
+    rows = [bucket.num_rows for bucket in decode_buckets(n)]
+    assert rows == sorted(set(rows)) and rows[-1] == n
+    for batch in range(1, n + 1):
+        bucket = next(size for size in rows if size >= batch)
+        assert bucket < 2 * batch, "less than half of it is padding"
+    for most in (n + 255, 1000, 16384):
+        buckets = prefill_buckets(most, n)
+        assert buckets[-1].num_tokens == most
+        assert all(min(n, 8) <= bucket.num_rows <= max(n, 8) for bucket in buckets)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkeypatch, count):
-    llm = engine()
+    llm = engine(every_bucket=True)
     used = []
-    for bucket, step in llm.runner.steps.items():
-        monkeypatch.setitem(
-            llm.runner.steps, bucket, lambda *a, b=bucket, s=step: (used.append(b), s(*a))[1]
-        )
+    run = llm.runner.run
+    monkeypatch.setattr(llm.runner, "run", lambda b: (used.append(b.bucket), run(b))[1])
     tokens(llm, [prompt(30, seed=s) for s in range(count)], greedy(3, ignore_eos=True))
     prefill, *decode = used
     assert prefill.num_tokens == {1: 64, 2: 64, 3: 128, 4: 128}[count]
@@ -94,12 +96,12 @@ def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkey
     ],
 )
 def test_the_kernels_that_a_device_gets(want, changes):
-    assert programs_on(**changes)._attention_backends() == want
+    assert programs_on(**changes)._attention_kernels() == want
 
 
 def test_mosaic_is_refused_with_the_cuda_that_masks_wrongly():
     with pytest.raises(ValueError, match=r"12\.8\.0 to 12\.9\.0.*triton"):
-        programs_on(backend="mosaic", cuda=12090)._attention_backends()
+        programs_on(backend="mosaic", cuda=12090)._attention_kernels()
 
 
 def programs_on(**changes):
@@ -129,7 +131,7 @@ def test_the_listener_sees_a_compilation():
 
 
 def test_nothing_compiles_after_start_up(new_engine, checkpoint):
-    llm = new_engine(checkpoint())
+    llm = new_engine(checkpoint(), every_bucket=True)
     prompts, params = varied_requests()
     COMPILE_EVENTS.clear()
     for _ in range(2):
@@ -140,9 +142,10 @@ def test_nothing_compiles_after_start_up(new_engine, checkpoint):
 
 
 def test_every_bucket_is_compiled_at_start_up(engine):
-    runner = engine().runner
-    assert set(runner.steps) == {*runner.prefill_buckets, *runner.decode_buckets}
-    assert set(runner.redraws) == {bucket.num_rows for bucket in runner.steps}
+    programs = engine(every_bucket=True).runner.programs
+    assert (len(programs.steps), len(programs.samples)) == (3 + 5, 4)
+    assert set(programs.steps) == {*programs.prefill_buckets, *programs.decode_buckets}
+    assert set(programs.samples) == {bucket.num_rows for bucket in programs.steps}
 
 
 # --- the cache ---
@@ -156,12 +159,13 @@ def cache_shapes(llm):
 
 
 @pytest.mark.parametrize(
-    ("shape", "options"), [("gqa", {}), ("eight_heads", {"tensor_parallel_size": 2})]
+    ("shape", "options"),
+    [("gqa", {"every_bucket": True}), ("eight_heads", {"tensor_parallel_size": 2})],
 )
 def test_no_compiled_step_copies_the_cache(engine, shape, options):
     llm = engine(shape, **options)
     shapes = cache_shapes(llm)
-    programs = {**llm.runner.steps, **llm.runner.redraws}
+    programs = {**llm.runner.programs.steps, **llm.runner.programs.samples}
     for bucket, program in programs.items():
         text = program.as_text()
         if isinstance(bucket, Bucket):
@@ -174,7 +178,7 @@ def test_no_compiled_step_copies_the_cache(engine, shape, options):
 def test_the_state_is_donated_whole(engine):
     runner = engine().runner
     leaves = len(jax.tree.leaves(runner.state))
-    for program in [*runner.steps.values(), *runner.redraws.values()]:
+    for program in [*runner.programs.steps.values(), *runner.programs.samples.values()]:
         header = program.as_text().splitlines()[0]
         aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)[1]
         assert aliases.count("-alias") == leaves
@@ -203,104 +207,48 @@ def test_the_cache_stays_where_it_is(engine, shape, options):
     assert all(x.is_deleted() for x in old.cache)
 
 
-# --- inputs ---
+# --- memory ---
 
 
-def sequences(table_width):
-    params = SamplingParams(temperature=0.7, top_k=9, top_p=0.8, min_p=0.1)
-    seqs = []
-    for slot, (n, cached) in enumerate([(5, 0), (300, 256), (600, 512), (256, 256)]):
-        seq = Sequence(slot, prompt(n), params, seed=2**32 - 1 - slot, max_tokens=9)
-        seq.slot, seq.num_cached = slot, cached
-        seq.block_table = [10 * slot + i for i in range(-(-n // BLOCK))]
-        assert len(seq.block_table) <= table_width
-        seqs.append(seq)
-    return seqs
+def sized(llm, *, limit, in_use=0, step=0, **config):
+    """The number of blocks that the engine would take on GPUs with this memory."""
+    runner = copy.copy(llm.runner)
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": in_use})
+    mesh = SimpleNamespace(local_devices=[device])
+    runner.sharding = SimpleNamespace(mesh=mesh, size=lambda axis: 1)
+    runner.config = replace(llm.config, **config)
+    runner.programs = copy.copy(runner.programs)
+    runner.programs.platform, runner.programs.config = "gpu", runner.config
+    runner.programs.step_bytes = lambda weights: step
+    return runner._num_cache_blocks()
 
 
-def test_a_packed_prefill_is_read_back():
-    table = RowTable(num_slots=5, table_width=3)
-    seqs = sequences(3)
-    order, starts, lengths = [2, 0, 3, 1], [520, 0, 255, 256], [80, 5, 1, 44]
-    for i in order:
-        table.fill(seqs[i])
-    rows = table.gather(order, starts, lengths, num_rows=8)
-    ids = np.concatenate(
-        [seqs[i].token_ids[a : a + n] for i, a, n in zip(order, starts, lengths, strict=True)]
-    )
-    used = len(ids)
-    packed = np.zeros(256, np.int32)
-    packed[:used] = ids
-    packed = np.concatenate([packed, rows.ravel()])
-    inputs, read = unpack(
-        jnp.asarray(packed), jnp.zeros(6, jnp.int32), num_tokens=256, num_rows=8, block_size=BLOCK
-    )
-    np.testing.assert_array_equal(read, rows)
-    np.testing.assert_array_equal(inputs.token_ids[:used], ids)
-    np.testing.assert_array_equal(
-        inputs.positions[:used],
-        np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)]),
-    )
-    np.testing.assert_array_equal(inputs.last_tokens[:4], np.cumsum(lengths) - 1)
-    batch = inputs.batch
-    np.testing.assert_array_equal(batch.query_starts, [0, 80, 85, 86, 130, 130, 130, 130, 130])
-    np.testing.assert_array_equal(batch.context_lens, [600, 5, 256, 300, 0, 0, 0, 0])
-    np.testing.assert_array_equal(batch.block_tables[0], [20, 21, 22])
-    np.testing.assert_array_equal(batch.block_tables[1], [0, 0, 0])
-    want = [
-        *(22 * BLOCK + np.arange(520 - 512, 600 - 512)),
-        *range(5),
-        -1,  # a cached token is computed, not written again
-        *(11 * BLOCK + np.arange(44)),
-    ]
-    np.testing.assert_array_equal(batch.slots[:used], want)
-    assert np.all(np.asarray(batch.slots[used:]) == -1), "padding is written nowhere"
-    np.testing.assert_array_equal(seeds(read)[:4], [2**32 - 1 - i for i in order])
-    np.testing.assert_array_equal(floats(read, Column.TEMPERATURE)[:4], np.float32([0.7] * 4))
-    np.testing.assert_array_equal(floats(read, Column.TOP_P)[:4], np.float32([0.8] * 4))
-    np.testing.assert_array_equal(floats(read, Column.MIN_P)[:4], np.float32([0.1] * 4))
-    np.testing.assert_array_equal(read[:4, Column.TOP_K], [9] * 4)
-    np.testing.assert_array_equal(sampled_positions(read)[:4], [600, 5, 256, 300])
-    np.testing.assert_array_equal(read[4:, Column.SLOT], [5] * 4)
+def test_the_cache_is_sized_from_what_this_engine_uses(engine, caplog):
+    """nano-vLLM's formula counted other processes' memory, and gave negative numbers of blocks."""
+    llm, gib = engine(), 1 << 30
+    block = 2 * 2 * 2 * 16 * 4 * BLOCK  # k and v, layers, KV heads, head_dim, float32
+    with caplog.at_level(logging.INFO, "nanovllm_jax"):
+        blocks = sized(llm, limit=2 * gib)
+    assert f"{blocks} blocks of 256 tokens" in caplog.text
+    budget = 0.9 * 2 * gib - (512 << 20)
+    assert 0.9 * budget <= blocks * block <= budget
+    for less in ({"in_use": gib}, {"step": gib}, {"gpu_memory_utilization": 0.5}):
+        assert 0 < sized(llm, limit=2 * gib, **less) < blocks
+    fp8 = sized(llm, limit=2 * gib, kv_cache_dtype="fp8")
+    assert 0.9 * budget <= fp8 * block / 4 <= budget
 
 
-def test_a_packed_decode_takes_its_tokens_from_the_device():
-    table = RowTable(num_slots=5, table_width=3)
-    seqs = sequences(3)
-    for seq in seqs:
-        table.fill(seq)
-    seqs[3].block_table.append(77)
-    table.add_block(seqs[3])
-    rows = table.gather([3, 1, 0], [256, 300, 5], [1, 1, 1], num_rows=4)
-    last = jnp.array([100, 101, 102, 103, 104, 105], jnp.int32)
-    inputs, _ = unpack(jnp.asarray(rows.ravel()), last, num_tokens=0, num_rows=4, block_size=BLOCK)
-    np.testing.assert_array_equal(inputs.token_ids, [103, 101, 100, 105])
-    np.testing.assert_array_equal(inputs.positions[:3], [256, 300, 5])
-    np.testing.assert_array_equal(inputs.batch.slots, [77 * BLOCK, 11 * BLOCK + 44, 5, -1])
-    np.testing.assert_array_equal(inputs.batch.context_lens, [257, 301, 6, 0])
-    assert inputs.batch.query_starts is None
+def test_no_room_is_an_error_with_the_numbers(engine):
+    with pytest.raises(ValueError, match=r"1024 MiB x 0.9 .* 700 .*num_kvcache_blocks"):
+        sized(engine(), limit=1 << 30, in_use=700 << 20)
 
 
-def test_a_reused_row_keeps_nothing_of_its_last_sequence():
-    table = RowTable(num_slots=1, table_width=4)
-    seq = Sequence(0, [1], SamplingParams(top_k=3), seed=1, max_tokens=1)
-    seq.slot, seq.block_table = 0, [4, 5, 6, 7]
-    table.fill(seq)
-    other = Sequence(1, [1], SamplingParams(temperature=0), seed=0, max_tokens=1)
-    other.slot, other.block_table = 0, [9]
-    table.fill(other)
-    fresh = RowTable(num_slots=1, table_width=4)
-    fresh.fill(other)
-    np.testing.assert_array_equal(table.rows, fresh.rows)
+def test_num_kvcache_blocks_overrides_the_sizing(engine):
+    assert engine(num_kvcache_blocks=4).runner.state.cache.k.shape[1] == 4
 
 
-@pytest.mark.parametrize("top_k", [2**31 - 1, 2**31, 10**12])
-def test_any_top_k_fits_its_column(top_k):
-    table = RowTable(num_slots=1, table_width=1)
-    seq = Sequence(0, [1], SamplingParams(top_k=top_k), seed=0, max_tokens=1)
-    seq.slot = 0
-    table.fill(seq)
-    assert table.rows[0, Column.TOP_K] == 2**31 - 1
+def test_on_a_cpu_the_cache_holds_every_sequence_at_its_longest(engine):
+    assert engine(num_kvcache_blocks=None).runner.num_blocks == 4 * 3
 
 
 def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
@@ -319,39 +267,39 @@ def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
 
         monkeypatch.setitem(programs, key, run)
 
-    for programs in (runner.steps, runner.redraws):
+    for programs in (runner.programs.steps, runner.programs.samples):
         for key in list(programs):
             keep(programs, key)
     prompts, params = varied_requests()
     tokens(llm, prompts, params)
     tokens(llm, edge_prompts(), greedy())
     assert len(handed) > 30
-    for array, copy in handed:
-        np.testing.assert_array_equal(array, copy)
+    for array, before in handed:
+        np.testing.assert_array_equal(array, before)
         assert not np.shares_memory(array, runner.table.rows)
 
 
 def test_a_warm_up_runs_every_program_and_changes_nothing(engine, monkeypatch):
     """Only GPUs need it; in the middle of requests, it must not be noticed."""
-    llm, requests = engine(), varied_requests()
+    llm, requests = engine(every_bucket=True), varied_requests()
     whole = tokens(llm, *requests)
     llm.reset_prefix_cache()
-    ran, run = [], llm.runner._run
+    ran, run = [], llm.runner.run
 
-    def running(bucket, parts, filters):
-        ran.append(bucket)
-        return run(bucket, parts, filters)
+    def running(inputs):
+        ran.append(inputs.bucket)
+        return run(inputs)
 
     for p, params in zip(*requests, strict=True):
         llm.add_request(p, params)
     finished = {}
     while not llm.is_finished():
         if len(finished) == 2 and not ran:
-            monkeypatch.setattr(llm.runner, "_run", running)
-            llm.runner._warm_up()
+            monkeypatch.setattr(llm.runner, "run", running)
+            llm.runner.warm_up()
             monkeypatch.undo()
         finished |= dict(llm.step()[0])
-    assert set(ran) == set(llm.runner.steps)
+    assert set(ran) == set(llm.runner.programs.steps)
     assert [finished[seq_id] for seq_id in sorted(finished)] == whole
 
 

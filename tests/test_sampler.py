@@ -180,6 +180,47 @@ def test_a_sharded_vocabulary_gives_the_same(devices, kind):
         np.testing.assert_array_equal(one, many)
 
 
+def draws(logits, n=20_000, **options):
+    """How often each token is drawn, over many positions."""
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    rows = {name: np.full(n, value, np.float32) for name, value in options.items()}
+    logits = np.tile(np.asarray(logits, np.float32), (n, 1))
+    top_k = rows["top_k"].astype(np.int32)
+    filters = (rows["temperature"], top_k, rows["top_p"], rows["min_p"])
+    logits = filter_logits(logits, *filters, vocab_size=logits.shape[1])
+    seeds = np.full(n, 7, np.uint32)
+    positions = np.arange(n, dtype=np.int32)
+    drawn = sample(logits, rows["temperature"], seeds, positions, vocab_size=logits.shape[1])
+    return np.bincount(np.asarray(drawn), minlength=logits.shape[1])
+
+
+EIGHT_LOGITS = np.log([0.3, 0.02, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, range(8)),
+        ({"temperature": 0.5}, range(8)),
+        ({"temperature": 3.0}, range(8)),
+        ({"top_k": 3}, [0, 2, 3]),
+        ({"top_p": 0.75}, [0, 2, 3, 4]),
+        ({"min_p": 0.3}, [0, 2, 3, 4]),
+        ({"top_k": 4, "top_p": 0.8}, [0, 2, 3]),  # of the four's mass, 0.8
+        ({"temperature": 2.0, "min_p": 0.5}, [0, 2, 3, 4, 5]),
+    ],
+)
+def test_samples_follow_the_distribution(options, kept):
+    """Elsewhere one PRNG key was reused in each step, and a default top_k forced greedy."""
+    weights = np.exp(EIGHT_LOGITS / options.get("temperature", 1.0))
+    mask = np.isin(np.arange(8), list(kept))
+    counts = draws(EIGHT_LOGITS, **options)
+    assert counts[~mask].sum() == 0
+    expected = np.where(mask, weights, 0)[mask]
+    expected *= counts.sum() / expected.sum()
+    assert stats.chisquare(counts[mask], expected).pvalue > 1e-3
+
+
 def test_noise_is_standard_gumbel_in_each_direction():
     """Over the vocabulary, over positions and over seeds."""
     n = 20_000

@@ -1,0 +1,262 @@
+"""What is read from config.json, and which options an engine or a request accepts.
+
+Whatever is refused is refused before any weight is read, with its value and what would be valid.
+"""
+
+import json
+
+import pytest
+from helpers import config_json
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.config import EngineConfig, EngineOptions
+from nanovllm_jax.models import ModelConfig
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """directory(shape, **changes) -> a directory with that config.json and nothing else."""
+
+    def write(shape="gqa", **changes):
+        (tmp_path / "config.json").write_text(json.dumps(config_json(shape, **changes)))
+        return tmp_path
+
+    return write
+
+
+# --- config.json ---
+
+
+@pytest.mark.parametrize(
+    "spelling", [{"dtype": "bfloat16"}, {"dtype": None, "torch_dtype": "bfloat16"}]
+)
+def test_both_spellings_of_dtype(directory, spelling):
+    assert ModelConfig.from_directory(directory(**spelling)).dtype == "bfloat16"
+
+
+def test_head_dim_and_kv_heads_have_defaults(directory):
+    path = directory(head_dim=None, num_key_value_heads=None)
+    config = ModelConfig.from_directory(path)
+    assert (config.head_dim, config.num_kv_heads) == (48 // 6, 6)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": None, "rope_theta": 5e5},
+        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+    ],
+)
+def test_both_spellings_of_the_rope_settings(directory, spelling):
+    """nano-vLLM #167, #198: transformers 5 renamed them, and the base fell back to 10,000."""
+    assert ModelConfig.from_directory(directory(**spelling)).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4}},
+        {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4}},
+    ],
+)
+def test_an_unknown_rope_type_is_named(directory, settings):
+    with pytest.raises(ValueError, match="rope_type 'yarn'"):
+        LLM(str(directory(**settings)))
+
+
+def test_every_eos_id_counts(directory):
+    """generation_config.json's list is used, not config.json's single id."""
+    path = directory(eos_token_id=5)
+    assert ModelConfig.from_directory(path).eos_token_ids == (5,)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert ModelConfig.from_directory(path).eos_token_ids == (7, 9)
+
+
+def test_an_unknown_architecture_is_named(directory):
+    with pytest.raises(ValueError, match=r"'LlamaForCausalLM'.*Qwen3ForCausalLM"):
+        LLM(str(directory(architectures=["LlamaForCausalLM"])))
+
+
+@pytest.mark.parametrize("text", ["", "{", "no json"])
+def test_a_config_that_is_not_json_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        LLM(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size must be an integer, got None"),
+        ({"vocab_size": "131"}, "vocab_size must be an integer, got '131'"),
+        ({"num_key_value_heads": 4}, "num_attention_heads=6 .*num_key_value_heads=4"),
+        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"dtype": "float16"}, "float16"),
+    ],
+)
+def test_a_config_that_the_engine_does_not_compute_is_refused(directory, change, message):
+    with pytest.raises(ValueError, match=message):
+        LLM(str(directory(**change)))
+
+
+# --- the engine's options ---
+
+
+def test_defaults(directory):
+    config = EngineConfig.resolve(directory())
+    names = "max_num_batched_tokens max_num_seqs gpu_memory_utilization tensor_parallel_size"
+    names += " enforce_eager kvcache_block_size num_kvcache_blocks dtype seed"
+    values = [getattr(config, name) for name in names.split()]
+    assert values == [16384, 512, 0.9, 1, False, 256, None, None, 0]
+    assert EngineConfig.max_model_len == 4096
+    assert config.max_model_len == 2048, "capped to max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("max_num_batched_tokens", 1023, "at least max_model_len=1024"),
+        ("max_num_seqs", 0, "at least 1"),
+        ("max_model_len", 1, "at least 2"),
+        ("gpu_memory_utilization", 0.0, r"\(0, 1\]"),
+        ("gpu_memory_utilization", 1.01, r"\(0, 1\]"),
+        ("tensor_parallel_size", 0, "between 1 and 8"),
+        ("tensor_parallel_size", 9, "between 1 and 8"),
+        ("kvcache_block_size", 0, "multiple of 256"),
+        ("kvcache_block_size", 128, "multiple of 256"),
+        ("kvcache_block_size", 300, "multiple of 256"),
+        ("num_kvcache_blocks", 0, "at least 1"),
+        ("dtype", "float16", "float32.*bfloat16"),
+        ("attention_backend", "cuda", "triton"),
+        ("kv_cache_dtype", "int8", "fp8"),
+        ("load_format", "pickle", "auto"),
+    ],
+)
+def test_options_out_of_range_name_their_value_and_the_range(directory, name, value, rule):
+    options = {"max_model_len": 1024, name: value}
+    with pytest.raises(ValueError, match=f"(?s){name}.*{rule}|{name} .*{rule}") as error:
+        LLM(str(directory()), **options)
+    assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_num_seqs", 2.0),
+        ("max_num_seqs", True),
+        ("max_model_len", "1024"),
+        ("enforce_eager", 1),
+        ("gpu_memory_utilization", "0.9"),
+        ("num_kvcache_blocks", 1.5),
+        ("seed", None),
+    ],
+)
+def test_options_of_the_wrong_type(directory, name, value):
+    with pytest.raises(TypeError, match=f"{name}.*{value!r}"):
+        LLM(str(directory()), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("max_num_seq", "max_num_seqs"),
+        ("max_seqs", "max_num_seqs"),
+        ("tensor_parallel", "tensor_parallel_size"),
+        ("gpu_memory_utilisation", "gpu_memory_utilization"),
+        ("max_model_length", "max_model_len"),
+    ],
+)
+def test_unknown_options_name_the_nearest(directory, wrong, nearest):
+    """nano-vLLM dropped options that it did not know."""
+    with pytest.raises(TypeError, match=f"{wrong}.*did you mean '{nearest}'"):
+        LLM(str(directory()), **{wrong: 1})
+
+
+def test_a_hub_name_is_an_assertion_error():
+    with pytest.raises(AssertionError, match=r"Qwen/Qwen3-0\.6B"):
+        LLM("Qwen/Qwen3-0.6B")
+
+
+def test_a_directory_without_config_json_is_an_assertion_error(tmp_path):
+    with pytest.raises(AssertionError, match=str(tmp_path)):
+        LLM(str(tmp_path))
+
+
+def test_heads_that_cannot_be_split_name_the_valid_sizes(directory):
+    with pytest.raises(
+        ValueError, match=r"over 4 devices.*valid tensor parallel sizes: \[1, 2, 6\]"
+    ):
+        LLM(str(directory()), tensor_parallel_size=4)
+
+
+def test_tied_kv_heads_are_never_split_unevenly(directory):
+    with pytest.raises(ValueError, match="'heads' cannot be split over 3 devices"):
+        LLM(str(directory()), tensor_parallel_size=3)
+
+
+def test_options_are_documented_where_users_look():
+    for name in EngineOptions.__annotations__:
+        assert f"{name}:" in LLM.__doc__
+
+
+# --- a request's options ---
+
+
+def test_sampling_params_defaults():
+    params = SamplingParams()
+    assert (params.temperature, params.max_tokens, params.ignore_eos) == (1.0, 64, False)
+    assert params.detokenize and params.seed is None and params.stop_token_ids is None
+    assert not params.filters
+    positional = SamplingParams(0.6, 256, True)
+    assert (positional.temperature, positional.max_tokens, positional.ignore_eos) == (
+        0.6,
+        256,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"max_tokens": 0},
+        {"top_k": -2},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+    ],
+)
+def test_sampling_params_out_of_range(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": "0"},
+        {"temperature": True},
+        {"max_tokens": 1.0},
+        {"top_k": 1.5},
+        {"seed": "x"},
+        {"ignore_eos": 1},
+        {"stop_token_ids": 5},
+        {"stop_token_ids": "ab"},
+        {"stop_token_ids": ["a"]},
+        {"detokenize": None},
+    ],
+)
+def test_sampling_params_of_the_wrong_type(wrong):
+    ((name, _),) = wrong.items()
+    with pytest.raises(TypeError, match=name):
+        SamplingParams(**wrong)
