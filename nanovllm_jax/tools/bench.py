@@ -210,18 +210,10 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time small batches; the time of one output token is subtracted to get the time per token."""
     rng, tokens = random.Random(99), args.latency_tokens
     results: dict[str, Any] = {"output_tokens": tokens}
-
-    def seconds(batch: int, length: int, runs: int) -> float:
-        return statistics.median(
-            run(llm, fixed_workload(rng, batch, LATENCY_PROMPT, length, llm.vocab_size),
-                args.temperature).seconds
-            for _ in range(runs)
-        )  # fmt: skip
-
     say(f"latency: {LATENCY_PROMPT} prompt and {tokens} output tokens, median of {args.runs}")
     for batch in BATCHES:
-        seconds(batch, tokens, runs=1)  # warm-up
-        whole, first = seconds(batch, tokens, args.runs), seconds(batch, 1, args.runs)
+        whole = statistics.median(_seconds(llm, args, rng, batch, LATENCY_PROMPT, tokens))
+        first = statistics.median(_seconds(llm, args, rng, batch, LATENCY_PROMPT, 1))
         results[f"batch_{batch}"] = row = {
             "ms_per_token": (whole - first) / (tokens - 1) * 1e3,
             "output_tok_s": batch * tokens / whole,
@@ -236,13 +228,8 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
 
 def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time prompts of the longest length with one output token each."""
-    rng, tokens = random.Random(98), PREFILL_PROMPTS * args.max_len
-    works = [
-        fixed_workload(rng, PREFILL_PROMPTS, args.max_len, 1, llm.vocab_size)
-        for _ in range(1 + args.runs)
-    ]
-    times = [run(llm, work, args.temperature).seconds for work in works][1:]  # the first warms up
-    rates = [tokens / seconds for seconds in times]
+    times = _seconds(llm, args, random.Random(98), PREFILL_PROMPTS, args.max_len, 1)
+    rates = [PREFILL_PROMPTS * args.max_len / seconds for seconds in times]
     say(
         f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
         f"  input       {statistics.median(rates):,.0f} tok/s "
@@ -254,6 +241,16 @@ def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         "input_tok_s": statistics.median(rates),
         "input_tok_s_range": [min(rates), max(rates)],
     }
+
+
+def _seconds(
+    llm: LLM, args: argparse.Namespace, rng: random.Random, batch: int, prompt: int, output: int
+) -> list[float]:
+    """Time equally long requests, once in each run; another run ahead of them warms up."""
+    works = (
+        fixed_workload(rng, batch, prompt, output, llm.vocab_size) for _ in range(1 + args.runs)
+    )
+    return [run(llm, work, args.temperature).seconds for work in works][1:]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
