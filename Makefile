@@ -9,18 +9,30 @@ BENCH_ARGS ?=
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA[A-Za-z ]*Version: *([0-9]+).*/\1/p' | head -n 1)
 ACCELERATOR := $(if $(CUDA),$(shell [ "$(CUDA)" -ge 13 ] && echo cuda13 || echo cuda12))
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-all test-newest lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(VENV)/.installed  ## install, then generate from the demo model
 	$(BIN)/python -m nanovllm_jax --chat "What is 395 + 659?" \
 	    "Sort these numbers: 78, 31, 92, 24, 20" "Tell me a story about a fox and a lantern."
 
-test: $(VENV)/.installed-test  ## install, then run the tests (PYTEST_ARGS="-k name" selects)
+test: $(VENV)/.installed-test  ## install, then run the quick tests (PYTEST_ARGS="-k name" selects)
+	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test  ## install, then run all tests
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# The tests that a new JAX can break. It needs a newer Python than the oldest JAX runs on:
+#     make test-newest VENV=.venv-newest PYTHON=python3.12
+NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels mosaic_decode all_reduce \
+    cuda_lowering layers sampler api cli demo_model))
+
+test-newest: $(VENV)/.installed-newest  ## the tests that a new JAX can break, without PyTorch
+	$(BIN)/python -c 'import jax; print("jax", jax.__version__)'
+	$(BIN)/python -m pytest -q -m "not slow" $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check
@@ -31,7 +43,7 @@ bench: $(VENV)/.installed  ## nano-vLLM's benchmark on random Qwen3-0.6B weights
 	$(BIN)/python -m nanovllm_jax bench $(or $(BENCH_ARGS),--random-weights 0.6B)
 
 clean:  ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -54,6 +66,9 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(call install,test $(ACCELERATOR))
+
+$(VENV)/.installed-newest: pyproject.toml | $(BIN)/python
+	$(call install,test-tools)
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(call install,dev $(ACCELERATOR))

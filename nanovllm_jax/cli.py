@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import logging
 import os
 import sys
@@ -14,10 +13,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.request import Prompt
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools.options import (
     DEMO_MODEL,
+    ENGINE_ERRORS,
     Parser,
     UsageError,
     add_engine_options,
@@ -88,7 +88,7 @@ def generate(argv: Sequence[str]) -> int:
         if args.chat:
             prompts = [_chat(tokenizer, prompt) for prompt in prompts]
         if len(prompts) == 1:
-            return _print_stream(llm, Detokenizer(tokenizer), prompts[0], sampling)
+            return _print_stream(llm, prompts[0], sampling)
         return _print_all(llm, args.prompts, prompts, sampling)
 
 
@@ -135,41 +135,41 @@ def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> LLM:
     Raises:
         UsageError: an option is wrong, or the weights do not fit config.json or the memory.
     """
-    with (
-        refusals(AssertionError, TypeError, ValueError, OSError, MemoryError),
-        contextlib.redirect_stdout(sys.stderr),  # standard output is for what is generated
-    ):
+    with refusals(*ENGINE_ERRORS):
         longest = ModelConfig.from_directory(model).max_position_embeddings
         longest = max(1, min(options.get("max_model_len", 4096), longest))
-        defaults: dict[str, Any] = {"max_num_seqs": min(num_prompts, 512), "max_num_batched_tokens": longest}
+        defaults: dict[str, Any] = {
+            "max_num_seqs": min(num_prompts, 512),
+            "max_num_batched_tokens": longest,
+        }
         return LLM(str(model), **defaults | options)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     message = [{"role": "user", "content": prompt}]
     with refusals(ValueError):  # the tokenizer has no template
-        return str(
-            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        )
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(str(text), add_special_tokens=False)  # the template has written them
 
 
-def _print_stream(llm: LLM, text: Detokenizer, prompt: str, sampling: SamplingParams) -> int:
-    failure = None
-    stream = llm.stream(prompt, sampling)
-    try:
-        with refusals(TypeError, ValueError):  # before the first token, and not later
-            first = list(itertools.islice(stream, 1))
-        for token_ids in itertools.chain(first, stream):
-            print(text.push(token_ids), end="", flush=True)
-    except RuntimeError as error:  # the request outgrew the cache; what it has got is good
-        failure = error
-    print(text.flush(), flush=True)
-    if failure:
-        print(f"nanovllm-jax: failed: {failure}", file=sys.stderr)
-    return 1 if failure else 0
+def _print_stream(llm: LLM, prompt: Prompt, sampling: SamplingParams) -> int:
+    with refusals(TypeError, ValueError):
+        llm.add_request(prompt, sampling)
+    printed, error = 0, None
+    while not llm.is_finished():
+        for output in llm.step_outputs():
+            text, error = output.outputs[0].text, output.error
+            print(text[printed:], end="", flush=True)
+            printed = len(text)
+    print(flush=True)
+    if error:  # the request outgrew the cache; what it has got is good
+        print(f"nanovllm-jax: failed: {error}", file=sys.stderr)
+    return 1 if error else 0
 
 
-def _print_all(llm: LLM, names: list[str], prompts: list[str], sampling: SamplingParams) -> int:
+def _print_all(
+    llm: LLM, names: list[str], prompts: Sequence[Prompt], sampling: SamplingParams
+) -> int:
     with refusals(TypeError, ValueError):
         results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
     failed = 0
@@ -186,7 +186,6 @@ def _log_to_standard_error() -> Iterator[None]:
     """Show the engine's log messages on standard error."""
     logger, handler = logging.getLogger("nanovllm_jax"), logging.StreamHandler()
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm_jax.engine.llm_engine import LLMEngine
-from nanovllm_jax.engine.request import Outbox, Prompt, Request, take_news
+from nanovllm_jax.engine.request import Prompt, Request
 from nanovllm_jax.sampling_params import SamplingParams
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
@@ -84,15 +84,15 @@ class LLM(LLMEngine):
             raise TypeError("prompts must be a list of prompts, got one string")
         params = _one_for_each(prompts, sampling_params)
         commands = [self._check(p, s) for p, s in zip(prompts, params, strict=True)]
-        outbox: Outbox = {}
-        requests = [self._add(command, outbox) for command in commands]
+        ended: list[Request] = []
+        requests = [self._add(command, ended) for command in commands]
         results: dict[Request, dict[str, Any]] = {}
         try:
             with _Progress(len(requests), disable=not use_tqdm) as progress:
                 while len(results) < len(requests):
                     num_tokens = self._run_round()
-                    ended = [request for request in take_news(outbox) if request.is_finished]
-                    results |= {request: _result(request) for request in ended}
+                    for request in ended[len(results) :]:
+                        results[request] = _result(request)
                     progress.update(num_tokens, len(results))
         except BaseException:
             self.abort_request([request.request_id for request in requests])
@@ -159,7 +159,7 @@ class LLM(LLMEngine):
             TypeError, ValueError: as `add_request`, at the first token.
             RuntimeError: the request outgrew the KV cache.
         """
-        request = self._add(self._check(prompt, sampling_params), {})
+        request = self._add(self._check(prompt, sampling_params), ended=[])
         seq, seen = request.seq, request.seq.num_prompt_tokens
         try:
             while seen < seq.num_tokens or not seq.is_finished:

@@ -4,27 +4,41 @@ The cache of each of K and V is one array `[L, P, S, K, H]`: layers, pages, posi
 heads, head dim. A block table lists the pages of a sequence in order, so that position p of
 sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 
-Every function of attention takes `implementation`: "triton" (Pallas, NVIDIA GPUs from Ampere on;
-interpreted where there is no GPU), "mosaic" (Pallas with Hopper's own instructions, in bfloat16;
-the KV write stays in Triton) or "xla" (plain JAX: the CPU path, and what the kernels are compared
-with). Triton kernels only: `fused_linear`, the linear layer of a single row, and sums and maxima
-over the GPUs of a process, `one_shot_all_reduce` and `one_shot_max`.
+Every function of attention takes `implementation`:
+
+- "triton": Pallas kernels for NVIDIA GPUs from Ampere on, interpreted if there is no GPU.
+- "mosaic": Pallas kernels with Hopper's own instructions, in bfloat16; Triton writes K and V.
+- "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
+
+Three functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
+`one_shot_all_reduce` and `one_shot_max` combine small arrays over the GPUs of a process.
+
+A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
+`supports_one_shot`, `supports_mosaic_prefill`, `supports_mosaic_decode`; `check_mosaic_gpu` tells
+whether a GPU runs Mosaic's.
 """
 
+from pallas_kernels._common import check_mosaic_gpu
 from pallas_kernels.all_reduce import (
     Mailboxes,
-    fits_one_shot,
     make_mailboxes,
     one_shot_all_reduce,
     one_shot_max,
+    supports_one_shot,
 )
-from pallas_kernels.fused_linear import fits_fused_linear, fused_linear
+from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.kv_write import norm_rope_write
+from pallas_kernels.mosaic_decode import supports_mosaic_decode
+from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
 from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
+# The names until the engine uses the new ones.
+fits_fused_linear, fits_one_shot = supports_fused_linear, supports_one_shot
+
 __all__ = [
     "Mailboxes",
+    "check_mosaic_gpu",
     "decode_step",
     "fits_fused_linear",
     "fits_one_shot",
@@ -35,4 +49,8 @@ __all__ = [
     "one_shot_max",
     "paged_decode",
     "paged_prefill",
+    "supports_fused_linear",
+    "supports_mosaic_decode",
+    "supports_mosaic_prefill",
+    "supports_one_shot",
 ]

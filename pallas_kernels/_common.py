@@ -1,6 +1,7 @@
-"""What the kernels share: tiles of rows, addresses in the paged cache, the online softmax."""
+"""Shared by the kernels: tiles of rows, addresses in the paged cache, the online softmax."""
 
 import math
+import re
 from typing import Literal, get_args
 
 import jax
@@ -17,10 +18,28 @@ MASKED = -1e30
 
 
 def check_implementation(implementation: str) -> None:
-    """Raise ValueError unless `implementation` is one of those that exist."""
+    """Raise ValueError if there is no such implementation."""
     if implementation not in get_args(Implementation):
         valid = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"unknown implementation {implementation!r}; the valid ones are {valid}")
+
+
+def check_mosaic_gpu(device) -> None:
+    """Raise ValueError unless a GPU runs the Mosaic kernels, and computes the right thing.
+
+    They are written for Hopper. CUDA 12.8.0 to 12.9.0 has a compiler that gets causal masks wrong.
+    """
+    if float(device.compute_capability) != 9.0:
+        raise ValueError(
+            "implementation 'mosaic' needs a Hopper GPU (compute capability 9.0), not "
+            f"{device.compute_capability}: use 'triton'"
+        )
+    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
+    if cuda is not None and 12080 <= int(cuda[1]) < 12091:
+        raise ValueError(
+            "implementation 'mosaic' needs another CUDA than 12.8.0 to 12.9.0, whose compiler gets "
+            "causal masks wrong: install \"jax[cuda13]\", or use 'triton'"
+        )
 
 
 def check_cache(
@@ -48,9 +67,9 @@ def check_cache(
 
 
 def use_interpreter(interpret: bool | None) -> bool:
-    """Whether Pallas interprets a kernel: as told, else wherever no GPU runs the program.
+    """Whether Pallas interprets a kernel: as told, or else if the program does not run on a GPU.
 
-    A program may be compiled for GPUs that are not here: the mesh it is traced for says so.
+    A program may be compiled for GPUs that are not here; the mesh that it is traced for tells.
     """
     if interpret is not None:
         return interpret
@@ -59,12 +78,12 @@ def use_interpreter(interpret: bool | None) -> bool:
 
 
 def cdiv(a, b):
-    """ceil(a / b) for integers a >= 0, b > 0. (lax.div: `//` on traced int32 adds sign fix-ups.)"""
+    """Return ceil(a / b) for integers a >= 0, b > 0. (`//` on traced int32 would fix up signs.)"""
     return (a + b - 1) // b if isinstance(a, int) else lax.div(a + (b - 1), jnp.int32(b))
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two >= n."""
+    """Return the smallest power of two >= n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -96,22 +115,22 @@ def _tile_mask(row_mask, col_mask, shape):
 
 
 def load_rows(ref, rows, row_mask=None):
-    """The rows `rows` of the matrix `ref` as a tile; masked rows and padding columns read as 0."""
+    """Load some rows of the matrix `ref` as a tile; masked rows and padding columns read as 0."""
     cols, col_mask = _columns(ref.shape[1])
     return load_tile(ref, rows, cols, row_mask, col_mask)
 
 
 def load_tile(ref, rows, cols, row_mask=None, col_mask=None):
-    """The elements of the matrix `ref` in `rows` and `cols`; masked ones read as 0."""
+    """Load the elements of the matrix `ref` in `rows` and `cols`; masked ones read as 0."""
     mask = _tile_mask(row_mask, col_mask, (rows.shape[0], cols.shape[0]))
     other = None if mask is None else 0.0
     return plgpu.load(ref.at[rows[:, None], cols[None, :]], mask=mask, other=other)
 
 
 def store_rows(ref, rows, tile, row_mask=None):
-    """Write `tile` to the rows `rows` of the matrix `ref`, in its dtype, masked rows excepted.
+    """Write `tile`, in the dtype of the matrix `ref`, to those of its rows that are not masked.
 
-    Masked rows must not repeat a row that is written: the interpreter writes the old value there.
+    A masked row must not be one that is also written: the interpreter writes the old value there.
     """
     cols, col_mask = _columns(ref.shape[1])
     mask = _tile_mask(row_mask, col_mask, tile.shape)
@@ -119,13 +138,13 @@ def store_rows(ref, rows, tile, row_mask=None):
 
 
 def cache_row(cache_shape: tuple[int, ...], layer, page, position, kv_head):
-    """The row of one page position and head in a cache seen as a `[L*P*S*K, H]` matrix."""
+    """Return the row of a page's position and head in the cache seen as a `[L*P*S*K, H]` matrix."""
     _, num_pages, page_size, num_kv_heads, _ = cache_shape
     return ((layer * num_pages + page) * page_size + position) * num_kv_heads + kv_head
 
 
 def to_cache(x, dtype):
-    """`x` in the cache's dtype. 8-bit floats saturate: past their range there is only NaN."""
+    """Convert `x` to the cache's dtype. 8-bit floats saturate, since they would turn into NaN."""
     if jnp.dtype(dtype).itemsize == 1:
         largest = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -largest, largest)
@@ -133,9 +152,9 @@ def to_cache(x, dtype):
 
 
 def product_dtype(dtype, cache_dtype):
-    """The type in which queries meet the keys and values of a cache.
+    """Return the dtype in which queries are multiplied with the keys and values of a cache.
 
-    float16 for an 8-bit cache: from e4m3 that is one instruction for two elements, and exact.
+    It is float16 for an 8-bit cache: from e4m3, one instruction converts two elements, exactly.
     Queries are normed, far inside float16's range, and softmax weights are at most 1.
     """
     eight_bit = jnp.dtype(cache_dtype).itemsize == 1 and jnp.dtype(dtype).itemsize == 2
@@ -143,7 +162,7 @@ def product_dtype(dtype, cache_dtype):
 
 
 def kv_block_size(page_size: int, dtype) -> int:
-    """Positions per K/V tile: a divisor of the page size, so that no tile straddles two pages.
+    """Return the positions per K/V tile: a divisor of the page size, so that each has one page.
 
     64 measured best on an H100 in bfloat16. A float32 product keeps its tiles in registers.
     """
@@ -151,7 +170,7 @@ def kv_block_size(page_size: int, dtype) -> int:
 
 
 def num_stages(block_n: int, cache_shape: tuple[int, ...], dtype, most: int) -> int:
-    """The depth of the software pipeline: `most`, or what 160 KiB of shared memory hold."""
+    """Return the depth of the software pipeline: `most`, or what 160 KiB of shared memory hold."""
     tile_bytes = 2 * block_n * max(16, next_power_of_2(cache_shape[-1])) * jnp.dtype(dtype).itemsize
     return max(1, min(most, (160 * 1024) // tile_bytes))
 
@@ -160,7 +179,7 @@ def num_stages(block_n: int, cache_shape: tuple[int, ...], dtype, most: int) -> 
 
 
 def empty_attention(num_rows: int, head_dim: int):
-    """The state of `attend` before the first block: accumulator, running maximum, running sum."""
+    """Return the state of `attend` before any block: accumulator, running maximum, running sum."""
     return (
         jnp.zeros((num_rows, head_dim), jnp.float32),
         jnp.full((num_rows,), MASKED, jnp.float32),
@@ -171,10 +190,10 @@ def empty_attention(num_rows: int, head_dim: int):
 def attend(q, k, v, mask, state, scale: float):
     """Fold one block of keys and values into the attention of the rows of `q`.
 
-    The online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135, algorithm 1), in base
-    2: exp2 is one instruction, and its change of base costs nothing, folded into the scale.
+    This is the online softmax of FlashAttention (Dao et al., 2022, arXiv:2205.14135, algorithm 1),
+    in base 2: exp2 is one instruction, and the change of base, folded into the scale, is free.
 
-    Shapes: q [M, H]; k, v [N, H]; mask [M, N], or None where every row attends to every key.
+    Shapes: q [M, H]; k, v [N, H]; mask [M, N], or None if every row attends to every key.
     v must be finite where the mask is False, since 0 * NaN is NaN; k may be anything there.
     """
     acc, row_max, row_sum = state
@@ -189,7 +208,7 @@ def attend(q, k, v, mask, state, scale: float):
 
 
 def finish_attention(state):
-    """The attention output `[M, H]` in float32; zeros for rows that have seen no block."""
+    """Return the attention `[M, H]` in float32; rows that have seen no block get zeros."""
     acc, _, row_sum = state
     return acc / jnp.where(row_sum > 0, row_sum, 1.0)[:, None]
 

@@ -1,19 +1,22 @@
-"""Small sums and maxima over the GPUs of one process: one kernel that writes into peers' memory.
+"""Small sums and maxima over the GPUs of one process, in one kernel that writes to peers' memory.
 
-The "one-shot" all-reduce: every GPU sends its part to all others and combines what arrives, so that
-it takes one crossing of the link. Beside its operands it needs a *mailbox* on each GPU, whose
-address the others know:
+In this "one-shot" all-reduce every GPU sends its part to all others and combines what arrives: it
+takes one crossing of the link. Beside its operands it needs a *mailbox* on each GPU, whose address
+the others know:
 
-    addresses [peers]                      of their mailboxes, 8 bytes each
+    addresses [peers]                      the peers' mailboxes, 8 bytes each
     calls     [programs]                   how often each program has run
-    data      [2, peers, programs, block]  of this call and the one before: a fast GPU may be one
-                                           call ahead of a slow one, never two
+    data      [2, peers, programs, block]  this call's words and the last one's: a fast GPU may be
+                                           one call ahead of a slow one, never two
 
 A program sends its block of words to the same program on every GPU, each word beside the number of
-the call, and reads what it gets until it finds that number beside every word: the protocol that
-NCCL calls LL. A pair of words arrives as one, so nothing else need be waited for. Mailboxes are
-reached by address, in inline PTX: XLA knows nothing of them, and the kernel is to XLA, and to its
-command buffers, like any other.
+the call, and reads its mailbox until it finds that number beside every word. (NCCL calls this
+protocol LL.) A pair of words arrives as one, so there is nothing else to wait for. A peer whose
+words do not come within `_LIMIT_SECONDS` has failed: the program traps, and the GPU reports an
+error instead of spinning for ever.
+
+Mailboxes are reached by address, in inline PTX. XLA knows nothing of them; to XLA, and to its
+command buffers, the kernel is like any other.
 """
 
 import functools
@@ -31,15 +34,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-# Words of a program, of 4 bytes; a thread has four of them, one load. On two H200s the small sums
-# that decoding needs took 5.1 (2 KiB) and 8.5 us (160 KiB) so, and with 512 words 9.0 and 9.8;
-# from 640 KiB on 512 was faster: 10.0 against 11.1 us.
+# Words of 4 bytes per program, at most; a thread loads four at a time. On two H200s the small sums
+# of decoding took 5.1 us (2 KiB) and 8.5 us (160 KiB) with 2,048, and 9.0 and 9.8 us with 512. From
+# 640 KiB on, 512 was faster: 10.0 against 11.1 us.
 _MAX_BLOCK = 2048
+# Words per program, at least.
 _MIN_BLOCK = 128
+# Seconds that a program waits for its peers. They start together but for what delays a healthy GPU:
+# another queue, a module's first load.
+_LIMIT_SECONDS = 20
+# Rounds of waiting between two looks at the clock: some milliseconds. A healthy peer needs a few.
+_ROUNDS_PER_LOOK = 4096
 
 
 class Layout(NamedTuple):
-    """Where the parts of a mailbox begin, in bytes."""
+    """The byte offsets of a mailbox's parts."""
 
     peers: int
     max_words: int
@@ -63,7 +72,7 @@ class Layout(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Bytes of one peer's data, with the calls' numbers."""
+        """The bytes of one peer's data, together with the numbers of the calls."""
         return 8 * _MAX_BLOCK * self.programs
 
 
@@ -71,10 +80,10 @@ class Mailboxes(NamedTuple):
     """The mailboxes of a mesh; the memory must outlive every program that uses the addresses."""
 
     memory: Int32[Array, "devices words"]
-    addresses: Int32[Array, "devices 2"]  # low and high word of each GPU's own
+    addresses: Int32[Array, "devices 2"]  # low and high word of each GPU's own mailbox
 
 
-def fits_one_shot(shape: tuple[int, ...], dtype: DTypeLike, max_words: int) -> bool:
+def supports_one_shot(shape: tuple[int, ...], dtype: DTypeLike, max_words: int) -> bool:
     """Whether `one_shot_all_reduce` takes an array of this shape."""
     words = math.prod(shape) // 2
     divided = words % _MIN_BLOCK == 0 and words // _block(words) <= max_words // _MAX_BLOCK
@@ -86,10 +95,10 @@ def _block(words: int) -> int:
 
 
 def make_mailboxes(mesh: Mesh, axis: str, max_words: int) -> Mailboxes:
-    """Mailboxes on every GPU of a mesh, to combine up to so many words of 4 bytes over `axis`.
+    """Make the mailboxes of a mesh, for up to `max_words` words of 4 bytes combined over `axis`.
 
     The mesh must lie within one process, and its GPUs must reach each other's memory (NVLink, or
-    PCIe peer access; JAX enables it where it exists).
+    PCIe peer access; JAX enables it if it exists).
     """
     layout = Layout(mesh.shape[axis], max_words)
     everyone = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -112,7 +121,7 @@ def make_mailboxes(mesh: Mesh, axis: str, max_words: int) -> Mailboxes:
 
 
 def _words_of(addresses: np.ndarray) -> np.ndarray:
-    """64-bit addresses [N, n] as int32 [N, 2n], the low words first."""
+    """View 64-bit addresses [N, n] as int32 [N, 2n], the low words first."""
     return np.ascontiguousarray(addresses, "<u8").view("<i4")
 
 
@@ -129,14 +138,14 @@ def one_shot_all_reduce(
 
     Args:
         x: this GPU's part, in bfloat16.
-        residual: the same on every GPU of the axis.
-        address: of this GPU's mailbox: its shard of `Mailboxes.addresses`.
+        residual: the same array on every GPU of the axis.
+        address: this GPU's shard of `Mailboxes.addresses`.
         max_words: as given to `make_mailboxes`.
 
     Raises:
-        ValueError: see `fits_one_shot`.
+        ValueError: `supports_one_shot` denies these shapes or this dtype.
     """
-    if not fits_one_shot(x.shape, x.dtype, max_words) or residual.shape != x.shape:
+    if not supports_one_shot(x.shape, x.dtype, max_words) or residual.shape != x.shape:
         raise ValueError(
             f"one_shot_all_reduce takes up to {2 * max_words} numbers in bfloat16, a multiple of "
             f"{2 * _MIN_BLOCK}, not {x.dtype}{x.shape} and a residual of {residual.shape}"
@@ -152,7 +161,7 @@ def one_shot_all_reduce(
 def one_shot_max(
     keys: Int32[Array, "B 2"], address: Int32[Array, "1 2"], axis: str, max_words: int
 ) -> Int32[Array, "B 2"]:
-    """The largest of each key over mesh axis `axis`, as unsigned 64-bit integers [low, high].
+    """Return the largest of each key over mesh axis `axis`, as unsigned 64-bit [low, high].
 
     Raises:
         ValueError: there are more keys than fit into the mailboxes.
@@ -166,7 +175,7 @@ def one_shot_max(
 
 
 def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: int):
-    """Combine the words of `x` over an axis, and with `residual` where `combine` uses it."""
+    """Combine the words of `x` over an axis, and with `residual` if `combine` uses it."""
     block = _block(x.size)
     code = _ptx(Layout(lax.axis_size(axis), max_words), combine, block)
     return pl.pallas_call(
@@ -179,7 +188,7 @@ def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: in
 
 
 def _kernel(x_ref, residual_ref, address_ref, me_ref, out_ref, *, block: int, code: str):
-    """One program for `block` words. Each thread runs the snippet once, with four of them."""
+    """Run one program per `block` words. Each thread runs the snippet once, on four words."""
     own = jnp.arange(block)
     mine = pl.program_id(0) * block + own
 
@@ -206,7 +215,7 @@ def _kernel(x_ref, residual_ref, address_ref, me_ref, out_ref, *, block: int, co
 
 
 class Combine(NamedTuple):
-    """How four words of every peer become four words of the result, in PTX."""
+    """The PTX that turns four words of every peer into four words of the result."""
 
     start: str
     add: Callable[[list[str]], str]  # four words of a peer
@@ -214,7 +223,7 @@ class Combine(NamedTuple):
 
 
 def _add_pairs(words: list[str]) -> str:
-    """Add pairs of bfloat16 to eight sums; a bfloat16 is the upper half of a float32."""
+    """Add pairs of bfloat16 to eight sums. A bfloat16 is the upper half of a float32."""
     return "".join(
         f"shl.b32 v, {word}, 16; mov.b32 f, v; add.f32 s{2 * i}, s{2 * i}, f;"
         f"and.b32 v, {word}, 0xffff0000; mov.b32 f, v; add.f32 s{2 * i + 1}, s{2 * i + 1}, f;"
@@ -241,11 +250,11 @@ _MAX = Combine(
 
 
 def _ptx(layout: Layout, combine: Combine, block: int) -> str:
-    """The exchange, as one snippet: Pallas takes snippets for pure, and keeps no order of several.
+    """Write the exchange as one snippet, because Pallas keeps no order among several.
 
-    Operands: four words each of the result, x and residual, then (four times the same, but for the
-    first) where a thread's data begins in bytes, the mailbox's address low and high, this GPU's
-    number, the program's.
+    Operands: four words each of the result, x and residual; then the byte at which a thread's data
+    begins, the mailbox's address low and high, this GPU's number, and the program's, each given
+    four times, of which the first counts.
     """
     peers, part = layout.peers, layout.part
     out, x, residual = (["$" + str(first + i) for i in range(4)] for first in (0, 4, 8))
@@ -263,14 +272,20 @@ def _ptx(layout: Layout, combine: Combine, block: int) -> str:
         f"ld.volatile.global.v4.b32 {{w2, c2, w3, c3}}, [from+{second + p * part}];"
         "setp.ne.b32 missing, c0, call;"
         + "".join(f"setp.ne.or.b32 missing, c{i}, call, missing;" for i in (1, 2, 3))
-        + f"@missing bra AGAIN{p};"
+        + f"@!missing bra ARRIVED{p};"
+        + f"add.u32 rounds, rounds, 1; and.b32 v, rounds, {_ROUNDS_PER_LOOK - 1};"
+        + f"setp.ne.b32 missing, v, 0; @missing bra AGAIN{p};"
+        + "mov.u64 now, %globaltimer; setp.eq.u64 first, deadline, 0;"
+        + f"@first add.u64 deadline, now, {_LIMIT_SECONDS * 10**9};"
+        + f"setp.gt.u64 late, now, deadline; @late trap; bra AGAIN{p};"
+        + f"ARRIVED{p}:"
         + combine.add(["w0", "w1", "w2", "w3"])
         for p in range(peers)
     )
     return f"""{{
-        .reg .pred missing, first;
-        .reg .b64 mine, peer, a, to, from, o, k, m0, m1;
-        .reg .b32 call, v, w0, w1, w2, w3, c0, c1, c2, c3;
+        .reg .pred missing, first, late;
+        .reg .b64 mine, peer, a, to, from, o, k, m0, m1, now, deadline;
+        .reg .b32 call, v, rounds, w0, w1, w2, w3, c0, c1, c2, c3;
         .reg .f32 s0, s1, s2, s3, s4, s5, s6, s7, f;
         mov.b64 mine, {{{low}, {high}}};
         mul.wide.u32 o, {program}, 4;
@@ -291,6 +306,8 @@ def _ptx(layout: Layout, combine: Combine, block: int) -> str:
         mul.wide.u32 o, {program}, 4;
         add.u64 a, mine, o;
         @first st.volatile.global.b32 [a+{layout.calls}], call;
+        mov.u32 rounds, 0;
+        mov.u64 deadline, 0;
         {combine.start}
         {receive}
         {combine.finish(residual, out)}

@@ -1,4 +1,4 @@
-"""A linear layer of one row, with the norm before it and the residual or gate after it inside."""
+"""A linear layer for one row in one kernel, with the norm before it and what follows it."""
 
 import functools
 
@@ -12,12 +12,13 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels._common import load_tile, use_interpreter
 
-# Columns that a program reads at a time: the most of these that divide the width.
+# Columns that a program reads at a time: the largest of these numbers that divides the width.
 _CHUNKS = (2048, 1024, 512, 256, 128)
-_MAX_BLOCK = 4  # rows of the weight for each program
+# Rows of the weight that a program multiplies, at most.
+_MAX_BLOCK = 4
 
 
-def fits_fused_linear(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
+def supports_fused_linear(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
     """Whether `fused_linear` takes such a layer: one row of 16-bit numbers, of an even shape."""
     two_bytes = jnp.dtype(dtype).itemsize == 2
     return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and width % _CHUNKS[-1] == 0
@@ -38,29 +39,29 @@ def fused_linear(
 ) -> Float[Array, "1 N"]:
     """Return residual + rms_norm(x) @ weight[layer].T in one Triton kernel.
 
-    One row leaves no work for tensor cores: the time is that of reading the weights, and of
-    starting kernels, of which this takes one in place of up to four.
+    One row leaves no work for tensor cores: reading the weights and starting kernels take all the
+    time, and this starts one kernel in place of up to four.
 
     Args:
-        weight, norm: of all layers, so that no slice must be copied for the kernel.
-        layer: which of them.
-        norm: weight of an RMSNorm of the input, with `eps`; None: no norm.
-        residual: added to the result; None: nothing is. (With `gated` it is [1, N/2].)
+        weight: the weights of all layers, so that no slice must be copied for the kernel.
+        layer: the layer whose weights are used.
+        norm: the weights of an RMSNorm of the input, with `eps`, also of all layers; None: no norm.
+        residual: added to the result, unless it is None. With `gated` it is [1, N/2].
         gated: return silu(first half of the N outputs) * second half (SwiGLU, arXiv:2002.05202).
-        dtype: of the result; default: x's. Everything before it is computed in float32.
-        interpret: run the kernel in Pallas's interpreter; None: where there is no GPU.
+        dtype: the result's dtype; x's if None. Everything before it is computed in float32.
+        interpret: run the kernel in Pallas's interpreter; None: if there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit each other or the kernel (see `fits_fused_linear`).
+        ValueError: the shapes do not fit each other or the kernel (`supports_fused_linear`).
     """
     num_rows, width = x.shape
     num_out = weight.shape[1] // (1 + gated)
-    if not fits_fused_linear(num_rows, num_out, width, x.dtype) or weight.shape[2] != width:
+    if not supports_fused_linear(num_rows, num_out, width, x.dtype) or weight.shape[2] != width:
         raise ValueError(
             f"fused_linear takes one row of 16 bits, outputs in multiples of {_MAX_BLOCK} and "
             f"inputs in multiples of {_CHUNKS[-1]}, not {x.dtype}{x.shape} with {weight.shape}"
         )
-    # Measured on an H100, with the shapes of 0.6B and 8B. Few outputs go to more programs.
+    # Few outputs are spread over more programs. Measured on an H100 at the shapes of 0.6B and 8B.
     block = _MAX_BLOCK if num_out >= 2048 else 2
     chunk = next(c for c in _CHUNKS if width % c == 0)
     kernel = functools.partial(
@@ -82,9 +83,9 @@ def _kernel(
     x_ref, w_ref, layer_ref, *refs, block: int, chunk: int, eps: float,
     normed: bool, residual: bool, gated: bool,
 ):  # fmt: skip
-    """One program per `block` outputs; with a gate, it computes both halves of them.
+    """Run one program per `block` outputs; with a gate, it computes both halves of them.
 
-    The norm's factor is the same for the whole row: it is found on the way, and applied last.
+    The norm's factor is the same for the whole row: it is summed up on the way and applied last.
     """
     *inputs, out_ref = refs
     layer = layer_ref[0]

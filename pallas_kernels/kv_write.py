@@ -1,4 +1,4 @@
-"""Norm and rotate queries and keys, and write keys and values into the paged cache."""
+"""Norms and rotates queries and keys, and writes keys and values into the paged cache."""
 
 import functools
 
@@ -33,7 +33,7 @@ def norm_rope_write(
     k_norm: Float[Array, "*L H"],
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
-    slots: Int32[Array, " T"],
+    slot_mapping: Int32[Array, " T"],
     k_cache: Float[Array, "L P S K H"],
     v_cache: Float[Array, "L P S K H"],
     layer: Int32[Array, ""],
@@ -47,37 +47,38 @@ def norm_rope_write(
     The caches are updated in place and those passed in are consumed: go on with the ones returned.
 
     Args:
-        qkv: for each token and KV head its G query heads, then the key, then the value: G2 = G + 2.
-        q_norm, k_norm: weights of the per-head RMSNorm of queries and keys: those of this layer,
-            `[H]`, or of all layers, `[L, H]`. Stacked weights save the GPU the copy of a slice.
-        cos, sin: float32, of each token's position times the H/2 inverse frequencies. Computed once
-            a step and not in here: a sine of 32,000 radians is slow on a GPU, and every layer needs
-            the same ones.
-        slots: where a token's K and V go: page * S + offset, the same in each layer; a negative
-            slot writes nothing. No two tokens may share a slot.
+        qkv: a KV head of a token has its G query heads, then the key, then the value: G2 = G + 2.
+        q_norm, k_norm: the weights of the RMSNorm of each query and key head, either this layer's,
+            `[H]`, or all layers', `[L, H]`. Stacked weights save the GPU the copy of a slice.
+        cos, sin: the float32 cosine and sine of each token's position times the H/2 inverse
+            frequencies. The caller computes them once a step, because a sine of 32,000 radians is
+            slow on a GPU and every layer needs the same ones.
+        slot_mapping: the position in the cache, page * S + offset, that each token's key and value
+            are written to, the same in each layer; a negative one writes nothing. No two tokens may
+            share a position.
         layer: the layer whose part of the caches is written.
-        eps: of the RMSNorm.
-        interpret: run the Triton kernel in Pallas's interpreter; None: where there is no GPU.
+        eps: the epsilon of the RMSNorm.
+        interpret: run the Triton kernel in Pallas's interpreter; None: if there is no GPU.
 
     Returns:
         (q, k_cache, v_cache), where head n = k*G + g of q is query head g of KV head k.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown implementation.
+        ValueError: the shapes do not fit each other, or the implementation is unknown.
 
     The norm follows Qwen3RMSNorm of transformers: float32, rounded to the activations' dtype, then
     times the weight. RoPE (Su et al., 2021, arXiv:2104.09864) rotates the pairs (i, i + H/2) in
     float32 and rounds once.
     """
     check_implementation(implementation)
-    operands = (qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
+    operands = (qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer)
     check_write(*operands)
     if implementation == "xla":
         return _norm_rope_write_xla(*operands, eps=eps)
     return _norm_rope_write_triton(*operands, eps=eps, interpret=use_interpreter(interpret))
 
 
-def check_write(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer) -> None:
+def check_write(qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer) -> None:
     """Raise ValueError unless these arguments of `norm_rope_write` fit each other."""
     num_tokens, num_kv_heads, per_group, head_dim = qkv.shape
     check_cache(k_cache, v_cache, (per_group - 2) * num_kv_heads, head_dim, layer)
@@ -90,12 +91,12 @@ def check_write(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer) -
         (k_cache.shape[0], head_dim),
     ):
         raise ValueError(f"q_norm {q_norm.shape}, k_norm {k_norm.shape} are not [H] or [L, H]")
-    if slots.shape != (num_tokens,):
-        raise ValueError(f"slots {slots.shape} are not [T] for qkv {qkv.shape}")
+    if slot_mapping.shape != (num_tokens,):
+        raise ValueError(f"slot_mapping {slot_mapping.shape} is not [T] for qkv {qkv.shape}")
 
 
 def _norm_rope(halves, weights, cos, sin, head_dim, eps):
-    """The RMSNorm and rotation of heads given as their two halves `[..., H/2]`, as in Qwen3."""
+    """Norm and rotate heads, given as their two halves `[..., H/2]`, as Qwen3 does."""
     dtype = halves[0].dtype
     x1, x2 = (x.astype(jnp.float32) for x in halves)
     weight1, weight2 = (weight.astype(dtype) for weight in weights)
@@ -110,7 +111,9 @@ def _norm_rope(halves, weights, cos, sin, head_dim, eps):
 # --- XLA -------------------------------------------------------------------------------------
 
 
-def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer, *, eps):
+def _norm_rope_write_xla(
+    qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer, *, eps
+):
     num_tokens, _, _, head_dim = qkv.shape
     num_pages, page_size = k_cache.shape[1:3]
 
@@ -124,13 +127,13 @@ def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache,
     k = norm_rope(qkv[:, :, -2], k_norm)
     v = qkv[:, :, -1]
 
-    # mode="drop" drops the page that does not exist; a negative index would count from the end.
-    pages = jnp.where(slots >= 0, slots // page_size, num_pages)
+    # mode="drop" skips the page that does not exist; a negative index would count from the end.
+    pages = jnp.where(slot_mapping >= 0, slot_mapping // page_size, num_pages)
 
     def write(cache, rows):
         # In place when the cache is donated, except in bfloat16 on a CPU: there XLA's scatter
         # converts the whole cache to float32 and back. (Use float32 on a CPU.)
-        at = cache.at[layer, pages, slots % page_size]
+        at = cache.at[layer, pages, slot_mapping % page_size]
         return at.set(to_cache(rows, cache.dtype), mode="drop")
 
     return q, write(k_cache, k), write(v_cache, v)
@@ -140,10 +143,10 @@ def _norm_rope_write_xla(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache,
 
 
 def _kernel(
-    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slots_ref, layer_ref, _k_in, _v_in,
+    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slot_mapping_ref, layer_ref, _k_in, _v_in,
     q_ref, k_ref, v_ref, *, group: int, cache_shape: tuple[int, ...], eps: float,
 ):  # fmt: skip
-    """One program per token. Matrices have rows of half a head: RoPE pairs the two halves."""
+    """Run one program per token. Matrices have rows of half a head, since RoPE pairs the halves."""
     token = pl.program_id(0)
     num_kv_heads, head_dim = cache_shape[3:]
     num_heads = num_kv_heads * group
@@ -160,7 +163,7 @@ def _kernel(
         store_rows(ref, 2 * rows + 1, halves[1], mask)
 
     def norm_rope(halves, norm_ref):
-        row = 2 * layer + one if norm_ref.shape[0] > 2 else one  # weights of all layers, or of one
+        row = 2 * layer + one if norm_ref.shape[0] > 2 else one  # all layers' weights, or one's
         weights = load_rows(norm_ref, row), load_rows(norm_ref, row + 1)
         return _norm_rope(halves, weights, cos, sin, head_dim, eps)
 
@@ -170,7 +173,7 @@ def _kernel(
     q = norm_rope(load_halves(n_heads, n_mask), q_norm_ref)
     store_halves(q_ref, token * num_heads + n, q, n_mask)
 
-    slot = slots_ref[token]
+    slot = slot_mapping_ref[token]
 
     @pl.when(slot >= 0)
     def _():
@@ -185,7 +188,7 @@ def _kernel(
 
 
 def _norm_rope_write_triton(
-    qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer, *, eps, interpret
+    qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer, *, eps, interpret
 ):
     num_tokens, num_kv_heads, per_group, head_dim = qkv.shape
     num_heads = num_kv_heads * (per_group - 2)
@@ -205,8 +208,8 @@ def _norm_rope_write_triton(
         interpret=interpret,
         name="norm_rope_write",
     )(
-        qkv.reshape(-1, half), q_norm.reshape(-1, half), k_norm.reshape(-1, half), cos, sin, slots,
-        jnp.reshape(layer, 1), k_rows, v_rows,
+        qkv.reshape(-1, half), q_norm.reshape(-1, half), k_norm.reshape(-1, half), cos, sin,
+        slot_mapping, jnp.reshape(layer, 1), k_rows, v_rows,
     )  # fmt: skip
     return (
         q.reshape(num_tokens, num_heads, head_dim),

@@ -1,7 +1,11 @@
-"""Paged decode for Hopper in Mosaic GPU: copies by TMA, products by wgmma, one CTA per SM.
+"""Paged decode for Hopper in Mosaic GPU, kept as insurance against the removal of Pallas's Triton.
 
-A step of decoding reads the keys and values of every sequence once and does little else, so all
-that counts is to keep the memory busy from the first moment to the last:
+No default chooses this kernel, since the Triton one is as fast: 2.63 TB/s against 2.59 on an H100.
+But JAX has deprecated Triton in Pallas. Until it goes, `attention_backend="mosaic"` runs this, and
+so do the tests.
+
+A step of decoding reads the keys and values of every sequence once and does little else, so what
+counts is to keep the memory busy from the first moment to the last:
 
 - The positions of all sequences form one list of chunks, cut into equal parts, one per CTA. A part
   may begin and end within a sequence; a small second kernel merges the pieces of each sequence.
@@ -22,18 +26,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int32
 
 from pallas_kernels._common import LOG2_E, MASKED, cdiv, load_rows, store_rows
+from pallas_kernels._compat import mosaic_interpreter
 
-_ROWS = 64  # of a wgmma: at most so many query heads
-_BLOCK = 64  # positions per tile and softmax step
-_SMEM_BYTES = 227 * 1024  # of one CTA on an H100
-_COMBINE_PIECES = 16  # that the combine kernel takes at a time
+# Rows of a wgmma, and so the most query heads.
+_ROWS = 64
+# Positions per tile and softmax step.
+_BLOCK = 64
+# Bytes of shared memory that one CTA has on an H100.
+_SMEM_BYTES = 227 * 1024
+# Pieces that the combine kernel takes at a time.
+_COMBINE_PIECES = 16
 
 
 class Tuning(NamedTuple):
-    """What may be varied without changing the result.
+    """Settings that change the speed and not the result.
 
     chunk: positions per copy, and to which the work of the CTAs is balanced; a power of two up to
         64. The greatest common divisor with the page size is used.
@@ -49,27 +59,29 @@ class Tuning(NamedTuple):
     num_ctas: int = 132
 
 
-def check_mosaic_decode(q: jax.Array, k_cache: jax.Array) -> None:
-    """Raise ValueError unless the kernel supports these shapes and dtypes."""
-    num_heads, head_dim = q.shape[1:]
-    fits = num_heads <= _ROWS and num_heads % 8 == 0 and head_dim in (64, 128)
-    if not (fits and q.dtype == k_cache.dtype == jnp.bfloat16):
-        raise ValueError(
-            "implementation 'mosaic' supports bfloat16 queries and caches, head_dim 64 or 128, "
-            f"and 8 to 64 query heads, a multiple of 8; q is {q.dtype}{q.shape} and the cache is "
-            f"{k_cache.dtype}{k_cache.shape}: use 'triton'"
-        )
+def supports_mosaic_decode(
+    dtype: DTypeLike, cache_dtype: DTypeLike, num_heads: int, head_dim: int
+) -> bool:
+    """Whether `paged_decode` takes such queries and caches with implementation "mosaic"."""
+    bfloat16 = jnp.dtype(dtype) == jnp.dtype(cache_dtype) == jnp.bfloat16
+    heads = num_heads % 8 == 0 and 8 <= num_heads <= _ROWS
+    return bfloat16 and heads and head_dim in (64, 128)
 
 
 def paged_decode_mosaic(
     q, k_cache, v_cache, block_tables, context_lens, layer, *, scale, tuning=None, interpret=False
 ):
-    """`paged_decode` for implementation "mosaic"; `interpret` runs it without a GPU (slowly).
+    """Compute `paged_decode` on Hopper; `interpret` runs it without a GPU, slowly.
 
     Raises:
-        ValueError: shapes or dtypes that the kernel does not support.
+        ValueError: the kernel does not support these shapes or dtypes.
     """
-    check_mosaic_decode(q, k_cache)
+    if not supports_mosaic_decode(q.dtype, k_cache.dtype, *q.shape[1:]):
+        raise ValueError(
+            "implementation 'mosaic' supports bfloat16 queries and caches, head_dim 64 or 128, "
+            f"and 8 to 64 query heads, a multiple of 8; q is {q.dtype}{q.shape} and the cache is "
+            f"{k_cache.dtype}{k_cache.shape}: use 'triton'"
+        )
     tuning = tuning or Tuning()
     chunk = math.gcd(k_cache.shape[2], tuning.chunk)
     plan = _plan(context_lens, chunk, tuning.num_ctas)
@@ -84,16 +96,16 @@ def paged_decode_mosaic(
 
 
 class _Plan(NamedTuple):
-    """Which CTA attends to what. All of it follows from the context lengths.
+    """The division of the work among CTAs, which follows from the context lengths.
 
     The piece of sequence b that CTA c attends to has number b + c. No two pieces share a number,
     because a CTA begins where the one before it ended.
     """
 
-    work: Int32[Array, "C 4"]  # of each CTA: first and last sequence, first and last chunk (excl.)
-    first_chunk: Int32[Array, " B"]  # of each sequence, in the list of all chunks
+    work: Int32[Array, "C 4"]  # a CTA's first and last sequence, first chunk, end of its chunks
+    first_chunk: Int32[Array, " B"]  # a sequence's, in the list of all chunks
     context_lens: Int32[Array, " B"]
-    pieces: Int32[Array, "B 2"]  # of each sequence: number of its first piece, and how many
+    pieces: Int32[Array, "B 2"]  # the number of a sequence's first piece, and how many it has
 
 
 def _plan(context_lens, chunk: int, num_ctas: int) -> _Plan:
@@ -106,7 +118,7 @@ def _plan(context_lens, chunk: int, num_ctas: int) -> _Plan:
     bounds = cta * share + jnp.minimum(cta, rest)
 
     def owner(chunk_ends, chunk_number):
-        """Which part holds the chunk: as many as the parts that have ended when it begins."""
+        """Return the part that holds a chunk: its number is that of the parts that end before."""
         return (chunk_ends[None, :] <= chunk_number[:, None]).sum(axis=1, dtype=jnp.int32)
 
     begin, end = bounds[:-1], bounds[1:]
@@ -124,15 +136,16 @@ def _plan(context_lens, chunk: int, num_ctas: int) -> _Plan:
 def _attend_pieces(
     q, k_cache, v_cache, block_tables, layer, plan, *, scale, chunk, tuning, interpret
 ):
-    """Each piece's softmax-weighted mean of its values, and base-2 log of its softmax's sum.
+    """Attend to each piece on its own.
 
-    Returns parts `[pieces, N, H]` in the dtype of q, and lse `[pieces, 64]`, a row per head.
+    Returns the means of the pieces' values, weighted by softmax, `[pieces, N, H]` in the dtype of
+    q, and the base-2 logarithms of their softmax sums, `[pieces, 64]`, one per head.
     """
     batch, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads = k_cache.shape[1:4]
     group = num_heads // num_kv_heads
     tile_heads = math.gcd(num_kv_heads, tuning.tile_heads)
-    num_tiles = num_kv_heads // tile_heads  # of the keys of a block, and as many of the values
+    num_tiles = num_kv_heads // tile_heads  # per block of keys, and as many per block of values
     tile_width = tile_heads * head_dim
     tile_bytes = _BLOCK * tile_width * q.dtype.itemsize
     own_bytes = _ROWS * head_dim * q.dtype.itemsize + 4096  # queries or output, and small things
@@ -153,7 +166,7 @@ def _attend_pieces(
         # warpgroup has used it. Each side waits once per tile, so that their phases agree.
 
         def for_each_piece(body, state):
-            """state = body(sequence, first position, end, state), piece by piece."""
+            """Update state = body(sequence, first position, end, state), piece by piece."""
             begin, end = work_ref[cta, 2], work_ref[cta, 3]
 
             def piece(b, state):
@@ -207,7 +220,7 @@ def _attend_pieces(
             return lax.fori_loop(0, cdiv(end - first, _BLOCK), copy_block, slot)
 
         def multiply(acc, left, right):
-            """acc += left @ right, asynchronously."""
+            """Start acc += left @ right."""
             if staging:  # the interpreter takes operands from shared memory only
                 place = staging[0].at[:, pl.ds(0, left.shape[1])]
                 place[...] = left
@@ -216,9 +229,9 @@ def _attend_pieces(
             mgpu.wgmma(acc, left, right)
 
         def multiply_heads(acc, left, slot, right, prepare=lambda slot: None):
-            """acc += the sum over KV heads of (the head's rows of left) @ right(slot, column).
+            """Add the sum over KV heads of (the head's rows of left) @ right(slot, column) to acc.
 
-            The tiles of the heads are those from `slot` on; they are free afterwards.
+            The heads' tiles begin at `slot`; they are free afterwards.
             """
 
             @pl.loop(0, num_tiles)  # a loop, not unrolled: it halves the time to compile
@@ -234,7 +247,7 @@ def _attend_pieces(
                 mgpu.barrier_arrive(empty.at[tile_slot])
 
         def key_columns(slot, column):
-            return _transpose(tiles.at[slot, :, pl.ds(column, head_dim)])
+            return tiles.at[slot, :, pl.ds(column, head_dim)].transpose((1, 0))
 
         def value_columns(slot, column):
             return tiles.at[slot, :, pl.ds(column, head_dim)]
@@ -258,7 +271,7 @@ def _attend_pieces(
                 scores = pl.run_scoped(
                     score, mgpu.WGMMAAccumulatorRef((_ROWS, _BLOCK), jnp.float32)
                 )
-                # Keys past the end are whatever the tile held, perhaps NaN.
+                # Keys past the end are whatever the tile held before, perhaps NaN.
                 scores = jnp.where(
                     _iota((_ROWS, _BLOCK), 1) < valid, scores * (scale * LOG2_E), MASKED
                 )
@@ -269,7 +282,7 @@ def _attend_pieces(
                 acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
 
                 def clear_values(slot):
-                    """Values past the end may be NaN too, and 0 * NaN is NaN: zero them."""
+                    """Zero the values past the end: they may be NaN too, and 0 * NaN is NaN."""
 
                     @pl.when(valid < _BLOCK)
                     def _():
@@ -284,7 +297,7 @@ def _attend_pieces(
                     left = weights.astype(q.dtype)
                     multiply_heads(acc, left, value_slot, value_columns, clear_values)
 
-                if interpret:  # which has no accumulators with an initial value
+                if interpret:  # the interpreter has no accumulators with an initial value
                     new = mgpu.WGMMAAccumulatorRef(acc.shape, jnp.float32)
                     acc = acc + pl.run_scoped(lambda new: (add_values(new), new[...])[1], new)
                 else:
@@ -301,7 +314,7 @@ def _attend_pieces(
             state = lax.fori_loop(0, cdiv(end - first, _BLOCK), attend_block, state)
             acc, row_max, row_sum, slot = state
             acc = acc / lax.broadcast_in_dim(row_sum, acc.shape, [0])
-            q_smem[...] = acc.astype(q.dtype)  # in the place of the queries, done with
+            q_smem[...] = acc.astype(q.dtype)  # the queries are no longer needed
             lse_smem[...] = row_max + jnp.log(row_sum) * LOG2_E
             mgpu.commit_smem()
             mgpu.copy_smem_to_gmem(q_smem.at[pl.ds(0, num_heads)], parts_ref.at[b + cta])
@@ -348,7 +361,7 @@ def _attend_pieces(
         compiler_params=mgpu.CompilerParams(
             approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
         ),
-        interpret=_interpret_params() if interpret else None,
+        interpret=mosaic_interpreter(interpret),
     )(
         q,
         k_cache.reshape(-1, num_kv_heads * head_dim),
@@ -365,22 +378,11 @@ def _iota(shape, axis):
     return mgpu.broadcasted_iota(jnp.int32, shape, axis, layout=mgpu.Layout.WGMMA)
 
 
-def _transpose(ref):
-    old = jax.__version_info__ < (0, 11)
-    return mgpu.transpose_ref(ref, (1, 0)) if old else ref.transpose((1, 0))
-
-
-def _interpret_params():
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError("the interpreter of Mosaic GPU kernels needs jax 0.11 or newer")
-    return mgpu.InterpretGPUParams()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 # --- The merging of pieces -------------------------------------------------------------------
 
 
 def _combine_kernel(parts_ref, lse_ref, pieces_ref, out_ref, *, num_heads: int):
-    """One program per sequence and query head: the mean of its pieces, weighted by exp2(lse)."""
+    """Run one program per sequence and query head: it averages pieces, weighted by exp2(lse)."""
     b, head = pl.program_id(0), pl.program_id(1)
     first, count = pieces_ref[b, 0], pieces_ref[b, 1]
 

@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over its pages of the KV cache."""
+"""Decode: one new token per sequence attends over the sequence's pages of the KV cache."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ from pallas_kernels._common import (
 from pallas_kernels.kv_write import check_write, norm_rope_write
 from pallas_kernels.mosaic_decode import paged_decode_mosaic
 
-# An H100 has 132 multiprocessors; four programs for each keep its memory busy.
+# Programs that keep the memory of an H100 busy: four for each of its 132 multiprocessors.
 _TARGET_PROGRAMS = 4 * 132
 _MAX_SPLITS = 32
 
@@ -62,12 +62,12 @@ def paged_decode(
         context_lens: positions to attend to, the newest (already in the cache) included; 0 marks
             a padding row, whose output is zeros.
         layer: the layer whose part of the caches is read.
-        scale: of the scores, usually H**-0.5.
-        interpret: run the kernels in Pallas's interpreter; None: where there is no GPU.
+        scale: the factor of the scores, usually H**-0.5.
+        interpret: run the kernels in Pallas's interpreter; None: if there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, or shapes and dtypes that
-            "mosaic" does not support (`check_mosaic_decode`).
+        ValueError: the shapes do not fit each other, the implementation is unknown, or "mosaic"
+            does not support these shapes and dtypes (`supports_mosaic_decode`).
 
     Paging is PagedAttention's (Kwon et al., 2023, arXiv:2309.06180). A small batch leaves most of
     a GPU idle, so there the context of each row is split as in Flash-Decoding (Dao et al., 2023):
@@ -97,7 +97,7 @@ def decode_step(
     k_norm: Float[Array, "*L H"],
     cos: Float[Array, "B half"],
     sin: Float[Array, "B half"],
-    slots: Int32[Array, " B"],
+    slot_mapping: Int32[Array, " B"],
     k_cache: Float[Array, "L P S K H"],
     v_cache: Float[Array, "L P S K H"],
     block_tables: Int32[Array, "B W"],
@@ -109,21 +109,21 @@ def decode_step(
     implementation: Implementation,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P S K H"], Float[Array, "L P S K H"]]:
-    """`norm_rope_write` and `paged_decode` in one: returns the attention and the caches.
+    """Do `norm_rope_write`, then `paged_decode`; returns the attention and the caches.
 
-    The arguments and errors are theirs. A row's slot must be that of position context_lens - 1.
-    Where few rows leave the GPU waiting for kernels to start, this is one Triton kernel, which
-    attends to the new position without reading it back. More rows hide the start, and two kernels
-    are as fast.
+    It has their arguments and errors. A row's `slot_mapping` must point to its position
+    context_lens - 1. If there are so few rows that the GPU waits for kernels to start, both are one
+    Triton kernel, which attends to the new position without reading it back. More rows hide the
+    start, and two kernels are as fast.
     """
-    check_write(qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer)
+    check_write(qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer)
     batch, num_kv_heads, per_group, head_dim = qkv.shape
     q_shape = (batch, num_kv_heads * (per_group - 2), head_dim)
     _check_decode(q_shape, k_cache, v_cache, block_tables, context_lens, layer)
     num_splits = _choose_splits(batch, k_cache, block_tables.shape[1])
     if implementation != "triton" or num_splits == 1:
         q, k_cache, v_cache = norm_rope_write(
-            qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, layer,
+            qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer,
             eps=eps, implementation=implementation, interpret=interpret,
         )  # fmt: skip
         out = paged_decode(
@@ -132,8 +132,8 @@ def decode_step(
         )  # fmt: skip
         return out, k_cache, v_cache
     return _decode_step_triton(
-        qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer,
-        eps=eps, scale=scale, num_splits=num_splits, interpret=use_interpreter(interpret),
+        qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens,
+        layer, eps=eps, scale=scale, num_splits=num_splits, interpret=use_interpreter(interpret),
     )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def _paged_decode_xla(q, k_cache, v_cache, block_tables, context_lens, layer, *,
 
 
 def _choose_splits(batch: int, k_cache, table_width: int) -> int:
-    """Into how many parts to cut every context: a power of two; 1 where the rows fill the GPU."""
+    """Return how many parts to cut each context into: a power of two, 1 if the rows fill a GPU."""
     page_size, num_kv_heads = k_cache.shape[2:4]
     most_blocks = table_width * page_size // kv_block_size(page_size, k_cache.dtype)
     wanted = min(_TARGET_PROGRAMS // (batch * num_kv_heads), most_blocks, _MAX_SPLITS)
@@ -207,7 +207,7 @@ def _decode_kernel(
     q_ref, k_ref, v_ref, tables_ref, lens_ref, layer_ref, out_ref, *lse_ref,
     cache_shape: tuple[int, ...], group: int, block_n: int, num_splits: int, scale: float,
 ):  # fmt: skip
-    """One program per sequence, KV head and part of the context.
+    """Run one program per sequence, KV head and part of the context.
 
     With one part, `out_ref` is the output; with more, it has a row per query head and part, and
     `lse_ref` has the base-2 logarithm of each one's softmax denominator.
@@ -226,12 +226,12 @@ def _decode_kernel(
 
 
 def _fused_kernel(
-    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slots_ref, _k_in, _v_in, tables_ref,
+    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slot_mapping_ref, _k_in, _v_in, tables_ref,
     lens_ref, layer_ref, k_ref, v_ref, out_ref, *lse_ref,
     cache_shape: tuple[int, ...], group: int, block_n: int, num_splits: int, scale: float,
     eps: float,
 ):  # fmt: skip
-    """`_decode_kernel` that also norms and rotates, and writes the new key and value.
+    """Do what `_decode_kernel` does, and also norm, rotate, and write the new key and value.
 
     The newest position is attended to in registers, by the program that writes it: nothing is
     read that another program of this kernel writes.
@@ -246,7 +246,7 @@ def _fused_kernel(
 
     cols = jnp.arange(max(16, next_power_of_2(head_dim)))
     half = head_dim // 2
-    pair = lax.rem(cols + half, jnp.int32(head_dim))  # the other of the two that RoPE rotates
+    pair = lax.rem(cols + half, jnp.int32(head_dim))  # RoPE rotates a column together with this one
     in_head = None if cols.shape[0] == head_dim else cols < head_dim
     angle = lax.rem(cols, jnp.int32(half))
     one = jnp.arange(1)
@@ -272,9 +272,9 @@ def _fused_kernel(
     v = to_cache(load_rows(qkv_ref, qkv_row + group + 1 + one), v_ref.dtype)
     is_last = (split == num_splits - 1) & (context > 0)
 
-    @pl.when(is_last & (slots_ref[b] >= 0))
+    @pl.when(is_last & (slot_mapping_ref[b] >= 0))
     def _():
-        row = cache_row(cache_shape, layer, 0, slots_ref[b], kv_head) + one
+        row = cache_row(cache_shape, layer, 0, slot_mapping_ref[b], kv_head) + one
         store_rows(k_ref, row, k)
         store_rows(v_ref, row, v)
 
@@ -293,13 +293,13 @@ def _fused_kernel(
 
 
 def _group_rows(group: int):
-    """The rows of a tile of queries and their mask: a matrix product needs at least 16 rows."""
+    """Return a query tile's rows and their mask: a matrix product needs at least 16 rows."""
     g = jnp.arange(max(16, next_power_of_2(group)))
     return g, (None if g.shape[0] == group else g < group)
 
 
 def _part_of(context, split, block_n: int, num_splits: int):
-    """The positions [first block, end) of one part of a context."""
+    """Return the first block of one part of a context, and the position at which the part ends."""
     blocks_per_split = cdiv(cdiv(context, block_n), num_splits)
     first_block = split * blocks_per_split
     return first_block, jnp.minimum(context, (first_block + blocks_per_split) * block_n)
@@ -374,14 +374,14 @@ def _paged_decode_triton(
 
 
 def _decode_step_triton(
-    qkv, q_norm, k_norm, cos, sin, slots, k_cache, v_cache, block_tables, context_lens, layer, *,
-    eps, scale, num_splits, interpret,
+    qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens,
+    layer, *, eps, scale, num_splits, interpret,
 ):  # fmt: skip
     batch, num_kv_heads, per_group, head_dim = qkv.shape
     shape = (batch, num_kv_heads * (per_group - 2), head_dim)
     rows = functools.partial(jnp.reshape, shape=(-1, head_dim))
     operands = (
-        rows(qkv), rows(q_norm), rows(k_norm), cos, sin, slots, rows(k_cache), rows(v_cache),
+        rows(qkv), rows(q_norm), rows(k_norm), cos, sin, slot_mapping, rows(k_cache), rows(v_cache),
         block_tables, context_lens, jnp.reshape(layer, 1),
     )  # fmt: skip
     new_k, new_v, *parts = _call_decode(

@@ -1,4 +1,4 @@
-"""Causal attention of packed prompt chunks over their sequences' pages of the KV cache."""
+"""Prefill: packed prompt chunks attend causally over their sequences' pages of the KV cache."""
 
 import functools
 import math
@@ -57,16 +57,17 @@ def paged_prefill(
             sequence owns none. Rows from query_starts[B] on are padding: their output is zeros.
         context_lens: positions in each sequence's cache, its query tokens included.
         layer: the layer whose part of the caches is read.
-        scale: of the scores, usually H**-0.5.
-        interpret: run the kernel in Pallas's interpreter; None: where there is no GPU.
+        scale: the factor of the scores, usually H**-0.5.
+        interpret: run the kernel in Pallas's interpreter; None: if there is no GPU.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, or what "mosaic" does not
-            support: see `paged_prefill_mosaic`.
+        ValueError: the shapes do not fit each other, the implementation is unknown, or "mosaic"
+            does not support these dtypes or this head_dim (`supports_mosaic_prefill`).
 
-    FlashAttention-2 (Dao, 2023, arXiv:2307.08691) over the pages of PagedAttention (Kwon et al.,
-    2023, arXiv:2309.06180). The schedule of tiles depends on `query_starts` and `context_lens`
-    alone: the layers of one compiled step share it, because XLA merges equal computations.
+    This is FlashAttention-2 (Dao, 2023, arXiv:2307.08691) over the pages of PagedAttention (Kwon
+    et al., 2023, arXiv:2309.06180). The schedule of tiles depends on `query_starts` and
+    `context_lens` alone: the layers of one compiled step share it, because XLA merges equal
+    computations.
     """
     check_implementation(implementation)
     check_cache(k_cache, v_cache, q.shape[1], q.shape[2], layer)
@@ -122,7 +123,7 @@ def _paged_prefill_xla(
     block_n = math.gcd(page_size, 128)
     tiles = _schedule(query_starts, context_lens, num_tokens, block_m)
     attend_heads = jax.vmap(functools.partial(attend, scale=scale), in_axes=(0, 1, 1, None, 0))
-    # A tile always reads and writes block_m rows: room for those after the last token.
+    # A tile always reads and writes block_m rows, so there must be some after the last token.
     q = jnp.pad(q, ((0, block_m), (0, 0), (0, 0)))
 
     def tile_step(t, out):
@@ -156,7 +157,7 @@ def _paged_prefill_xla(
         # Zeros may fall on the next sequence's rows; its own tile comes later and fills them.
         return lax.dynamic_update_slice_in_dim(out, tile_out, first_row, axis=0)
 
-    used = (tiles[:, 2] > 0) & (tiles[:, 3] > 0)  # those with rows and a context come first
+    used = (tiles[:, 2] > 0) & (tiles[:, 3] > 0)  # tiles with rows and a context come first
     num_tiles = used.sum(dtype=jnp.int32)
     return lax.fori_loop(0, num_tiles, tile_step, jnp.zeros_like(q))[:num_tokens]
 
@@ -168,7 +169,7 @@ def _prefill_kernel(
     q_ref, k_ref, v_ref, tables_ref, tiles_ref, layer_ref, out_ref, *,
     cache_shape: tuple[int, ...], group: int, block_rows: int, block_n: int, scale: float,
 ):  # fmt: skip
-    """One program per KV head and tile.
+    """Run one program per KV head and tile.
 
     The query heads that share a KV head share its keys: matrix row r is head r % G of the tile's
     token r // G. The last tiles, which see most of their context, are started first.

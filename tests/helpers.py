@@ -5,6 +5,7 @@ import json
 import zlib
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine import model_runner
-from nanovllm_jax.engine.model_runner import Bucket
-from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.engine import programs
+from nanovllm_jax.engine.buckets import Bucket
+from nanovllm_jax.layers.kv_cache import KVCache
 
 VOCAB = 131  # no multiple of 2, 4 or 8
 BLOCK = 256
@@ -185,13 +186,13 @@ def quick_start(every_bucket: bool = False):
     `every_bucket` an engine has one decode bucket and one prefill bucket, the largest of each, with
     the same number of rows: three programs instead of a dozen.
     """
-    decode, prefill = model_runner.decode_buckets, model_runner.prefill_buckets
+    decode, prefill = programs.decode_buckets, programs.prefill_buckets
     quick = jax.config.read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:
         if not every_bucket:
-            patch.setattr(model_runner, "decode_buckets", lambda seqs: decode(seqs)[-1:])
+            patch.setattr(programs, "decode_buckets", lambda seqs: decode(seqs)[-1:])
             patch.setattr(
-                model_runner,
+                programs,
                 "prefill_buckets",
                 lambda tokens, seqs: [prefill(tokens, seqs)[-1]._replace(num_rows=seqs)],
             )
@@ -211,10 +212,14 @@ class FakeRunner:
     """
 
     num_blocks, batch_shards, vocab = 16, 1, VOCAB
+    largest_bucket = None  # default: as large as the options allow
 
     def __init__(self, config):
         self.num_blocks = config.num_kvcache_blocks or self.num_blocks
-        self.prefill_buckets = [Bucket(config.max_num_batched_tokens, config.max_num_seqs)]
+        bucket = Bucket(config.max_num_batched_tokens, config.max_num_seqs)
+        self.programs = SimpleNamespace(
+            batch_shards=self.batch_shards, prefill_buckets=[self.largest_bucket or bucket]
+        )
         self.known = {}  # seq_id -> its tokens
         self.before_read = lambda: None  # called whenever the host waits for a step's tokens
 
@@ -255,11 +260,6 @@ def drain(llm) -> tuple[dict[int, list[int]], list[int]]:
         results |= finished
         counts.append(num_tokens)
     return results, counts
-
-
-def abort(llm, request_id) -> None:
-    """End a request, whatever its state."""
-    llm._finish([request_id])
 
 
 class Spy:

@@ -1,15 +1,19 @@
 """The one-shot all-reduce as far as a CPU goes: mailboxes, sizes, lowering. (tests/gpu runs it.)"""
 
 import functools
+import re
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from h100 import h100_mesh, kernels_in, lower_for_h100
+from jax.sharding import PartitionSpec
 
-from pallas_kernels import fits_one_shot, make_mailboxes, one_shot_all_reduce, one_shot_max
-from pallas_kernels.all_reduce import Layout
+from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max, supports_one_shot
+from pallas_kernels.all_reduce import _MAX, _SUM, Layout, _ptx
 
 MOST = 1 << 14  # words
 
@@ -57,24 +61,17 @@ def test_the_parts_of_a_mailbox_do_not_overlap():
     ],
 )
 def test_what_fits(shape, dtype, fits):
-    assert fits_one_shot(shape, jnp.dtype(dtype), MOST) == fits
+    assert supports_one_shot(shape, jnp.dtype(dtype), MOST) == fits
 
 
 def lowered(function, *shapes):
     """The text of a function of two devices' parts, lowered for GPUs."""
-    axis = {"axis_types": (AxisType.Auto,)}
-    if jax.__version_info__ >= (0, 11):
-        from jax._src.mesh import AbstractDevice
-
-        gpu = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-        axis["abstract_device"] = gpu
-    mesh = AbstractMesh((2,), ("tensor",), **axis)
+    mesh = h100_mesh(tensor=2)
     specs = (PartitionSpec(),) * (len(shapes) - 1) + (PartitionSpec("tensor"),)
     run = jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
     )
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    return lower_for_h100(jax.jit(run), *shapes, mesh=mesh)
 
 
 def shape(*dims, dtype=jnp.bfloat16):
@@ -89,9 +86,9 @@ def test_they_lower_for_a_gpu():
     largest = functools.partial(one_shot_max, axis="tensor", max_words=MOST)
     for rows in (1, 4):
         text = lowered(add, shape(rows, 1024), shape(rows, 1024), ADDRESSES)
-        assert text.count('name = "one_shot_all_reduce"') == 1 and 'all_reduce"(' not in text
+        assert kernels_in(text) == ["one_shot_all_reduce"] and 'all_reduce"(' not in text
     text = lowered(largest, shape(3, 2, dtype=jnp.int32), ADDRESSES)
-    assert text.count('name = "one_shot_all_reduce"') == 1
+    assert kernels_in(text) == ["one_shot_all_reduce"]
 
 
 def test_too_much_is_refused():
@@ -103,3 +100,20 @@ def test_too_much_is_refused():
         lowered(add, shape(2, 1024), shape(1, 1024), ADDRESSES)
     with pytest.raises(ValueError, match="up to 8192 keys, not 9000"):
         lowered(largest, shape(9000, 2, dtype=jnp.int32), ADDRESSES)
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is part of the CUDA toolkit")
+@pytest.mark.parametrize("peers", [2, 8])
+@pytest.mark.parametrize("combine", [_SUM, _MAX], ids=["sum", "max"])
+def test_the_snippet_assembles(combine, peers, tmp_path):
+    """XLA hands the snippet to ptxas only when it compiles for a GPU."""
+    snippet = re.sub(r"\$(\d+)", r"%r\1", _ptx(Layout(peers, MOST), combine, block=2048))
+    (tmp_path / "kernel.ptx").write_text(f"""
+        .version 8.0
+        .target sm_90
+        .address_size 64
+        .visible .entry kernel() {{ .reg .b32 %r<32>; {snippet} ret; }}
+    """)
+    subprocess.run(
+        ["ptxas", "-arch=sm_90", "-o", "kernel.cubin", "kernel.ptx"], cwd=tmp_path, check=True
+    )

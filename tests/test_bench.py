@@ -79,6 +79,7 @@ def test_without_a_known_bandwidth_no_share_is_printed(model_dir, capsys):
         (["--random-weights", "8B", "--runs", "0"], "--runs must be positive, got 0"),
         (["--random-weights", "8B", "--max-len", "1"], "--max-len must be at least 2, got 1"),
         (["--random-weights", "8B", "--detokenize"], "tokenizer"),
+        (["--random-weights", "8B", "--json", "/no/such/folder/file"], "/no/such/folder/file"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_status_2(capsys, argv, message):

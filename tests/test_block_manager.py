@@ -17,7 +17,7 @@ def sequence(token_ids, seq_id=0):
 def compute(books, seq):
     """All of the sequence's tokens are scheduled: full blocks enter the prefix cache."""
     seq.num_computed = seq.num_tokens
-    books.register(seq)
+    books.cache_full_blocks(seq)
 
 
 def admit(books, token_ids):
@@ -126,7 +126,7 @@ def test_a_block_is_not_found_before_it_is_computed(books):
     a, b = sequence(range(8)), sequence(range(8))
     books.allocate(a)
     a.num_computed = 7
-    books.register(a)
+    books.cache_full_blocks(a)
     books.allocate(b)
     assert b.num_cached == 4
 
@@ -136,10 +136,10 @@ def test_tokens_that_the_host_does_not_know_are_not_hashed(books):
     a = sequence(range(7))
     books.allocate(a)
     a.num_computed = 8
-    books.register(a)
+    books.cache_full_blocks(a)
     assert len(books.cached) == 1
     a.token_ids.append(7)
-    books.register(a)
+    books.cache_full_blocks(a)
     assert len(books.cached) == 2
 
 

@@ -154,11 +154,10 @@ def test_a_missing_model_ends_the_process_with_status_2():
 
 
 def test_interrupting_ends_with_status_130(cli, capsys, monkeypatch):
-    def interrupted(*_):
-        yield [1]
+    def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(nanovllm_jax.LLM, "stream", interrupted)
+    monkeypatch.setattr(nanovllm_jax.LLM, "step_outputs", interrupted)
     assert cli("hi") == 130
     assert "Traceback" not in capsys.readouterr().err
 

@@ -1,6 +1,5 @@
 """Comparing engines: equal work for all of them, rules that are enforced, one report."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,15 +9,15 @@ import jax
 import pytest
 
 from nanovllm_jax import cli
-from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.bench import Workload as Requests
 from nanovllm_jax.tools.compare import (
     adapters,
     machine,
     main,
+    plots,
     random_model,
-    report,
     results,
     worker,
     workloads,
@@ -134,7 +133,7 @@ def test_arrivals_have_the_rate_that_was_asked_for():
 
 
 def test_the_least_work_is_what_no_engine_can_avoid():
-    costs = roofline.CostModel(TINY, shapes.parameters(TINY))
+    costs = roofline.CostModel(TINY, parameters(TINY))
     q, kv, hidden, mlp, head = 32, 16, 32, 64, 300 * 32
     layer, norms = hidden * (2 * q + 2 * kv) + 3 * hidden * mlp, 2 * 16 + 3 * hidden
     least = workloads.least_work(Requests([[0] * 3], [3]), costs)
@@ -144,7 +143,7 @@ def test_the_least_work_is_what_no_engine_can_avoid():
 
 
 def test_a_shared_prefix_is_computed_once():
-    costs = roofline.CostModel(TINY, shapes.parameters(TINY))
+    costs = roofline.CostModel(TINY, parameters(TINY))
     alone = workloads.least_work(Requests([[0] * 8], [1]), costs)
     shared = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs, shared=6)
     apart = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs)
@@ -191,9 +190,9 @@ def made(name):
 
 def job(*names):
     return Job(
-        engine="vllm", round=0, model="", limits=adapters.Limits("cpu", "float32", 64, 2, 64),
-        vocab_size=300, temperature=0.6, runs=2, started=0.0, seconds=100.0, check=([], []),
-        cases=[Case(made(n), made(n)) for n in names], results="", log="",
+        model="", limits=adapters.Limits("cpu", "float32", {"max_num_seqs": 2}), vocab_size=300,
+        temperature=0.6, runs=2, check=([], []), cases=[Case(made(n), made(n)) for n in names],
+        engine="vllm",
     )  # fmt: skip
 
 
@@ -287,7 +286,7 @@ def test_a_random_model_loads_in_both_frameworks(model_dir, new_engine):
     weights = model.state_dict()
     assert weights["model.norm.weight"].eq(1).all()
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
-    ours = shapes.parameters(ModelConfig.from_directory(model_dir))
+    ours = parameters(ModelConfig.from_directory(model_dir))
     assert model.num_parameters() == sum(x.size for x in jax.tree.leaves(ours))
     assert new_engine(model_dir).tokenizer.decode([5]) == "t5"
 
@@ -334,12 +333,13 @@ def sample(digest="same"):
 
 def test_the_figures_are_tokens_over_seconds():
     rows = {row.title: row.values for row in Results(sample()).figures()}
-    assert rows["batch 16, output tok/s"]["transformers_eager"] == [160 / 2.0]
-    assert rows["batch 16, ms a token"]["nanovllm_jax"] == [(1.0 - 0.5) / 4 * 1e3]
+    assert rows["batch16, output tok/s"]["transformers_eager"] == [160 / 2.0]
+    assert rows["batch16, ms a token"]["nanovllm_jax"] == [(1.0 - 0.5) / 4 * 1e3]
     assert rows["prefill, input tok/s"]["nanovllm_jax"] == [64.0]
+    assert rows["prefix, s with a prefix each"]["transformers_eager"] == [1.0]
     assert rows["bench, output tok/s"] == {"nanovllm_jax": [30.0]}
     assert rows["bench, joules an output token"]["nanovllm_jax"] == [0.1]
-    assert rows["arrivals, median ms to the first token"]["nanovllm_jax"] == [20.0]
+    assert rows["stream, median ms to the first token"]["nanovllm_jax"] == [20.0]
 
 
 def test_percentiles_lie_between_their_neighbours():
@@ -355,7 +355,7 @@ def test_the_report_is_one_page_that_says_what_is_there_and_what_is_not(tmp_path
     assert main.main(["--from", str(source)]) == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == 6
-    for words in ("a &lt;model&gt;", "pip install vllm", "out of memory", "batch 16, ms a token",
+    for words in ("a &lt;model&gt;", "pip install vllm", "out of memory", "batch16, ms a token",
                   "p99", "more is better", "first token 2 of 2, all 2 tokens 1 of 2"):  # fmt: skip
         assert words in page, words
     assert "<script" not in page
@@ -371,7 +371,15 @@ def test_the_reports_of_earlier_versions_can_be_read(name):
     pytest.importorskip("matplotlib")
     found = Results(results.read(ROOT / "docs" / "reports" / f"{name}.jsonl"))
     assert found.engines[0] == "nanovllm_jax"
-    assert report.render(found).count("<svg") >= 5
+    assert found.figures()
+    assert plots.profiles(found)
+
+
+def test_the_work_is_still_that_of_the_published_report():
+    found = Results(results.read(ROOT / "docs" / "reports" / "h100-0.6B.jsonl"))
+    for name in found.tasks:
+        made = workloads.make(name, workloads.SCALES["gpu"], 0, 151936)
+        assert next(iter(found.of("nanovllm_jax", name))).digest == made.digest
 
 
 def test_a_report_without_matplotlib_is_bad_usage(monkeypatch):

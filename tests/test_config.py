@@ -3,14 +3,14 @@
 Whatever is refused is refused before any weight is read, with its value and what would be valid.
 """
 
-import inspect
 import json
 
 import pytest
 from helpers import config_json
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.config import EngineConfig, EngineOptions
+from nanovllm_jax.models import ModelConfig
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_config_that_the_engine_does_not_compute_is_refused(directory, change,
 
 
 def test_defaults(directory):
-    config = EngineConfig(str(directory()))
+    config = EngineConfig.resolve(directory())
     names = "max_num_batched_tokens max_num_seqs gpu_memory_utilization tensor_parallel_size"
     names += " enforce_eager kvcache_block_size num_kvcache_blocks dtype seed"
     values = [getattr(config, name) for name in names.split()]
@@ -201,7 +201,7 @@ def test_tied_kv_heads_are_never_split_unevenly(directory):
 
 
 def test_options_are_documented_where_users_look():
-    for name in inspect.signature(EngineConfig).parameters:
+    for name in EngineOptions.__annotations__:
         assert f"{name}:" in LLM.__doc__
 
 
@@ -211,7 +211,7 @@ def test_options_are_documented_where_users_look():
 def test_sampling_params_defaults():
     params = SamplingParams()
     assert (params.temperature, params.max_tokens, params.ignore_eos) == (1.0, 64, False)
-    assert params.detokenize and params.seed is None and params.stop_token_ids == ()
+    assert params.detokenize and params.seed is None and params.stop_token_ids is None
     assert not params.filters
     positional = SamplingParams(0.6, 256, True)
     assert (positional.temperature, positional.max_tokens, positional.ignore_eos) == (

@@ -9,8 +9,8 @@ import pytest
 from helpers import greedy, make_checkpoint, prompt, tokens
 from safetensors.numpy import load_file, save_file
 
-from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models import Qwen3
+from nanovllm_jax.layers.kv_cache import balance_keys_and_values
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import make_sharding
 from nanovllm_jax.weights import load_weights
 
@@ -29,10 +29,10 @@ def shrink(path: Path, size: float) -> Path:
 
 
 def scaled(path: Path, devices: int = 1):
-    config = ModelConfig.from_directory(path).over(lambda axis: 1 if "embed" in axis else devices)
     sharding = make_sharding({"tensor": devices})
-    load = lambda: load_weights(Qwen3, config, sharding, path)  # noqa: E731
-    return load(), jax.jit(Qwen3.scale_for_8_bits)(load())
+    config = ModelConfig.from_directory(path).sharded(sharding.size)
+    before, after = (load_weights(config, sharding, path) for _ in range(2))
+    return before, jax.jit(balance_keys_and_values)(after)
 
 
 @pytest.mark.parametrize("size", [2.0**-9, 1.0, 2.0**9])

@@ -4,7 +4,6 @@ Every cache is NaN wherever nothing was written: in the rest of a sequence's las
 no sequence, in all other layers. Block tables are permuted, and garbage beyond the context.
 """
 
-import contextlib
 import functools
 import itertools
 import re
@@ -14,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from h100 import kernels_in, lower_for_h100
 
 from pallas_kernels import (
     decode_step,
-    fits_fused_linear,
     fused_linear,
     mosaic_prefill,
     norm_rope_write,
     paged_decode,
     paged_prefill,
+    supports_fused_linear,
 )
 from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
 
@@ -492,20 +492,6 @@ def two_layers_shapes(dtype, page_size=256, num_pages=7):
     )
 
 
-def gpu_lowering_context():
-    """Where jax >= 0.11 finds the GPU that a Triton kernel is lowered for, on a CPU machine."""
-    if jax.__version_info__ < (0, 11):
-        return contextlib.nullcontext()
-    from jax._src.mesh import AbstractDevice
-
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh(
-            (1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device
-        )
-    )
-
-
 @pytest.mark.parametrize("decode", [True, False])
 def test_the_donated_caches_are_not_copied(decode):
     """XLA updates the caches in place, and its loops read them where they are."""
@@ -529,11 +515,8 @@ def test_kernels_lower_for_a_gpu(decode, dtype):
     def step(*args):
         return two_layers(*args, decode=decode, implementation="triton", interpret=False)
 
-    with gpu_lowering_context():
-        traced = jax.jit(step, donate_argnums=(7, 8)).trace(*two_layers_shapes(dtype))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    kernels = re.findall(r'name = "(norm_rope_write|paged_\w+)"', text)
-    assert sorted(set(kernels)) == (
+    text = lower_for_h100(jax.jit(step, donate_argnums=(7, 8)), *two_layers_shapes(dtype))
+    assert sorted(set(kernels_in(text))) == (
         ["norm_rope_write", "paged_decode", "paged_decode_combine"]
         if decode
         else ["norm_rope_write", "paged_prefill"]
@@ -552,14 +535,10 @@ def test_decode_step_lowers_for_a_gpu(cache_dtype, programs, target_programs):
     step = functools.partial(
         decode_step, eps=1e-6, scale=0.1, implementation="triton", interpret=False
     )
-    with gpu_lowering_context():
-        traced = jax.jit(step, donate_argnums=(6, 7)).trace(
-            qkv, norm, norm, cos, cos, slots, cache, cache, tables, lens, layer
-        )
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    kernels = re.findall(r'name = "(norm_rope_write|paged_\w+)"', text)
+    args = (qkv, norm, norm, cos, cos, slots, cache, cache, tables, lens, layer)
+    text = lower_for_h100(jax.jit(step, donate_argnums=(6, 7)), *args)
     other = "norm_rope_write" if programs == 1 else "paged_decode_combine"
-    assert sorted(kernels) == sorted(["paged_decode", other])
+    assert sorted(kernels_in(text)) == sorted(["paged_decode", other])
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -570,20 +549,16 @@ def test_fused_linear_lowers_for_a_gpu(fused, gated):
     layer, norm = struct((), jnp.int32), struct((2, 384), jnp.bfloat16)
     optional = (norm, struct((1, 64 // (1 + gated)), jnp.bfloat16)) if fused else ()
     linear = functools.partial(fused_linear, gated=gated, dtype=jnp.float32, interpret=False)
-    with gpu_lowering_context():
-        traced = jax.jit(linear).trace(x, weight, layer, *optional)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count('name = "fused_linear"') == 1
+    text = lower_for_h100(jax.jit(linear), x, weight, layer, *optional)
+    assert kernels_in(text) == ["fused_linear"]
 
 
 def test_mosaic_prefill_lowers_for_a_gpu():
     def step(*args):
         return two_layers(*args, decode=False, implementation="mosaic", interpret=False)
 
-    with gpu_lowering_context():
-        traced = jax.jit(step, donate_argnums=(7, 8)).trace(*two_layers_shapes("bfloat16"))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("custom_call @mosaic_gpu") == 1  # both layers call one kernel
+    text = lower_for_h100(jax.jit(step, donate_argnums=(7, 8)), *two_layers_shapes("bfloat16"))
+    assert kernels_in(text).count("mosaic_gpu") == 1  # both layers call one kernel
 
 
 @each_implementation
@@ -684,7 +659,7 @@ def test_decode_step_refuses_what_its_parts_refuse(target, target_programs):
         step(page_size=24)
     with pytest.raises(ValueError, match=r"cos \(3, 31\).*are not \[T, H/2\]"):
         step(half=31)
-    with pytest.raises(ValueError, match=r"slots \(2,\) are not \[T\]"):
+    with pytest.raises(ValueError, match=r"slot_mapping \(2,\) is not \[T\]"):
         step(slots=2)
     with pytest.raises(ValueError, match=r"context_lens \(2,\) are not .*\[B\]"):
         step(lens=2)
@@ -722,5 +697,5 @@ def test_fused_linear_names_what_it_does_not_take():
         (1, 8, 128, FP8, False),
     ],
 )
-def test_fits_fused_linear(rows, num_out, width, dtype, fits):
-    assert fits_fused_linear(rows, num_out, width, dtype) == fits
+def test_supports_fused_linear(rows, num_out, width, dtype, fits):
+    assert supports_fused_linear(rows, num_out, width, dtype) == fits

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.layers.linear import FusedProject, Linear, project
+from nanovllm_jax.layers.backend import GpuBackend, XlaBackend
+from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
-from nanovllm_jax.models import Qwen3
+from nanovllm_jax.models import Decoder, ModelConfig
 from nanovllm_jax.sharding import make_sharding
 
 LAYERS, LAYER = 3, 2
@@ -41,7 +41,7 @@ def in_layer(value, axes, sharding, layer):
 
 
 def make_product(name, sharding, layer, rows=1, dtype=ROW, **sizes):
-    """Arguments of a `Project`, with random weights: (x, linear, layer), keywords."""
+    """Make the arguments of `Backend.linear`, with random weights: (x, linear, layer), keywords."""
     out, inp, around = PRODUCTS[name]
     out, inp = ({axis: sizes.get(axis, n) for axis, n in axes.items()} for axes in (out, inp))
     rng = np.random.default_rng(0)
@@ -62,14 +62,24 @@ def make_product(name, sharding, layer, rows=1, dtype=ROW, **sizes):
     return (x, linear, None if layer is None else jnp.int32(layer)), options
 
 
-def run(how, args, options):
-    """The product, jitted as in a step, and whether a kernel computed it."""
+def plain(sharding):
+    """The backend without kernels."""
+    return XlaBackend(sharding, None, "xla")
+
+
+def fusing(sharding):
+    """The backend with them. No test here attends, and sums over devices are XLA's."""
+    return GpuBackend(sharding, None, "triton")
+
+
+def run(backend, args, options):
+    """Multiply, jitted as in a step; return the product and whether a kernel computed it."""
     x, linear, layer = args
     arrays = dict(x=x, layer=layer, residual=options.get("residual"))
 
     def product(arrays):
         kept = options | ({"residual": arrays["residual"]} if "residual" in options else {})
-        return how(arrays["x"], linear, arrays["layer"], **kept)
+        return backend.linear(arrays["x"], linear, arrays["layer"], **kept)
 
     traced = jax.jit(product).trace(arrays)
     return traced.lower().compile()(arrays), "fused_linear" in str(traced.jaxpr)
@@ -81,8 +91,8 @@ def run(how, args, options):
 def test_fused_products_are_the_plain_ones(name, layer, devices):
     sharding = make_sharding({"tensor": devices})
     args, options = make_product(name, sharding, layer)
-    got, fused = run(FusedProject(sharding), args, options)
-    want, plain_fused = run(project, args, options)
+    got, fused = run(fusing(sharding), args, options)
+    want, plain_fused = run(plain(sharding), args, options)
     assert fused and not plain_fused
     assert got.shape == want.shape and got.dtype == want.dtype
     # In bfloat16: the plain norm and gate are rounded on the way, and so are the shards' sums.
@@ -104,9 +114,9 @@ def test_fused_products_are_the_plain_ones(name, layer, devices):
 def test_what_the_kernel_does_not_take_is_computed_plainly(name, change):
     sharding = make_sharding({"tensor": 2})
     args, options = make_product(name, sharding, LAYER, **change)
-    got, fused = run(FusedProject(sharding), args, options)
+    got, fused = run(fusing(sharding), args, options)
     assert not fused
-    np.testing.assert_array_equal(got, run(project, args, options)[0])
+    np.testing.assert_array_equal(got, run(plain(sharding), args, options)[0])
 
 
 @each_mesh
@@ -117,15 +127,15 @@ def test_fused_logits_are_the_plain_ones(tied, devices):
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=64,
         rms_norm_eps=1.0, tie_word_embeddings=tied,
     )  # fmt: skip
-    model, sharding = Qwen3(config, rngs=nnx.Rngs(0)), make_sharding({"tensor": devices})
+    model, sharding = Decoder(config, rngs=nnx.Rngs(0)), make_sharding({"tensor": devices})
     rng = np.random.default_rng(1)
     model.norm.weight = nnx.Param(values(rng, EMBED))
     head = model.embed_tokens if tied else model.lm_head
     head.weight = nnx.Param(jax.device_put(values(rng, 96, EMBED), sharding.named("vocab")))
     hidden = values(rng, 1, EMBED)
-    got = jax.jit(lambda x: model.logits(x, FusedProject(sharding)))(hidden)
+    got = jax.jit(lambda x: model.logits(x, fusing(sharding)))(hidden)
     assert got.dtype == jnp.float32 and got.shape == (1, 96)
-    np.testing.assert_allclose(got, model.logits(hidden), rtol=1e-2, atol=0.1)
+    np.testing.assert_allclose(got, model.logits(hidden, plain(sharding)), rtol=1e-2, atol=0.1)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import FakeFuture, FakeRunner, abort
+from helpers import FakeFuture, FakeRunner
 from multihost_program import serve
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine import llm_engine, multihost
-from nanovllm_jax.engine.model_runner import Bucket
+from nanovllm_jax.engine.buckets import Bucket
+from nanovllm_jax.engine.commands import AbortRequests
 
 PROGRAM = Path(__file__).parent / "multihost_program.py"
 SMALL = {"max_num_seqs": 2, "max_model_len": 256, "max_num_batched_tokens": 256}
@@ -126,10 +127,10 @@ class Runner(FakeRunner):
     """Devices with little room, which note the engine's state at each step."""
 
     num_blocks, batch_shards, vocab = 5, 2, 8
+    largest_bucket = Bucket(600, 4)
 
     def __init__(self, config):
         super().__init__(config)
-        self.prefill_buckets = [Bucket(600, 4)]
         self.states = []
 
     def dispatch(self, batch):
@@ -181,7 +182,9 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
             leader.add_request(ids, params)
         elif action < 0.2:
-            abort(leader, rng.randrange(leader.next_seq_id + 1))  # also one that has finished
+            leader.abort_request(
+                rng.randrange(leader.next_seq_id + 1)
+            )  # also one that has finished
         elif action < 0.23:
             leader.reset_prefix_cache()
         else:
@@ -217,10 +220,10 @@ def test_an_idle_leader_has_nothing_to_say(pair):
     leader.add_request([1], SamplingParams(max_tokens=4))
     while not leader.is_finished():
         leader.step()
-    said = len(leader.processes.calls)
+    said = len(leader.processes.commands)
     for _ in range(5):
         assert leader.step() == ([], 0)
-    assert len(leader.processes.calls) == said
+    assert len(leader.processes.commands) == said
 
 
 def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatch):
@@ -235,8 +238,8 @@ def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatc
         for n in range(500)
     ]
     for n, length in enumerate(lengths):
-        sender.calls = ["x" * length, n]
+        sender.commands = [AbortRequests(["x" * length, n])]
         sender.send()
         if n >= 3:  # as far behind as a follower can be
-            assert receiver.receive() == ["x" * lengths[n - 3], n - 3]
+            assert receiver.receive() == [AbortRequests(["x" * lengths[n - 3], n - 3])]
     assert len({key.split("/")[2] for key in store.values}) <= 3 * multihost.GENERATION

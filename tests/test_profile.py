@@ -28,6 +28,11 @@ def test_a_table_has_times_a_step_and_shares_of_the_limit(capsys):
     assert (sampling["us"], sampling["us_layer"]) == (2, 0)
     assert (sampling["limit_us"], sampling["share_of_limit"]) == (0.5, 0.25)
     assert (table["busy_us"], table["context_tokens"]) == (8, 18)
+    assert (table["total"]["us"], table["total"]["bytes"], table["total"]["limit_us"]) == (
+        8,
+        7,
+        None,
+    )
     assert (table["gaps_within_us"], table["gaps_between_us"]) == (1, 5.5)
     profile.show("decode-2", table, layers=2, top=1)
     printed = capsys.readouterr().out

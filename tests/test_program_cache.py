@@ -12,9 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import program_cache
-from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.program_cache import ProgramCache
-from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.engine.programs import Programs, Spec
 
 ARGS, OUTPUTS = ({"x": 0}, 0), (0, {"y": 0})  # of `program`
 
@@ -166,31 +165,26 @@ def test_a_second_runner_loads_every_program_and_lowers_none(
     new_engine, checkpoint, tmp_path, monkeypatch
 ):
     """As on a GPU; a CPU's runners keep no programs."""
-    assert new_engine(checkpoint(), enforce_eager=True).runner.program_cache is None
-    lowered = []
-
-    def record(name):
-        lower = getattr(Programs, name)
-        monkeypatch.setattr(Programs, name, lambda *args: (lowered.append(args), lower(*args))[1])
-
-    record("lower_step")
-    record("lower_redraw")
-    monkeypatch.setattr(ModelRunner, "_program_cache", lambda self: cache(tmp_path))
+    programs = new_engine(checkpoint(), enforce_eager=True).runner.programs
+    assert programs._program_cache(programs.weights) is None
+    trace, traced = Spec.trace, []
+    monkeypatch.setattr(Spec, "trace", lambda spec: (traced.append(spec), trace(spec))[1])
+    monkeypatch.setattr(Programs, "_program_cache", lambda self, weights: cache(tmp_path))
 
     small = dict(max_num_seqs=2, max_model_len=300, max_num_batched_tokens=300)
     prompts = [prompt(n) for n in (3, 60, 255, 257)]
     params = [greedy()] * len(prompts)
     params[1] = SamplingParams(temperature=1.0, top_k=5, max_tokens=9, seed=3)
     first = new_engine(checkpoint(), **small)
-    programs = len(first.runner.steps) + len(first.runner.redraws)
-    assert len(lowered) == programs == len(list(tmp_path.iterdir()))
+    programs = len(first.runner.programs.steps) + len(first.runner.programs.samples)
+    assert len(traced) == programs == len(list(tmp_path.iterdir()))
     want = tokens(first, prompts, params)
 
-    lowered.clear()
+    traced.clear()
     second = new_engine(checkpoint(), **small)
-    assert lowered == []
+    assert traced == []
     assert tokens(second, prompts, params) == want
     assert tokens(first, prompts, params) == want  # each with a state of its own
 
     new_engine(checkpoint(), **small, num_kvcache_blocks=17)
-    assert len(lowered) == programs  # other shapes are other programs
+    assert len(traced) == programs  # other shapes are other programs

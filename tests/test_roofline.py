@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.sharding import make_sharding
+from nanovllm_jax.models import ModelConfig, parameters
+from nanovllm_jax.sharding import make_sharding, merge_rules
 from nanovllm_jax.tools.roofline import CostModel, Work, find_hardware
-from nanovllm_jax.tools.shapes import QWEN3, parameters
+from nanovllm_jax.tools.shapes import QWEN3
 
 # D 4, F 6, 2 layers, 2 query heads over 1 of size 2, 10 words
 MODEL = ModelConfig("Qwen3ForCausalLM", 10, 4, 6, 2, 2, 1, 2, max_position_embeddings=64)
@@ -22,8 +22,8 @@ def costs(model=MODEL, **options):
 
 
 def on_mesh(model=MODEL, rules=None, **mesh):
-    sharding = make_sharding(mesh, rules)
-    return costs(model.over(sharding.size), sharding=sharding)
+    sharding = make_sharding(mesh, merge_rules(rules or {}))
+    return costs(model.sharded(sharding.size), sharding=sharding)
 
 
 def test_a_decode_step():

@@ -1,7 +1,9 @@
 """The runner: nothing compiles after start-up, the cache stays in place, buffers stay unchanged."""
 
 import copy
+import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -11,11 +13,7 @@ import pytest
 from helpers import BLOCK, edge_prompts, greedy, prompt, tokens
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.model_runner import (
-    Bucket,
-    decode_buckets,
-    prefill_buckets,
-)
+from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
 from nanovllm_jax.engine.programs import Programs
 
 COMPILE_EVENTS = []
@@ -66,10 +64,8 @@ def test_buckets_reach_any_max_num_seqs(n):
 def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkeypatch, count):
     llm = engine(every_bucket=True)
     used = []
-    for bucket, step in llm.runner.steps.items():
-        monkeypatch.setitem(
-            llm.runner.steps, bucket, lambda *a, b=bucket, s=step: (used.append(b), s(*a))[1]
-        )
+    run = llm.runner.run
+    monkeypatch.setattr(llm.runner, "run", lambda b: (used.append(b.bucket), run(b))[1])
     tokens(llm, [prompt(30, seed=s) for s in range(count)], greedy(3, ignore_eos=True))
     prefill, *decode = used
     assert prefill.num_tokens == {1: 64, 2: 64, 3: 128, 4: 128}[count]
@@ -100,12 +96,12 @@ def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkey
     ],
 )
 def test_the_kernels_that_a_device_gets(want, changes):
-    assert programs_on(**changes)._attention_backends() == want
+    assert programs_on(**changes)._attention_kernels() == want
 
 
 def test_mosaic_is_refused_with_the_cuda_that_masks_wrongly():
     with pytest.raises(ValueError, match=r"12\.8\.0 to 12\.9\.0.*triton"):
-        programs_on(backend="mosaic", cuda=12090)._attention_backends()
+        programs_on(backend="mosaic", cuda=12090)._attention_kernels()
 
 
 def programs_on(**changes):
@@ -146,10 +142,10 @@ def test_nothing_compiles_after_start_up(new_engine, checkpoint):
 
 
 def test_every_bucket_is_compiled_at_start_up(engine):
-    runner = engine(every_bucket=True).runner
-    assert len(runner.steps) == 3 + 5
-    assert set(runner.steps) == {*runner.prefill_buckets, *runner.decode_buckets}
-    assert set(runner.redraws) == {bucket.num_rows for bucket in runner.steps}
+    programs = engine(every_bucket=True).runner.programs
+    assert (len(programs.steps), len(programs.samples)) == (3 + 5, 4)
+    assert set(programs.steps) == {*programs.prefill_buckets, *programs.decode_buckets}
+    assert set(programs.samples) == {bucket.num_rows for bucket in programs.steps}
 
 
 # --- the cache ---
@@ -169,7 +165,7 @@ def cache_shapes(llm):
 def test_no_compiled_step_copies_the_cache(engine, shape, options):
     llm = engine(shape, **options)
     shapes = cache_shapes(llm)
-    programs = {**llm.runner.steps, **llm.runner.redraws}
+    programs = {**llm.runner.programs.steps, **llm.runner.programs.samples}
     for bucket, program in programs.items():
         text = program.as_text()
         if isinstance(bucket, Bucket):
@@ -182,7 +178,7 @@ def test_no_compiled_step_copies_the_cache(engine, shape, options):
 def test_the_state_is_donated_whole(engine):
     runner = engine().runner
     leaves = len(jax.tree.leaves(runner.state))
-    for program in [*runner.steps.values(), *runner.redraws.values()]:
+    for program in [*runner.programs.steps.values(), *runner.programs.samples.values()]:
         header = program.as_text().splitlines()[0]
         aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)[1]
         assert aliases.count("-alias") == leaves
@@ -220,24 +216,22 @@ def sized(llm, *, limit, in_use=0, step=0, **config):
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": in_use})
     mesh = SimpleNamespace(local_devices=[device])
     runner.sharding = SimpleNamespace(mesh=mesh, size=lambda axis: 1)
-    runner.platform = "gpu"
-    runner._step_bytes = lambda: step
-    names = ("max_num_seqs", "kvcache_block_size", "kv_cache_dtype")
-    fields = {name: getattr(llm.config, name) for name in names}
-    runner.config = SimpleNamespace(**(fields | {"gpu_memory_utilization": 0.9} | config))
+    runner.config = replace(llm.config, **config)
     runner.programs = copy.copy(runner.programs)
-    runner.programs.config = runner.config
-    return runner._size_cache()
+    runner.programs.platform, runner.programs.config = "gpu", runner.config
+    runner.programs.step_bytes = lambda weights: step
+    return runner._num_cache_blocks()
 
 
-def test_the_cache_is_sized_from_what_this_engine_uses(engine, capsys):
+def test_the_cache_is_sized_from_what_this_engine_uses(engine, caplog):
     """nano-vLLM's formula counted other processes' memory, and gave negative numbers of blocks."""
     llm, gib = engine(), 1 << 30
     block = 2 * 2 * 2 * 16 * 4 * BLOCK  # k and v, layers, KV heads, head_dim, float32
-    blocks = sized(llm, limit=2 * gib)
+    with caplog.at_level(logging.INFO, "nanovllm_jax"):
+        blocks = sized(llm, limit=2 * gib)
+    assert f"{blocks} blocks of 256 tokens" in caplog.text
     budget = 0.9 * 2 * gib - (512 << 20)
     assert 0.9 * budget <= blocks * block <= budget
-    assert f"{blocks} blocks of 256 tokens" in capsys.readouterr().out
     for less in ({"in_use": gib}, {"step": gib}, {"gpu_memory_utilization": 0.5}):
         assert 0 < sized(llm, limit=2 * gib, **less) < blocks
     fp8 = sized(llm, limit=2 * gib, kv_cache_dtype="fp8")
@@ -245,12 +239,16 @@ def test_the_cache_is_sized_from_what_this_engine_uses(engine, capsys):
 
 
 def test_no_room_is_an_error_with_the_numbers(engine):
-    with pytest.raises(ValueError, match=r"1024 MiB x 0.9 .* 700 .* 0 blocks.*num_kvcache_blocks"):
+    with pytest.raises(ValueError, match=r"1024 MiB x 0.9 .* 700 .*num_kvcache_blocks"):
         sized(engine(), limit=1 << 30, in_use=700 << 20)
 
 
 def test_num_kvcache_blocks_overrides_the_sizing(engine):
     assert engine(num_kvcache_blocks=4).runner.state.cache.k.shape[1] == 4
+
+
+def test_on_a_cpu_the_cache_holds_every_sequence_at_its_longest(engine):
+    assert engine(num_kvcache_blocks=None).runner.num_blocks == 4 * 3
 
 
 def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
@@ -269,7 +267,7 @@ def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
 
         monkeypatch.setitem(programs, key, run)
 
-    for programs in (runner.steps, runner.redraws):
+    for programs in (runner.programs.steps, runner.programs.samples):
         for key in list(programs):
             keep(programs, key)
     prompts, params = varied_requests()
@@ -286,22 +284,22 @@ def test_a_warm_up_runs_every_program_and_changes_nothing(engine, monkeypatch):
     llm, requests = engine(every_bucket=True), varied_requests()
     whole = tokens(llm, *requests)
     llm.reset_prefix_cache()
-    ran, run = [], llm.runner._run
+    ran, run = [], llm.runner.run
 
-    def running(bucket, parts, filters):
-        ran.append(bucket)
-        return run(bucket, parts, filters)
+    def running(inputs):
+        ran.append(inputs.bucket)
+        return run(inputs)
 
     for p, params in zip(*requests, strict=True):
         llm.add_request(p, params)
     finished = {}
     while not llm.is_finished():
         if len(finished) == 2 and not ran:
-            monkeypatch.setattr(llm.runner, "_run", running)
-            llm.runner._warm_up()
+            monkeypatch.setattr(llm.runner, "run", running)
+            llm.runner.warm_up()
             monkeypatch.undo()
         finished |= dict(llm.step()[0])
-    assert set(ran) == set(llm.runner.steps)
+    assert set(ran) == set(llm.runner.programs.steps)
     assert [finished[seq_id] for seq_id in sorted(finished)] == whole
 
 

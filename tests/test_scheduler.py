@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.scheduler import Scheduler
+from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -50,9 +50,14 @@ def add(scheduler, *args, **kwargs):
 
 
 def step(scheduler, token=9):
-    """One synchronous round in which every row samples `token`; (batch, ended)."""
-    batch = scheduler.schedule()
-    return batch, scheduler.postprocess(batch, [token] * len(batch.seqs)) if batch else []
+    """Run a synchronous round in which every row samples `token`; return (batch, ended)."""
+    batch = scheduler.schedule() or Batch.empty()
+    return batch, read(scheduler, batch, [token] * len(batch.seqs))
+
+
+def read(scheduler, batch, token_ids):
+    """Read a step's tokens; return the sequences that have ended."""
+    return [seq for seq in scheduler.postprocess(batch, token_ids) if seq.is_finished]
 
 
 def rows(batch):
@@ -72,7 +77,7 @@ def test_prompts_are_packed_up_to_the_budget_and_cut():
     batch = scheduler.schedule()
     assert batch.is_prefill and batch.num_tokens == 10
     assert rows(batch) == [(0, 0, 4), (1, 0, 3), (2, 0, 3)]
-    assert batch.samples == [True, True, False]
+    assert batch.yields_token == [True, True, False]
 
 
 def test_a_cut_prompt_goes_on_where_it_stopped():
@@ -169,13 +174,11 @@ def test_a_sequence_that_outgrows_the_pool_fails_alone():
     """nano-vLLM #274, #277: the engine asserted or hung."""
     scheduler = make_scheduler(num_blocks=2)
     big, small = add(scheduler, 0, 7, max_tokens=20), add(scheduler, 1, 2, max_tokens=3)
+    ended = []
     while not scheduler.is_finished:
-        _, finished = step(scheduler)
-        for seq in finished:
-            assert seq is small
-        if scheduler.failed:
-            assert scheduler.failed == [big]
-            scheduler.failed = []
+        ended += step(scheduler)[1]
+    assert len(ended) == 2 and set(ended) == {big, small}
+    assert (big.finish_reason, small.finish_reason) == ("error", "length")
     assert "9 tokens need 3 blocks of 4, the pool has 2" in big.error
     assert small.error is None and small.completion_token_ids == [9] * 3
     scheduler.pools[0].check([])
@@ -208,8 +211,8 @@ def test_a_row_of_a_sequence_that_has_ended_is_dropped():
     scheduler = make_scheduler()
     seq, other = add(scheduler, 0, 3), add(scheduler, 1, 3)
     first, second = scheduler.schedule(), scheduler.schedule()
-    assert scheduler.postprocess(first, [EOS, 9]) == [seq]
-    assert scheduler.postprocess(second, [8, 8]) == []
+    assert scheduler.postprocess(first, [EOS, 9]) == [seq, other], "both got a token"
+    assert scheduler.postprocess(second, [8, 8]) == [other]
     assert seq.completion_token_ids == [EOS]
     assert other.completion_token_ids == [9, 8]
 
@@ -231,6 +234,9 @@ def test_where_a_sequence_ends(params, sampled, length):
         assert not seq.is_finished
         step(scheduler, token)
     assert seq.is_finished and seq.completion_token_ids == sampled[:length]
+    last = sampled[length - 1]
+    assert seq.finish_reason == ("stop" if last in (EOS, 7) and length < 4 else "length")
+    assert seq.stop_reason == (7 if last == 7 else None)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2])
@@ -239,8 +245,9 @@ def test_abort_frees_everything_whatever_the_state(rounds):
     seq, other = add(scheduler, 0, 9), add(scheduler, 1, 3)
     for _ in range(rounds):
         step(scheduler)
-    scheduler.finish(seq)
-    scheduler.finish(seq)
+    scheduler.finish(seq, "abort")
+    scheduler.finish(seq, "error")
+    assert seq.finish_reason == "abort"
     scheduler.pools[0].check([other])
     while not scheduler.is_finished:
         step(scheduler)
@@ -340,9 +347,9 @@ class EngineMachine(RuleBasedStateMachine):
         half_done = bool(scheduler.waiting and scheduler.waiting[0].block_table)
         self.preempted = []
         batch = scheduler.schedule()
-        self.collect(scheduler.failed)
-        scheduler.failed = []
         if batch is None:
+            if not self.in_flight:
+                self.collect(scheduler.postprocess(Batch.empty(), []))
             self.sound = True
             return
         if not batch.is_prefill or self.after_prefill:
@@ -376,7 +383,7 @@ class EngineMachine(RuleBasedStateMachine):
         seq = data.draw(st.sampled_from(self.seqs))
         if not seq.is_finished:
             self.aborted.add(seq)
-        self.scheduler.finish(seq)
+        self.scheduler.finish(seq, "abort")
 
     @rule()
     def reset_prefix_cache(self):
@@ -410,9 +417,18 @@ class EngineMachine(RuleBasedStateMachine):
                 assert seq.completion_token_ids == want[: seq.num_completion_tokens]
             else:
                 assert seq.completion_token_ids == want
+            assert seq.finish_reason == self.reason(seq)
         self.books.check([])
         assert self.books.num_free_blocks == len(self.books.blocks)
         assert sorted(self.scheduler.free_slots[0]) == list(range(self.max_num_seqs))
+
+    @staticmethod
+    def reason(seq):
+        """Why a sequence should have ended."""
+        if seq.error:
+            return "error"
+        ends = {*seq.params.stop_token_ids, *([] if seq.params.ignore_eos else [EOS])}
+        return "stop" if seq.token_ids[-1] in ends else "length"
 
     # The parts of a step.
 
@@ -436,7 +452,7 @@ class EngineMachine(RuleBasedStateMachine):
             for position in range(max(start, seq.num_cached), end):
                 self.cache[self.place(seq, position)] = tuple(known[: position + 1])
         tokens = []
-        for (seq, _, end, known), samples in zip(work, batch.samples, strict=True):
+        for (seq, _, end, known), samples in zip(work, batch.yields_token, strict=True):
             for position in range(end):
                 found = self.cache.get(self.place(seq, position))
                 assert found == tuple(known[: position + 1]), "another's keys and values"
@@ -467,7 +483,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
             assert len(batch.seqs) <= self.scheduler.max_prefill_seqs
         else:
-            assert batch.lengths == [1] * len(batch.seqs) and all(batch.samples)
+            assert batch.lengths == [1] * len(batch.seqs) and all(batch.yields_token)
         slots = [seq.slot for seq in self.seqs if seq.slot != NO_SLOT]
         assert len(set(slots)) == len(slots) <= self.max_num_seqs
         assert all(0 <= slot < self.max_num_seqs for slot in slots)
@@ -483,9 +499,11 @@ class EngineMachine(RuleBasedStateMachine):
             no_block = waits or seq.error or seq in self.preempted
             assert seq in decoding or no_block, "decode starves"
 
-    def collect(self, finished):
-        for seq in finished:
-            assert seq.is_finished and seq not in self.aborted
+    def collect(self, advanced):
+        for seq in advanced:
+            assert seq not in self.aborted
+            if not seq.is_finished:
+                continue
             self.ended.append(seq)
             if seq.error:
                 assert self.books.blocks_for(seq.num_tokens) > len(self.books.blocks)

@@ -12,8 +12,7 @@ import pytest
 from helpers import config_json, make_checkpoint, random_tensors, save_tensors
 
 from nanovllm_jax import LLM
-from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models import Qwen3
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import make_sharding
 from nanovllm_jax.weights import Checkpoint, load_weights, random_weights
 
@@ -27,10 +26,9 @@ def model_dir(checkpoint, tmp_path):
 
 
 def load(path, devices=1):
-    config = ModelConfig.from_directory(Path(path)).over(
-        lambda axis: 1 if "embed" in axis else devices
-    )
-    return load_weights(Qwen3, config, make_sharding({"tensor": devices}), Path(path))
+    sharding = make_sharding({"tensor": devices})
+    config = ModelConfig.from_directory(Path(path)).sharded(sharding.size)
+    return load_weights(config, sharding, Path(path))
 
 
 def leaves(state):
@@ -117,7 +115,7 @@ def test_shards_hold_the_model_once(checkpoint, devices):
 
 def test_random_weights_have_the_checkpoints_shapes(checkpoint):
     config = ModelConfig.from_directory(checkpoint())
-    drawn = random_weights(Qwen3, config, make_sharding({"tensor": 1}), seed=0)
+    drawn = random_weights(config, make_sharding({"tensor": 1}), seed=0)
     read = load(checkpoint())
     assert jax.tree.structure(drawn) == jax.tree.structure(read)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(state)] for state in (drawn, read)]

@@ -120,12 +120,11 @@ class BlockManager:
     def cache_full_blocks(self, seq: Sequence) -> None:
         """Enter the sequence's full blocks into the prefix cache.
 
-        Call it once the step that fills them is scheduled, and not before: any reader is
-        then in the same step, where each layer writes keys and values before it attends, or in a
-        later one.
+        Call it once the step that fills them is scheduled, and not before: any reader is then in
+        the same step, where each layer writes keys and values before it attends, or in a later one.
         """
-        num_full = min(seq.num_computed, seq.num_tokens) // self.block_size
-        while len(seq.prefix) < num_full:
+        size, token_ids = self.block_size, seq.token_ids
+        while (end := (len(seq.prefix) + 1) * size) <= seq.num_computed and end <= len(token_ids):
             index = len(seq.prefix)
             parent_hash, parent_uid = seq.prefix[-1] if seq.prefix else (ROOT, ROOT)
             tokens = self._tokens(seq, index)

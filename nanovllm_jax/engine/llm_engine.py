@@ -12,14 +12,11 @@ from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import RequestId
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
 from nanovllm_jax.engine.request import (
-    Outbox,
     Prompt,
     Request,
-    as_token_ids,
-    check_fits,
+    checked_request,
     eos_token_ids,
     load_tokenizer,
-    take_news,
 )
 from nanovllm_jax.engine.runtime import configure_runtime
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
@@ -31,8 +28,8 @@ from nanovllm_jax.sampling_params import SamplingParams
 class LLMEngine:
     """The engine behind `LLM`: queues requests and runs the loop.
 
-    Each request has an owner: whoever made it finds news of it in an outbox. `add_request` uses the
-    engine's own, which `step` and `step_outputs` empty.
+    Each request has an owner, who finds it in a list of its own when it has ended. `add_request`
+    uses the engine's, which `step` and `step_outputs` report and empty.
     """
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
@@ -58,36 +55,32 @@ class LLMEngine:
         self.processes = multihost.Processes()  # does nothing if there is only one
         self.next_seq_id = 0
         self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
-        self.outbox: Outbox = {}
+        self.ended: list[Request] = []
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
 
-    # --- the loop ---
-
     def add_request(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams,
-        request_id: RequestId | None = None,
+        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str | None = None
     ) -> RequestId:
-        """Queue one request.
+        """Queue one request, and return the id under which `step` will report it.
 
         Args:
             prompt: text, or a list of token ids.
-            request_id: the name under which `step` will report it; default: the next number.
-
-        Returns:
-            The request's id.
+            request_id: the id; default: the next number.
 
         Raises:
             TypeError, ValueError: the request could never run (the message has the numbers), or
                 another one of that id is under way.
         """
-        return self._add(self._check(prompt, sampling_params, request_id), self.outbox).request_id
+        return self._add(self._check(prompt, sampling_params, request_id), self.ended).request_id
 
     def abort_request(self, request_id: RequestId | list[RequestId]) -> None:
         """End a request, or several, if they have not ended; `step` reports what they have got."""
         request_ids = request_id if isinstance(request_id, list) else [request_id]
-        self.apply(commands.AbortRequests(request_ids))
+        self.processes.record(commands.AbortRequests(request_ids))
+        chosen = set(request_ids)
+        for request in [r for r in self.requests.values() if r.request_id in chosen]:
+            self.scheduler.finish(request.seq, "abort")
+            self._end(request.seq)
 
     def step(self) -> tuple[list[tuple[RequestId, list[int]]], int]:
         """Run one round of scheduling and inference.
@@ -97,17 +90,21 @@ class LLMEngine:
             prompt tokens of a prefill round, or minus the sequences of a decode round.
         """
         num_tokens = self._run_round()
-        ended = [request for request in take_news(self.outbox) if request.is_finished]
-        return [(r.request_id, r.seq.completion_token_ids) for r in ended], num_tokens
+        ended = [(r.request_id, r.seq.completion_token_ids) for r in self.ended]
+        self.ended.clear()
+        return ended, num_tokens
 
     def step_outputs(self) -> list[RequestOutput]:
         """Run one round; the outputs of the requests that got tokens or ended, as in vLLM."""
         self._run_round()
-        return [request.output() for request in take_news(self.outbox)]
+        own = [r for r in self.requests.values() if r.ended is self.ended and r.has_news]
+        outputs = [request.output() for request in [*own, *self.ended]]
+        self.ended.clear()
+        return outputs
 
     def is_finished(self) -> bool:
         """Whether every request has ended and been reported."""
-        return not (self.requests or self.outbox)
+        return not (self.requests or self.ended)
 
     def _run_round(self) -> int:
         """Dispatch the next batch, then read the one before it; returns the count of `step`."""
@@ -128,7 +125,7 @@ class LLMEngine:
         return True
 
     def _collect(self) -> int:
-        """Read the oldest batch and give out its news; returns the count of `step`."""
+        """Read the oldest batch; returns the count of `step`."""
         batch, token_ids = Batch.empty(), []
         if self.in_flight:
             batch, tokens = self.in_flight[0]
@@ -138,25 +135,24 @@ class LLMEngine:
         advanced = self.scheduler.postprocess(batch, token_ids)
         assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
         for seq in advanced:
-            self.requests[seq.seq_id].announce()
-            if seq.is_finished:
-                del self.requests[seq.seq_id]
-        self._drop_stale_batches()
+            if seq.finish_reason:
+                self._end(seq)
         return batch.num_tokens if batch.is_prefill else -len(batch.seqs)
 
-    def _drop_stale_batches(self) -> None:
+    def _end(self, seq: Sequence) -> None:
+        """Hand a request whose sequence has ended to its owner."""
+        request = self.requests.pop(seq.seq_id)
+        request.ended.append(request)
         if not self.requests:
             self.in_flight.clear()  # only rows of finished sequences are left in them
-
-    # --- commands ---
 
     def apply(self, command: commands.Command) -> None:
         """Carry out a command."""
         match command:
             case commands.AddRequest():
-                self._add(command, self.outbox)
+                self._add(command, self.ended)
             case commands.AbortRequests(request_ids):
-                self._abort(set(request_ids))
+                self.abort_request(request_ids)
             case commands.ResetPrefixCache():
                 self.reset_prefix_cache()
             case commands.Dispatch(digest):
@@ -172,9 +168,7 @@ class LLMEngine:
         self.scheduler.reset_prefix_cache()
 
     def follow(self) -> None:
-        """On each process but the first of several: repeat what process 0's engine does.
-
-        Returns when that engine is shut down.
+        """On each process but the first of several: do as process 0's engine does, to its exit().
 
         Raises:
             RuntimeError: this is process 0, or the only one; or the processes do not agree.
@@ -185,7 +179,7 @@ class LLMEngine:
             while self.runner is not None:
                 for command in self.processes.receive():
                     self.apply(command)
-                self.outbox.clear()  # the news are told on process 0
+                self.ended.clear()  # process 0 reports them
         finally:
             self.exit()
 
@@ -203,10 +197,8 @@ class LLMEngine:
     def __exit__(self, *exc_info):
         self.exit()
 
-    # --- requests ---
-
-    def _add(self, command: commands.AddRequest, outbox: Outbox) -> Request:
-        """Queue a request whose owner looks into `outbox`."""
+    def _add(self, command: commands.AddRequest, ended: list[Request]) -> Request:
+        """Queue a request that is put into `ended` when it has ended."""
         self.processes.record(command)
         seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
         params, token_ids = command.params, command.token_ids
@@ -214,35 +206,20 @@ class LLMEngine:
         max_tokens = min(params.max_tokens, self.config.max_model_len - len(token_ids))
         seq = Sequence(seq_id, list(token_ids), params, seed & 0xFFFFFFFF, max_tokens)
         request_id = seq_id if command.request_id is None else command.request_id
-        request = Request(request_id, command.prompt, seq, outbox, self.tokenizer)
+        request = Request(request_id, command.prompt, seq, ended, self.tokenizer)
         self.requests[seq_id] = request
         self.scheduler.add(seq)
         return request
 
-    def _abort(self, request_ids: set[RequestId]) -> None:
-        self.processes.record(commands.AbortRequests(list(request_ids)))
-        aborted = [r for r in self.requests.values() if r.request_id in request_ids]
-        for request in aborted:
-            self.scheduler.finish(request.seq, "abort")
-            request.announce()
-            del self.requests[request.seq.seq_id]
-        self._drop_stale_batches()
-
     def _check(
-        self, prompt: Prompt, params: SamplingParams, request_id: RequestId | None = None
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
     ) -> commands.AddRequest:
         """The command that adds a request; TypeError or ValueError if it could never run."""
         self._check_usable()
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
-        under_way = (r.request_id for r in self.requests.values())
-        if request_id is not None and request_id in under_way:
+        if request_id in {r.request_id for r in self.requests.values() if request_id is not None}:
             raise ValueError(f"request_id {request_id!r} is under way already; choose another")
-        token_ids = as_token_ids(prompt, self.tokenizer)
-        check_fits(token_ids, self.config, len(self.pools[0].blocks))
-        return commands.AddRequest(
-            token_ids, params, prompt if isinstance(prompt, str) else None, request_id
-        )
+        num_blocks = len(self.pools[0].blocks)
+        return checked_request(prompt, params, request_id, self.tokenizer, self.config, num_blocks)
 
     def _check_usable(self) -> None:
         if self.runner is None:

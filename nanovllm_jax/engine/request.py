@@ -2,55 +2,49 @@
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.commands import RequestId
+from nanovllm_jax.engine.commands import AddRequest, RequestId
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
+from nanovllm_jax.sampling_params import SamplingParams
 
 Prompt = str | Items[int]
 
-# The requests that have got tokens or ended since their owner last looked, in that order.
-Outbox = dict["Request", None]
-
 
 class Request:
-    """A request under way. News of it is put into the outbox of the one who made it."""
+    """A request and its sequence. When it ends it is put into a list of the one who made it."""
 
     def __init__(
         self,
         request_id: RequestId,
         prompt: str | None,
         seq: Sequence,
-        outbox: Outbox,
+        ended: list["Request"],
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.request_id, self.prompt, self.seq, self.outbox = request_id, prompt, seq, outbox
+        self.request_id, self.prompt, self.seq, self.ended = request_id, prompt, seq, ended
         self._detokenizer = None
         if tokenizer is not None and seq.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)
-        self._text, self._num_decoded = "", 0
+        self._text, self._num_reported = "", 0
 
     @property
-    def is_finished(self) -> bool:
-        return self.seq.is_finished
-
-    def announce(self) -> None:
-        """Tell the request's owner that there is something new."""
-        self.outbox[self] = None
+    def has_news(self) -> bool:
+        """Whether there are tokens that no `output` has had."""
+        return self.seq.num_completion_tokens > self._num_reported
 
     def output(self) -> RequestOutput:
         """The request and its completion, as far as it has come."""
         seq = self.seq
-        token_ids = seq.completion_token_ids
+        token_ids, reported = seq.completion_token_ids, self._num_reported
+        self._num_reported = len(token_ids)
         if self._detokenizer:
-            self._text += self._detokenizer.push(token_ids[self._num_decoded :])
-            self._num_decoded = len(token_ids)
+            self._text += self._detokenizer.push(token_ids[reported:])
             if seq.is_finished:
                 self._text += self._detokenizer.flush()
                 self._detokenizer = None
@@ -61,38 +55,48 @@ class Request:
         )
 
 
-def take_news(outbox: Outbox) -> list[Request]:
-    """Empty an outbox."""
-    news = list(outbox)
-    outbox.clear()
-    return news
+def checked_request(
+    prompt: Prompt,
+    params: SamplingParams,
+    request_id: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: EngineConfig,
+    num_blocks: int,
+) -> AddRequest:
+    """The command that adds a request, if the request can run.
 
-
-def as_token_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """The token ids of a prompt, which is a text or such a list already.
+    Args:
+        num_blocks: blocks of the KV cache that one sequence can have.
 
     Raises:
-        TypeError: the prompt is neither.
-        ValueError: it is a text, and there is no tokenizer.
+        TypeError: an argument has the wrong type.
+        ValueError: the prompt could never run; the message has the numbers.
     """
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+    if not isinstance(request_id, str | None):
+        raise TypeError(f"request_id must be a string, got {request_id!r}")
+    text = prompt if isinstance(prompt, str) else None
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise ValueError("the model has no tokenizer; pass the prompt as token ids")
+            raise ValueError(f"{config.model} has no tokenizer; pass the prompt as token ids")
         prompt = tokenizer.encode(prompt)
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     if not isinstance(prompt, list | tuple) or not all(type(t) is int for t in prompt):
         raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r:.80}")
-    return list(prompt)
+    token_ids = list(prompt)
+    _check_length(len(token_ids), config, num_blocks)
+    lowest, highest = min(token_ids), max(token_ids)
+    vocab_size = config.model_config.vocab_size
+    if lowest < 0 or highest >= vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {bad} is not in the vocabulary of {vocab_size}")
+    return AddRequest(token_ids, params, text, request_id)
 
 
-def check_fits(token_ids: list[int], config: EngineConfig, num_blocks: int) -> None:
-    """Raise ValueError, with the numbers, for a prompt that could never run.
-
-    Args:
-        num_blocks: blocks of the KV cache that one sequence can have.
-    """
-    n, block_size = len(token_ids), config.kvcache_block_size
+def _check_length(n: int, config: EngineConfig, num_blocks: int) -> None:
+    block_size = config.kvcache_block_size
     if n == 0:
         raise ValueError("the prompt is empty; at least one token is needed")
     if n >= config.max_model_len:
@@ -105,11 +109,6 @@ def check_fits(token_ids: list[int], config: EngineConfig, num_blocks: int) -> N
             f"the prompt has {n} tokens and needs {needed} blocks of {block_size}, "
             f"the KV cache has {num_blocks}"
         )
-    lowest, highest = min(token_ids), max(token_ids)
-    vocab_size = config.model_config.vocab_size
-    if lowest < 0 or highest >= vocab_size:
-        bad = lowest if lowest < 0 else highest
-        raise ValueError(f"token id {bad} is not in the vocabulary of {vocab_size}")
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

@@ -111,7 +111,7 @@ class Scheduler:
         advanced, self.failed = self.failed, []
         rows = zip(batch.seqs, batch.yields_token, token_ids, strict=True)
         for seq, yields_token, token_id in rows:
-            if seq.is_finished or not yields_token:  # finished: ended while this row was in flight
+            if seq.finish_reason or not yields_token:  # it may have ended while this was in flight
                 continue
             seq.in_flight -= 1
             seq.token_ids.append(token_id)
@@ -246,12 +246,13 @@ class Scheduler:
 
     def _end_of(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Why a sequence ends with its newest token, if it does."""
-        if not seq.params.ignore_eos and token_id in self.eos_token_ids:
+        params = seq.params
+        if token_id in self.eos_token_ids and not params.ignore_eos:
             return "stop"
-        if token_id in (seq.params.stop_token_ids or ()):
+        if params.stop_token_ids and token_id in params.stop_token_ids:
             seq.stop_reason = token_id
             return "stop"
-        return "length" if seq.num_completion_tokens >= seq.max_tokens else None
+        return None if seq.num_completion_tokens < seq.max_tokens else "length"
 
     def _release(self, seq: Sequence) -> None:
         """Take a sequence out of its queue, and from it what it holds."""

@@ -11,6 +11,7 @@ are outside every timed part, and no timed prompt is in the prefix cache.
 import argparse
 import functools
 import json
+import math
 import platform
 import random
 import statistics
@@ -19,12 +20,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.tools.options import (
+    ENGINE_ERRORS,
     Parser,
     UsageError,
     add_engine_options,
@@ -93,27 +95,25 @@ def fixed_workload(
 
 
 @dataclass
-class Run:
-    """What one pass over a workload took. A step that does both counts as prefill."""
+class Phase:
+    """The prefill or the decode steps of a run; a step that does both counts as prefill."""
 
     seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    prefill_tokens: int = 0
-    prefill_steps: int = 0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_steps: int = 0
+    tokens: int = 0
+    steps: int = 0
 
-    def add_step(self, tokens: int, seconds: float) -> None:
-        """Count one step by what `LLM.step` says that it processed."""
-        if tokens > 0:
-            self.prefill_seconds += seconds
-            self.prefill_tokens += tokens
-            self.prefill_steps += 1
-        else:
-            self.decode_seconds += seconds
-            self.decode_tokens -= tokens
-            self.decode_steps += 1
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Run(NamedTuple):
+    """What one pass over a workload took."""
+
+    seconds: float
+    prefill: Phase
+    decode: Phase
 
 
 def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) -> Run:
@@ -124,41 +124,42 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
             temperature=temperature, ignore_eos=True, max_tokens=length, detokenize=detokenize
         )
         llm.add_request(prompt, params)
-    lengths, result = [], Run()
+    lengths, prefill, decode = [], Phase(), Phase()
     now = time.perf_counter()
     while not llm.is_finished():
         finished, tokens = llm.step()
         for _, token_ids in finished:
             lengths.append(len(token_ids))
-            if detokenize:
-                assert llm.tokenizer, "--detokenize needs a model directory with a tokenizer"
+            if detokenize and llm.tokenizer:
                 llm.tokenizer.decode(token_ids, skip_special_tokens=True)
         if tokens:  # else nothing was read back yet, and the time belongs to the step that does
-            before, now = now, time.perf_counter()
-            result.add_step(tokens, now - before)
+            phase, before, now = prefill if tokens > 0 else decode, now, time.perf_counter()
+            phase.seconds += now - before
+            phase.tokens += abs(tokens)
+            phase.steps += 1
     assert sorted(lengths) == sorted(work.outputs), "outputs of a wrong length"
-    result.seconds = time.perf_counter() - began
-    return result
+    return Run(time.perf_counter() - began, prefill, decode)
 
 
 def throughput(
     llm: LLM, args: argparse.Namespace, costs: CostModel, bandwidth: float | None
 ) -> dict[str, Any]:
-    """Time nano-vLLM's workload; medians over the runs, the fastest and the slowest.
+    """Time nano-vLLM's workload; medians over the runs, the slowest and the fastest.
 
     Args:
         costs: the model's costs on all devices together.
-        bandwidth: TB/s of all devices together, if known.
+        bandwidth: bytes per second of all devices together, if known.
     """
-    warm = random_workload(12345, args.requests, args.max_len, llm.vocab_size)
-    run(llm, warm, args.temperature, args.detokenize)
-    work = random_workload(0, args.requests, args.max_len, llm.vocab_size)
-    runs = []
-    for _ in range(args.runs):
+
+    def one_run(seed: int) -> tuple[Workload, Run]:
         llm.reset_prefix_cache()
-        runs.append(run(llm, work, args.temperature, args.detokenize))
-    rates = [work.output_tokens / r.seconds for r in runs]
-    middle = sorted(runs, key=lambda r: r.seconds)[len(runs) // 2]
+        work = random_workload(seed, args.requests, args.max_len, llm.vocab_size)
+        return work, run(llm, work, args.temperature, args.detokenize)
+
+    one_run(12345)  # warm-up
+    runs = sorted((one_run(0) for _ in range(args.runs)), key=lambda pair: pair[1].seconds)
+    work, middle = runs[len(runs) // 2]
+    rates = [work.output_tokens / run.seconds for _, run in runs]
     result: dict[str, Any] = {
         "requests": args.requests,
         "prompt_tokens": work.prompt_tokens,
@@ -166,26 +167,23 @@ def throughput(
         "detokenize": args.detokenize,
         "output_tok_s": statistics.median(rates),
         "output_tok_s_range": [min(rates), max(rates)],
-        **asdict(middle),
-        "prefill_tok_s": _rate(middle.prefill_tokens, middle.prefill_seconds),
-        "decode_tok_s": _rate(middle.decode_tokens, middle.decode_seconds),
+        "seconds": middle.seconds,
     }
     say(
         f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
-        f"{work.output_tokens:,} output tokens"
-        f"{', detokenized' if args.detokenize else ''}, {args.runs} runs\n"
-        f"  output      {result['output_tok_s']:,.0f} tok/s "
-        f"({min(rates):,.0f} to {max(rates):,.0f}), {middle.seconds:.2f} s\n"
-        f"  prefill     {result['prefill_tok_s']:,.0f} tok/s, "
-        f"{middle.prefill_seconds:.2f} s in {middle.prefill_steps} steps\n"
-        f"  decode      {result['decode_tok_s']:,.0f} tok/s, "
-        f"{middle.decode_seconds:.2f} s in {middle.decode_steps} steps"
+        f"{work.output_tokens:,} output tokens{', detokenized' * args.detokenize}, "
+        f"{args.runs} runs\n  output      {result['output_tok_s']:,.0f} tok/s "
+        f"({min(rates):,.0f} to {max(rates):,.0f}), {middle.seconds:.2f} s"
     )
+    for name, phase in (("prefill", middle.prefill), ("decode", middle.decode)):
+        result |= {f"{name}_{key}": value for key, value in asdict(phase).items()}
+        result[f"{name}_tok_s"] = phase.rate
+        say(f"  {name:11} {phase.rate:,.0f} tok/s, {phase.seconds:.2f} s in {phase.steps} steps")
     if bandwidth:
         result |= memory_share(middle, work, costs, bandwidth)
         say(
             f"  memory      {result['decode_bytes'] / TB:.4g} TB must be read: "
-            f"{result['limit_tok_s']:,.0f} tok/s at {bandwidth:g} TB/s is the limit\n"
+            f"{result['limit_tok_s']:,.0f} tok/s at {bandwidth / TB:g} TB/s is the limit\n"
             f"              {result['share_of_limit']:.1%} of it reached over the run, "
             f"{result['decode_share_of_limit']:.1%} in the decode steps"
         )
@@ -195,39 +193,42 @@ def throughput(
 def memory_share(
     result: Run, work: Workload, costs: CostModel, bandwidth: float
 ) -> dict[str, float]:
-    """Return how near `result` comes to reading at `bandwidth` TB/s what decoding must read.
+    """Return how near `result` comes to reading at `bandwidth` what decoding must read.
 
     That is every weight once a step, and the keys and values of each context once a token.
     """
     # Steps that also prefill decode some tokens, which their num_tokens does not tell apart.
     decoded = work.output_tokens - len(work.outputs)
-    share = result.decode_tokens / decoded if decoded else 0.0
-    weights = result.decode_steps * costs.weight_bytes
-    total = weights + work.context_tokens * costs.kv_bytes
-    in_decode = weights + work.context_tokens * share * costs.kv_bytes
-    limit = total / (bandwidth * TB)
+    share = result.decode.tokens / decoded if decoded else 0.0
+    weights = result.decode.steps * costs.weight_bytes
+    contexts = work.context_tokens * costs.kv_bytes
+    limit = (weights + contexts) / bandwidth
+    decode_limit = (weights + share * contexts) / bandwidth
     return {
-        "bandwidth_tb_s": bandwidth,
-        "decode_bytes": total,
-        "limit_tok_s": _rate(work.output_tokens, limit),
+        "bandwidth_tb_s": bandwidth / TB,
+        "decode_bytes": weights + contexts,
+        "limit_tok_s": work.output_tokens / limit,
         "share_of_limit": limit / result.seconds,
-        "decode_share_of_limit": _rate(in_decode / (bandwidth * TB), result.decode_seconds),
+        "decode_share_of_limit": decode_limit / (result.decode.seconds or math.inf),
     }
 
 
 def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time small batches; the time of one output token is subtracted to get the time per token."""
-    rng, results, tokens = random.Random(99), {}, args.latency_tokens
+    rng, tokens = random.Random(99), args.latency_tokens
+    results: dict[str, Any] = {"output_tokens": tokens}
 
-    def seconds(batch: int, length: int) -> float:
-        work = fixed_workload(rng, batch, LATENCY_PROMPT, length, llm.vocab_size)
-        return run(llm, work, args.temperature).seconds
+    def seconds(batch: int, length: int, runs: int) -> float:
+        return statistics.median(
+            run(llm, fixed_workload(rng, batch, LATENCY_PROMPT, length, llm.vocab_size),
+                args.temperature).seconds
+            for _ in range(runs)
+        )  # fmt: skip
 
     say(f"latency: {LATENCY_PROMPT} prompt and {tokens} output tokens, median of {args.runs}")
     for batch in BATCHES:
-        seconds(batch, tokens)  # warm-up
-        whole = statistics.median(seconds(batch, tokens) for _ in range(args.runs))
-        first = statistics.median(seconds(batch, 1) for _ in range(args.runs))
+        seconds(batch, tokens, runs=1)  # warm-up
+        whole, first = seconds(batch, tokens, args.runs), seconds(batch, 1, args.runs)
         results[f"batch_{batch}"] = row = {
             "ms_per_token": (whole - first) / (tokens - 1) * 1e3,
             "output_tok_s": batch * tokens / whole,
@@ -237,20 +238,18 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             f"  batch {batch:<5} {row['ms_per_token']:.2f} ms per token, "
             f"{row['output_tok_s']:,.0f} output tok/s, first token after {row['ttft_ms']:.1f} ms"
         )
-    return {"output_tokens": tokens, **results}
+    return results
 
 
 def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time prompts of the longest length with one output token each."""
-    rng = random.Random(98)
-
-    def seconds() -> float:
-        work = fixed_workload(rng, PREFILL_PROMPTS, args.max_len, 1, llm.vocab_size)
-        return run(llm, work, args.temperature).seconds
-
-    seconds()  # warm-up
-    times = [seconds() for _ in range(args.runs)]
-    rates = [PREFILL_PROMPTS * args.max_len / s for s in times]
+    rng, tokens = random.Random(98), PREFILL_PROMPTS * args.max_len
+    works = [
+        fixed_workload(rng, PREFILL_PROMPTS, args.max_len, 1, llm.vocab_size)
+        for _ in range(1 + args.runs)
+    ]
+    times = [run(llm, work, args.temperature).seconds for work in works][1:]  # the first warms up
+    rates = [tokens / seconds for seconds in times]
     say(
         f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
         f"  input       {statistics.median(rates):,.0f} tok/s "
@@ -288,7 +287,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     check_positive(args, "runs", "requests", "bandwidth")
     check_positive(args, "max_len", "latency_tokens", at_least=2)
     if args.detokenize and args.random_weights:
-        raise UsageError("--detokenize needs a model directory with a tokenizer")
+        raise UsageError("--detokenize needs a tokenizer, and random weights have none")
+    if args.json:
+        with refusals(OSError):
+            args.json.open("a").close()
     return args
 
 
@@ -303,23 +305,30 @@ def main(argv: Sequence[str]) -> int:
     if args.random_weights:
         options["load_format"] = "dummy"
     began = time.perf_counter()
-    with (
-        model_directory(args) as path,
-        refusals(AssertionError, TypeError, ValueError, OSError),
-    ):
+    with model_directory(args) as path, refusals(*ENGINE_ERRORS):
         llm = LLM(str(path), **options)
+    start = time.perf_counter() - began
     with llm:
-        result = _describe(llm, args, options, time.perf_counter() - began)
+        if args.detokenize and llm.tokenizer is None:
+            raise UsageError(f"--detokenize needs a tokenizer, and {args.model} has none")
         assert llm.runner
         programs = llm.runner.programs
+        model, mesh = programs.model_config, programs.sharding.mesh
+        kind, name = mesh.devices.flat[0].device_kind, args.random_weights or str(args.model)
+        say(f"{name} on {mesh.size} x {kind}, {model.dtype}, jax {jax.__version__}\n"
+            f"start-up of the engine: {start:.1f} s")  # fmt: skip
+        result: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": name, "dtype": model.dtype, "device": kind, "devices": mesh.size,
+            "jax": jax.__version__, "python": platform.python_version(),
+            "options": options, "engine_start_s": start,
+        }  # fmt: skip
         if args.all or not (args.latency or args.prefill):
-            costs = CostModel(
-                programs.model_config, programs.weights, kv_itemsize=programs.cache_dtype.itemsize
-            )
-            hardware = find_hardware(result["device"])
-            bandwidth = args.bandwidth or (hardware and hardware.memory / TB)
-            total = bandwidth and bandwidth * result["devices"]
-            result["throughput"] = throughput(llm, args, costs, total)
+            itemsize = programs.cache_dtype.itemsize
+            costs = CostModel(model, programs.weights, kv_itemsize=itemsize)
+            hardware = find_hardware(kind)
+            each = args.bandwidth * TB if args.bandwidth else hardware and hardware.memory
+            result["throughput"] = throughput(llm, args, costs, each and each * mesh.size)
         if args.all or args.latency:
             result["latency"] = latency(llm, args)
         if args.all or args.prefill:
@@ -328,31 +337,3 @@ def main(argv: Sequence[str]) -> int:
         with args.json.open("a") as file:
             file.write(json.dumps(result) + "\n")
     return 0
-
-
-def _describe(
-    llm: LLM, args: argparse.Namespace, options: dict[str, Any], engine_start: float
-) -> dict[str, Any]:
-    """Print and return what is measured, and how long the start took."""
-    assert llm.runner
-    mesh = llm.runner.programs.sharding.mesh
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": args.random_weights or str(args.model),
-        "dtype": llm.runner.programs.model_config.dtype,
-        "device": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "options": options,
-        "engine_start_s": engine_start,
-    }
-    say(
-        f"{result['model']} on {result['devices']} x {result['device']}, {result['dtype']}, "
-        f"jax {jax.__version__}\nstart-up of the engine: {engine_start:.1f} s"
-    )
-    return result
-
-
-def _rate(amount: float, seconds: float) -> float:
-    return amount / seconds if seconds else 0.0

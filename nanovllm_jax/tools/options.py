@@ -8,6 +8,9 @@ from typing import Any, NoReturn
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
+# What `LLM(...)` raises if the options, the checkpoint or the memory do not do.
+ENGINE_ERRORS = (AssertionError, TypeError, ValueError, OSError, MemoryError)
+
 ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "max_model_len": (int, "longest prompt plus output, in tokens"),
     "max_num_seqs": (int, "most requests that run at the same time"),

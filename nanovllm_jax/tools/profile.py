@@ -14,10 +14,9 @@ import collections
 import json
 import random
 import shutil
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +32,7 @@ from nanovllm_jax.tools import trace
 from nanovllm_jax.tools.bench import fixed_workload
 from nanovllm_jax.tools.options import (
     DEMO_MODEL,
+    ENGINE_ERRORS,
     Parser,
     UsageError,
     add_engine_options,
@@ -46,7 +46,7 @@ from nanovllm_jax.tools.shapes import QWEN3, model_directory
 
 WARM_STEPS = 10  # decode steps before the first that counts
 SPARE_TOKENS = 16  # tokens that a sequence may have decoded before all of them do
-PREFILL_RUNS = 5
+PREFILL_RUNS = 6
 
 # What is profiled unless the user says otherwise; --prefill has prompts and the tokens of each.
 FULL = {"batch": [1, 16, 64, 256], "context": 384, "prefill": [16, 1024]}
@@ -95,31 +95,19 @@ def measure(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> Mea
             f"{case.name} needs {needed} blocks of KV cache, there are {blocks}: ask for less, or "
             "raise --num-kvcache-blocks or --gpu-memory-utilization"
         )
-    work = fixed_workload(random.Random(0), case.prompts, case.length, 1, llm.vocab_size)
-
-    def add() -> list:
-        params = SamplingParams(temperature=0.6, max_tokens=case.output, ignore_eos=True)
-        llm.reset_prefix_cache()
-        return [llm.add_request(prompt, params) for prompt in work.prompts]
-
-    if case.is_prefill:
-        loop, calls, behind = _run_prefill(llm, add, folder), PREFILL_RUNS, 0
-        ids = add()
-    else:
-        ids = add()
-        loop, behind = _run_decode(llm, case, args, folder)
-        calls = args.timed_steps
+    calls = PREFILL_RUNS if case.is_prefill else args.timed_steps
+    loop, behind, ids = _run_loop(llm, case, calls, args.steps, folder)
     batch = llm.scheduler.schedule()  # one more step, which the engine will not run
     if batch is None or len(batch.seqs) < case.prompts:
         found = len(batch.seqs) if batch else 0
         raise UsageError(f"{case.name}: one step takes only {found} of {case.prompts} sequences")
-    # Positions in the middle of the traced steps, whose keys and values are in the cache already.
+    # Back to the middle of the traced steps, whose keys and values are in the cache already.
     batch = replace(batch, starts=[start - behind for start in batch.starts])
     bucket, alone = time_alone(runner, batch, calls)
-    for request_id in ids:
-        llm.abort_request(request_id)
+    llm.abort_request(ids)
     while not llm.is_finished():
         llm.step()
+
     hlo = runner.programs.steps[bucket].as_text() or ""
     events = trace.read_events(folder, trace.module_name(hlo))
     events = [event for event in events if trace.category(event[2]) != "copies"]
@@ -131,45 +119,48 @@ def measure(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> Mea
     return Measured(batch, bucket, loop, alone, events, steps, last, hlo)
 
 
-def _run_prefill(llm: LLM, add: Callable[[], list], folder: Path) -> float:
-    """Prefill one batch at a time, a few timed and one traced; return the seconds of one."""
+def _run_loop(
+    llm: LLM, case: Case, timed: int, traced: int, folder: Path
+) -> tuple[float, int, list]:
+    """Run the engine's loop, with half of the timed steps before the traced ones, half behind.
 
-    def run() -> float:
-        began = time.perf_counter()
-        add()
-        while not llm.is_finished():
-            llm.step()
-        return time.perf_counter() - began
-
-    run()  # warm-up
-    seconds = statistics.median(run() for _ in range(PREFILL_RUNS))
-    with trace.tracing(folder, perfetto=True):
-        run()
-    return seconds
-
-
-def _run_decode(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> tuple[float, int]:
-    """Decode with half of the timed steps before the traced ones, half behind: like contexts.
+    Both see the same contexts on average. One batch of a prefill is traced, whatever `traced` says.
 
     Returns:
-        Seconds of a timed step, and the steps since the middle of the traced ones.
+        Seconds of a timed step; the steps since the middle of the traced ones; the ids of requests
+        that are ready for one more step.
     """
+    work = fixed_workload(random.Random(0), case.prompts, case.length, 1, llm.vocab_size)
+    params = SamplingParams(temperature=0.6, max_tokens=case.output, ignore_eos=True)
+
+    def add() -> list:
+        llm.reset_prefix_cache()
+        return [llm.add_request(prompt, params) for prompt in work.prompts]
 
     def run(count: int) -> float:
+        """Decode `count` steps, or prefill as many batches; return the seconds."""
         began = time.perf_counter()
         for _ in range(count):
-            llm.step()
+            if not case.is_prefill:
+                llm.step()
+                continue
+            add()
+            while not llm.is_finished():
+                llm.step()
         return time.perf_counter() - began
 
-    prefilled = 0
-    while prefilled < case.prompts * case.length:
-        prefilled += max(0, llm.step()[1])
-    run(WARM_STEPS)
-    before, after = args.timed_steps // 2, args.timed_steps - args.timed_steps // 2
-    seconds = run(before)
+    ids, tokens = [] if case.is_prefill else add(), 0
+    while ids and tokens < case.prompts * case.length:
+        tokens += max(0, llm.step()[1])
+    run(1 if case.is_prefill else WARM_STEPS)
+    after = timed - timed // 2
+    seconds = run(timed - after)
     with trace.tracing(folder, perfetto=True):
-        run(args.steps)
-    return (seconds + run(after)) / args.timed_steps, after + args.steps // 2
+        run(1 if case.is_prefill else traced)
+    seconds += run(after)
+    if case.is_prefill:
+        return seconds / timed, 0, add()
+    return seconds / timed, after + traced // 2, ids
 
 
 def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Any, float]:
@@ -209,11 +200,13 @@ def tabulate(
         kind = trace.category(name, origin.get(name, ""))
         kernels.append({"name": name, "origin": origin.get(name, ""), "category": kind,
                         "calls": calls[name] / m.steps, "us": ns / per_step})  # fmt: skip
+    limits = {n: w.seconds(memory, flops) for n, w in costs.items() if n != "communication"}
     for name in trace.CATEGORIES:
-        mine, work = [k for k in kernels if k["category"] == name], costs.get(name)
-        if mine or work:
-            limit = work.seconds(memory, flops) if work and name != "communication" else None
-            categories[name] = _category(mine, work, limit, layers)
+        mine = [k for k in kernels if k["category"] == name]
+        if mine or name in costs:
+            categories[name] = _sum_up(mine, costs.get(name), limits.get(name), layers)
+    whole = Work(sum(w.bytes for w in costs.values()), sum(w.flops for w in costs.values()))
+    limit = None if None in limits.values() else sum(filter(None, limits.values()))
     between = gaps[m.last] if m.last else 0
     return {
         "rows": len(m.batch.seqs),
@@ -227,14 +220,15 @@ def tabulate(
         "gaps_within_us": (sum(gaps.values()) - between) / per_step,
         "gaps_between_us": between / per_step,
         "categories": categories,
+        "total": _sum_up(kernels, whole, limit, layers),
         "kernels": kernels,
     }
 
 
-def _category(
+def _sum_up(
     kernels: list[dict[str, Any]], work: Work | None, limit: float | None, layers: int
 ) -> dict[str, Any]:
-    """Sum up a category; `us_layer` has the kernels that run in every layer, over the layers."""
+    """Sum up kernels; `us_layer` has those that run in every layer, divided by the layers."""
     in_layers = [k for k in kernels if "run_layer" in k["origin"] or k["calls"] >= layers - 0.5]
     us = sum(k["us"] for k in kernels)
     return {
@@ -266,8 +260,7 @@ def show(name: str, table: dict[str, Any], layers: int, top: int) -> None:
     columns = (("calls", 6, ",.0f", 1), ("us", 10, ",.1f", 1), ("us_layer", 9, ",.2f", 1),
                ("bytes", 9, ",.2f", 1e6), ("flops", 9, ",.3f", 1e9),
                ("limit_us", 9, ",.1f", 1), ("share_of_limit", 6, ".0%", 1))  # fmt: skip
-    rows = table["categories"]
-    for label, row in {**rows, "kernels in all": _total(rows)}.items():
+    for label, row in {**table["categories"], "kernels in all": table["total"]}.items():
         cells = (
             f"{'-' if row[key] is None else format(row[key] / unit, spec):>{width}}"
             for key, width, spec, unit in columns
@@ -280,16 +273,6 @@ def show(name: str, table: dict[str, Any], layers: int, top: int) -> None:
         each = kernel["us"] / kernel["calls"]
         print(f"    {kernel['calls']:6.1f} x {each:9.2f} us  {kernel['name'][:44]:44} "
               f"{kernel['origin'][-40:]}".rstrip())  # fmt: skip
-
-
-def _total(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Add the categories up; there is no limit of all if one's is unknown."""
-    keys = ("calls", "us", "us_layer", "bytes", "flops", "limit_us")
-    total: dict[str, Any] = {key: sum(row[key] or 0 for row in rows.values()) for key in keys}
-    bounded = [row for label, row in rows.items() if row["bytes"] and label != "communication"]
-    if any(row["limit_us"] is None for row in bounded):
-        total["limit_us"] = None
-    return total | {"share_of_limit": total["limit_us"] and total["limit_us"] / total["us"]}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -365,7 +348,7 @@ def main(argv: Sequence[str]) -> int:
     """
     args = parse(argv)
     with model_directory(args) as path:
-        with refusals(AssertionError, TypeError, ValueError, OSError):
+        with refusals(*ENGINE_ERRORS):
             options = options_for(args, ModelConfig.from_directory(path))
             llm = LLM(str(path), **options)
         with llm:

@@ -98,7 +98,8 @@ class CostModel:
             axes, value = param.get_metadata()["axes"], param.get_value()
             in_layers = name[0] == "layers"
             layers, shape = (value.shape[0], value.shape[1:]) if in_layers else (1, value.shape)
-            held = math.prod(n / self._held(a) for n, a in zip(shape, axes, strict=True))
+            sizes = dict(zip(axes, shape, strict=True))
+            held = math.prod(n / (sharding.size(a) if sharding else 1) for a, n in sizes.items())
             num_bytes = layers * held * value.dtype.itemsize
             self.weight_bytes += num_bytes
             if "norm" in name[-2]:
@@ -107,8 +108,8 @@ class CostModel:
                 self._normed += in_layers * layers * shape[0]
             if len(axes) == 1 or "embed" not in axes:  # norms, and scales of 8-bit weights
                 continue
-            used = {a: n / self._shards(a) for n, a in zip(shape, axes, strict=True)}
-            size, hidden = math.prod(used.values()), used["embed"]
+            size = math.prod(n / self._shards(a) for a, n in sizes.items())
+            hidden = sizes["embed"] / self._shards("embed")
             if not in_layers:
                 self._head_size += size
                 continue
@@ -184,10 +185,6 @@ class CostModel:
         """Count the elements of `heads` heads of every layer on this device."""
         c = self.config
         return c.num_layers * heads * c.head_dim / self._shards("heads")
-
-    def _held(self, axis: str) -> int:
-        """Return how many parts the devices hold a weight's axis in."""
-        return self._sharding.size(axis) if self._sharding else 1
 
     def _shards(self, axis: str) -> int:
         """Return how many devices with the same tokens share a product along an axis."""

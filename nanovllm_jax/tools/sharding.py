@@ -121,7 +121,7 @@ def predict(
     """
     tokens, rows = sum(step.lengths), step.bucket.num_rows
     context = pairs = rows * step.context
-    if step.bucket.num_tokens:  # a prefill, whose tokens attend to those before them
+    if not step.bucket.is_decode:  # a prefill's tokens attend to those before them
         context, pairs = tokens, sum(n * (n + 1) / 2 for n in step.lengths)
     least = costs.least(steps=1, tokens=tokens, rows=rows, context=context, pairs=pairs)
     memory, compute = least.bytes / hardware.memory, least.flops / hardware.flops
@@ -226,9 +226,10 @@ def make_config(args: argparse.Namespace) -> EngineConfig:
     options = {"dtype": args.dtype} if args.dtype else {}
     with model_directory(args) as path, refusals(AssertionError, TypeError, ValueError):
         config = EngineConfig.resolve(
-            path, platform="gpu", mesh_shape=args.mesh, sharding_rules=args.rules, max_model_len=longest,
-            max_num_seqs=max(args.batch), kv_cache_dtype=args.kv_cache_dtype,
-            max_num_batched_tokens=max(args.prefill, longest), **options,
+            path, platform="gpu", mesh_shape=args.mesh, sharding_rules=args.rules,
+            max_model_len=longest, max_num_seqs=max(args.batch),
+            max_num_batched_tokens=max(args.prefill, longest),
+            kv_cache_dtype=args.kv_cache_dtype, **options,
         )  # fmt: skip
     if config.max_model_len < longest:
         raise UsageError(
@@ -247,7 +248,7 @@ def main(argv: Sequence[str]) -> int:
     hardware = HARDWARE[args.hardware] if args.hardware else find_hardware(kind)
     hardware = hardware or HARDWARE["H100"]
     with refusals(ValueError):  # rules that the model or one another contradict
-        sharding = make_sharding(args.mesh, config.sharding_rules, devices)
+        sharding = make_sharding(config.mesh_shape, config.sharding_rules, devices)
         programs = Programs(config, sharding)
         steps = make_steps(programs, args)
         num_blocks = max(len(step.lengths) for step in steps) * programs.table_width

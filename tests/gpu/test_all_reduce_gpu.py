@@ -1,6 +1,9 @@
 """The one-shot all-reduce on two or more GPUs that reach each other's memory."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -131,3 +134,32 @@ def test_too_much_is_refused(mesh, mailboxes):
     run = reduce_on(mesh, lambda parts, r, a: add(parts[0], r, a), 1)
     with pytest.raises(ValueError, match="up to 1048576 numbers"):
         run([draw(mesh, (4, MOST), 0)], jnp.zeros((4, MOST), jnp.bfloat16), mailboxes.addresses)
+
+
+ONE_SIDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, PartitionSpec as P
+from pallas_kernels import make_mailboxes, one_shot_all_reduce
+
+mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+boxes = make_mailboxes(mesh, "tensor", 1 << 14)
+
+def reduce(x, address):
+    def send():
+        return one_shot_all_reduce(x, x, address, "tensor", 1 << 14)
+
+    return jax.lax.cond(jax.lax.axis_index("tensor") == 0, send, lambda: x)
+
+whole, parts = P(), P("tensor")
+run = jax.shard_map(reduce, mesh=mesh, in_specs=(whole, parts), out_specs=parts, check_vma=False)
+print(jax.jit(run)(jnp.ones((1, 1024), jnp.bfloat16), boxes.addresses))
+"""
+
+
+def test_a_peer_that_never_answers_ends_in_an_error():
+    """In a process of its own, since the error leaves a GPU that the process cannot use again."""
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    ended = subprocess.run(
+        [sys.executable, "-c", ONE_SIDED], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode != 0 and "CUDA" in ended.stderr

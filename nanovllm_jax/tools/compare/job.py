@@ -59,21 +59,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one process; see `main.parse` for the options."""
+    """The work of one process: what all processes share, and below what is its own."""
 
-    engine: str
-    round: int
     model: str
     limits: Limits
     vocab_size: int
     temperature: float
     runs: int
-    started: float  # time.time() when the process was started
-    seconds: float  # the time that it has
     check: Wave  # what the engines' greedy tokens are compared on
     cases: list[Case]
-    results: str  # file that records are appended to
-    log: str  # file for what the engine prints
+    engine: str = ""
+    round: int = 0
+    started: float = 0.0  # time.time() when the process was started
+    seconds: float = 0.0  # the time that it has
+    results: str = ""  # file that records are appended to
+    log: str = ""  # file for what the engine prints
 
     def write(self, path: Path) -> None:
         """Write the job as JSON."""

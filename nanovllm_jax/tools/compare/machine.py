@@ -36,7 +36,7 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
 
 
 def energy() -> float | None:
-    """Return the joules that the first GPU has used since its driver was loaded, None if unknown."""
+    """Return the joules that the first GPU has used since its driver was loaded, if known."""
     if (visible := _visible()) is None:
         return None
     try:

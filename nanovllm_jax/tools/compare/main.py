@@ -10,13 +10,14 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,15 +29,9 @@ from nanovllm_jax.tools.compare import machine, plots, random_model, report, res
 from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
 from nanovllm_jax.tools.compare.job import Case, Job
 from nanovllm_jax.tools.compare.results import Absent, Added, Failure, Results, Run, Settings, Task
-from nanovllm_jax.tools.options import (
-    DEMO_MODEL,
-    Parser,
-    UsageError,
-    check_positive,
-    refusals,
-)
+from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
-LIMIT_S = {"cpu": 50.0, "gpu": 600.0}  # seconds for each engine, over all rounds
+LIMIT_S = {"cpu": 50.0, "cuda": 600.0}  # seconds for each engine, over all rounds
 GRACE_S = 2.0  # seconds beyond the limit before a worker is killed
 
 
@@ -46,70 +41,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="nanovllm-jax compare",
         description="Run the same work on every engine that is installed, and write one report.",
     )
-    add = parser.add_argument
+    add, names = parser.add_argument, ",".join(workloads.NAMES)
     folder = Path(tempfile.gettempdir()) / "nanovllm_jax-compare"
-    names = ",".join(workloads.NAMES)
+    # fmt: off
     add("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
-    add(
-        "--random-weights",
-        choices=shapes.QWEN3,
-        metavar="SIZE",
-        help=f"instead: {', '.join(shapes.QWEN3)}",
-    )
-    add(
-        "--weights-folder",
-        type=Path,
-        metavar="DIR",
-        default=folder,
-        help="where random weights are written, once (default: in the system's temporary folder)",
-    )
+    add("--random-weights", choices=shapes.QWEN3, metavar="SIZE",
+        help=f"instead: {', '.join(shapes.QWEN3)}")
+    add("--weights-folder", type=Path, metavar="DIR", default=folder,
+        help="where random weights are written, once (default: in the system's temporary folder)")
     add("--engines", metavar="NAME[,NAME...]", default=",".join(ENGINES), help="default: all")
     add("--workloads", metavar="NAME[,NAME...]", default=names, help=f"default: {names}")
     add("--scale", choices=workloads.SCALES, help="lengths (default: by the device)")
     add("--rounds", type=int, default=2, help="processes of each engine, in alternating order")
     add("--runs", type=int, default=2, help="timed runs of each workload and process")
-    add(
-        "--limit",
-        type=_limit,
-        action="append",
-        default=[],
-        metavar="[ENGINE=]SECONDS",
-        help="time for one engine over all rounds (default: 50 on a CPU, 600 on a GPU)",
-    )
+    add("--limit", type=_limit, action="append", default=[], metavar="[ENGINE=]SECONDS",
+        help="time for one engine over all rounds (default: 50 on a CPU, 600 on a GPU)")
     add("--rate", type=float, metavar="R", help="requests a second of the stream")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
-    add(
-        "--python-path",
-        type=_python_path,
-        action="append",
-        default=[],
-        metavar="ENGINE=DIR",
-        help="put DIR before PYTHONPATH for that engine alone",
-    )
-    add("--bandwidth", type=float, metavar="TB/S", help="memory bandwidth, of an unknown GPU")
-    add("--peak", type=float, metavar="TFLOP/S", help="rate of products, of an unknown GPU")
-    add(
-        "--output",
-        type=Path,
-        default=Path("compare"),
-        metavar="NAME",
-        help="NAME.jsonl and NAME.html are written (default: compare)",
-    )
-    add(
-        "--add",
-        action="store_true",
-        help="keep the results of NAME.jsonl, of the same work on a machine of the same "
-        "description, and add the engines named by --engines",
-    )
-    add(
-        "--from",
-        dest="source",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="run nothing, make FILE.html of results",
-    )
+    add("--python-path", type=_python_path, action="append", default=[], metavar="ENGINE=DIR",
+        help="put DIR before PYTHONPATH for that engine alone")
+    add("--bandwidth", type=float, metavar="TB/S", help="memory bandwidth of an unknown GPU")
+    add("--peak", type=float, metavar="TFLOP/S", help="rate of products of an unknown GPU")
+    add("--output", type=Path, default=Path("compare"), metavar="NAME",
+        help="NAME.jsonl and NAME.html are written (default: compare)")
+    add("--add", action="store_true", help="keep the results of NAME.jsonl, of the same work on "
+        "a machine of the same description, and add the engines named by --engines")
+    add("--from", dest="source", type=Path, metavar="FILE.jsonl",
+        help="run nothing, make FILE.html of results")
     add("--picture", type=Path, metavar="FILE.png",
-        help="with --from: write the plot of throughput instead")  # fmt: skip
+        help="with --from: write the plot of throughput instead")
+    # fmt: on
     args = parser.parse_args(argv)
     args.engines = _names("--engines", args.engines, tuple(ENGINES))
     args.workloads = _names("--workloads", args.workloads, workloads.NAMES)
@@ -118,14 +79,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("give either --model or --random-weights, not both")
     if args.picture and not args.source:
         raise UsageError("--picture is drawn of results: name them with --from FILE.jsonl")
-    check_positive(args, "rounds", "runs")
+    check_positive(args, "rounds", "runs", "rate", "bandwidth", "peak")
     check_positive(args, "temperature", at_least=0)
-    check_positive(args, "rate", "bandwidth", "peak")
     return args
 
 
-def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """Read a list of names, into the order of those that are known."""
+def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Read a list of names into the order of those that are known."""
     names = [name for name in text.split(",") if name]
     wrong = next((name for name in names if name not in known), None)
     if wrong or not names:
@@ -136,14 +96,10 @@ def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 def _limit(text: str) -> tuple[str, float]:
     engine, _, seconds = text.rpartition("=")
-    try:
-        value = float(seconds)
-    except ValueError:
-        value = 0.0
-    if not value > 0 or (engine and engine not in ENGINES):
+    if engine not in ("", *ENGINES) or not re.fullmatch(r"\d*\.?\d+", seconds):
         known = ", ".join(ENGINES)
         raise argparse.ArgumentTypeError(f"{text} is not SECONDS or ENGINE=SECONDS of {known}")
-    return engine, value
+    return engine, float(seconds)
 
 
 def _python_path(text: str) -> tuple[str, str]:
@@ -153,21 +109,16 @@ def _python_path(text: str) -> tuple[str, str]:
     return engine, str(Path(folder).resolve())
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All that is decided before the first engine starts."""
-
-    settings: Settings
-    machine: results.Machine
-    tasks: list[Task]
-    cases: list[Case]
-    job: Job  # what the jobs of all workers share
+Header = list[Settings | results.Machine | Task]
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
-    """Choose model, scale and workloads; raises UsageError for a model that is none."""
+def prepare(args: argparse.Namespace) -> tuple[Header, Job]:
+    """Choose model, scale and workloads: the first lines of the results, and every job's part.
+
+    Raises:
+        UsageError: the model is none, or too small for the scale.
+    """
     here = machine.describe()
-    device = "gpu" if here.gpu else "cpu"
     if args.random_weights:
         title = f"Qwen3-{args.random_weights}, random weights"
         model = args.weights_folder / f"qwen3-random-{args.random_weights}"
@@ -181,11 +132,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     with refusals(ValueError):
         config = ModelConfig.from_directory(model)
     config = config if here.gpu else replace(config, dtype="float32")
-    scale = workloads.SCALES[args.scale or device]
+    name = args.scale or ("gpu" if here.gpu else "cpu")
+    scale = workloads.SCALES[name]
     scale = replace(scale, rate=args.rate or scale.rate)
     if scale.max_model_len > config.max_position_embeddings:
         raise UsageError(
-            f"--scale {args.scale or device} needs {scale.max_model_len} positions and {model} has "
+            f"--scale {name} needs {scale.max_model_len} positions and {model} has "
             f"{config.max_position_embeddings}: choose --scale cpu or another model"
         )
     weights = parameters(config)
@@ -198,12 +150,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             for seed in (workloads.SEED, workloads.WARM_UP_SEED)
         )
         cases.append(Case(timed, warm_up, name == profiled))
-        work = workloads.requests(timed)
-        least = workloads.least_work(work, costs, scale.prefix[1] if name == "prefix" else 0)
-        tasks.append(Task(
-            name, timed.title, len(work.prompts), max(work.outputs), work.prompt_tokens,
-            work.output_tokens, timed.rate, least.bytes, least.flops,
-        ))  # fmt: skip
+        tasks.append(workloads.describe(timed, costs, scale.prefix[1] if name == "prefix" else 0))
     # A CPU's limits are unknown: for one thing, a small model's weights stay in its caches.
     rates = roofline.find_hardware(here.gpu or "")
     settings = Settings(
@@ -211,7 +158,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         model=title,
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)),
         dtype=config.dtype,
-        device=device,
+        device="gpu" if here.gpu else "cpu",
         engines=args.engines,
         rounds=args.rounds,
         runs=args.runs,
@@ -220,17 +167,16 @@ def make_plan(args: argparse.Namespace) -> Plan:
         peak_tflop_s=args.peak or (rates and rates.flops / 1e12),
         scale=asdict(scale),
     )
-    limits = Limits(
-        "cuda" if here.gpu else "cpu", config.dtype, scale.max_model_len, scale.max_num_seqs,
-        scale.max_num_batched_tokens,
-    )  # fmt: skip
-    [check] = workloads.make("batch16", scale, workloads.CHECK_SEED, config.vocab_size).main
     job = Job(
-        engine="", round=0, model=str(model), limits=limits, vocab_size=config.vocab_size,
-        temperature=args.temperature, runs=args.runs, started=0.0, seconds=0.0, check=check,
-        cases=cases, results="", log="",
-    )  # fmt: skip
-    return Plan(settings, here, tasks, cases, job)
+        model=str(model),
+        limits=Limits("cuda" if here.gpu else "cpu", config.dtype, scale.sizes),
+        vocab_size=config.vocab_size,
+        temperature=args.temperature,
+        runs=args.runs,
+        check=workloads.make("batch16", scale, workloads.CHECK_SEED, config.vocab_size).main[0],
+        cases=cases,
+    )
+    return [settings, here, *tasks], job
 
 
 def order(engines: Sequence[str], round_number: int) -> list[str]:
@@ -238,39 +184,38 @@ def order(engines: Sequence[str], round_number: int) -> list[str]:
     return list(engines) if round_number % 2 == 0 else list(engines)[::-1]
 
 
-def run_all(args: argparse.Namespace, plan: Plan, file: Path) -> None:
-    """Run every engine in every round, each within its time limit; the results grow as they come."""
-    default = args.limit.get("", LIMIT_S[plan.settings.device])
+def run_all(args: argparse.Namespace, shared: Job, file: Path) -> None:
+    """Run every engine in every round, within its time limit; the results grow as they come."""
+    default = args.limit.get("", LIMIT_S[shared.limits.device])
     left = {name: args.limit.get(name, default) for name in args.engines}
-    done = set()  # absent, or out of time
     with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
         for number in range(args.rounds):
-            for name in order(args.engines, number):
-                if name in done:
-                    continue
+            for name in order([*left], number):
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
                 start = time.perf_counter()
                 job = replace(
-                    plan.job, engine=name, round=number, started=time.time(), seconds=left[name],
+                    shared,
+                    engine=name,
+                    round=number,
+                    seconds=left[name],
+                    cases=[replace(c, profile=c.profile and number == 0) for c in shared.cases],
                     results=str(file.resolve()),
                     log=str(file.with_suffix(f".{name}.log").resolve()),
-                    cases=[replace(c, profile=c.profile and number == 0) for c in plan.cases],
-                )  # fmt: skip
+                )
                 run_worker(job, Path(folder), args.python_path.get(name))
                 left[name] -= time.perf_counter() - start
                 absent = any(type(r) is Absent and r.engine == name for r in results.read(file))
                 if absent or left[name] < GRACE_S:
-                    done.add(name)
+                    del left[name]
 
 
 def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
     """Run one engine in a process of its own, which is killed after its time limit."""
-    job.write(path := folder / "job.json")
+    replace(job, started=time.time()).write(path := folder / "job.json")
     # The cache is this comparison's alone: a process that is killed may leave a damaged file in it.
     env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **os.environ}
     if python_path:
-        paths = [python_path, os.environ.get("PYTHONPATH")]
-        env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        env["PYTHONPATH"] = os.pathsep.join([python_path, *filter(None, [env.get("PYTHONPATH")])])
     if job.limits.device == "cpu":
         cores = str(len(os.sched_getaffinity(0)))  # PyTorch may take fewer than JAX
         env = {"OMP_NUM_THREADS": cores, **env, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -291,16 +236,15 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
         results.append(Path(job.results), Failure(job.engine, job.round, None, reason))
 
 
-def check_added(file: Path, plan: Plan) -> None:
-    """Raise UsageError unless the results are of the plan's work and machine, without its engines."""
+def check_added(file: Path, header: Header, engines: Sequence[str]) -> None:
+    """Raise UsageError unless results are of the same work and machine, without these engines."""
     if not file.is_file():
         raise UsageError(f"--add: {file} is not there: leave --add out for a new report")
     old = results.read(file)
-    engines = {r.engine for r in old if isinstance(r, Run)}
-    if again := engines & set(plan.settings.engines):
+    if again := {r.engine for r in old if isinstance(r, Run)} & {*engines}:
         raise UsageError(f"--add: {file} has results of {', '.join(sorted(again))} already")
     there = [_comparable(record) for record in old]
-    for record in (plan.settings, plan.machine, *plan.tasks):
+    for record in header:
         if _comparable(record) not in there:
             what = record.name if isinstance(record, Task) else type(record).__name__.lower()
             raise UsageError(
@@ -327,19 +271,19 @@ def main(argv: Sequence[str]) -> int:
         else:
             args.source.with_suffix(".html").write_text(report.render(found))
         return 0
-    plots.pyplot()  # raises before the work if it is not there, not after it
+    plots.pyplot()  # if it is missing, that is said before the work, not after it
     file, page = (Path(f"{args.output}.{suffix}") for suffix in ("jsonl", "html"))
-    plan = make_plan(args)
+    header, job = prepare(args)
     if args.add:
-        check_added(file, plan)
-        results.append(file, Added(**vars(plan.settings)))
+        check_added(file, header, args.engines)
+        results.append(file, Added(**vars(header[0])))
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-        results.append(file, plan.settings, plan.machine, *plan.tasks)
+        results.append(file, *header)
     start = time.perf_counter()
     try:
-        run_all(args, plan, file)
+        run_all(args, job, file)
     finally:  # interrupted or not: what there is
         page.write_text(report.render(Results(results.read(file))))
         print(f"{page} and {file} written after {time.perf_counter() - start:.0f} s")

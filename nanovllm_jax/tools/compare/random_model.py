@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.models.checkpoint import tensor_shapes
-from nanovllm_jax.tools import shapes
+from nanovllm_jax.tools.shapes import write_config
 
 DONE = "complete"  # file that says that a folder holds a whole model, and which
 
@@ -28,7 +28,7 @@ def write(folder: Path, config: ModelConfig) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DONE).unlink(missing_ok=True)
-    shapes.write_config(config, folder)
+    write_config(config, folder)
     _write_tokenizer(folder, config)
     _write_tensors(folder, tensor_shapes(config))
     (folder / DONE).write_text(stamp)

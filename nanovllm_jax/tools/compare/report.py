@@ -1,7 +1,7 @@
 """Make one self-contained HTML page of the results of a comparison."""
 
-import statistics
 from html import escape
+from statistics import median
 
 from nanovllm_jax.tools.compare import plots
 from nanovllm_jax.tools.compare.adapters import ENGINES
@@ -32,33 +32,29 @@ def render(results: Results) -> str:
         UsageError: the plots' library is not installed.
     """
     settings, machine = results.settings, results.machine
-    device = machine.gpu or f"{machine.cpu}, {machine.cores} cores"
-    title = escape(f"{settings.model} on {device}")
-    facts = (
-        f"{settings.parameters:,} parameters, {settings.dtype} &middot; "
-        f"{escape(settings.date[:10])} &middot; {settings.rounds} rounds of "
-        f"{settings.runs} runs &middot; temperature {settings.temperature:g}"
-    )
+    title = escape(f"{settings.model} on {machine.gpu or f'{machine.cpu}, {machine.cores} cores'}")
+    drawn = plots.all_plots(results)
     sections = [
         _figures(results),
-        *(_section(title, f"<p>{escape(text)}</p>{svg}")
-          for title, text, svg in plots.all_plots(results)),
+        *(_section(name, f"<p>{escape(text)}</p>{svg}") for name, text, svg in drawn),
         _arrivals(results),
         _profiles(results),
         _protocol(results),
         _problems(results),
         _versions(results),
-    ]  # fmt: skip
+    ]
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{title}</h1><p>{facts}</p></header>{''.join(sections)}</body></html>\n"
+        f"<title>{title}</title><style>{STYLE}</style></head><body><header><h1>{title}</h1>"
+        f"<p>{settings.parameters:,} parameters, {settings.dtype} &middot; {settings.date[:10]} "
+        f"&middot; {settings.rounds} rounds of {settings.runs} runs &middot; temperature "
+        f"{settings.temperature:g}</p></header>{''.join(sections)}</body></html>\n"
     )
 
 
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
 def _engine(name: str) -> str:
@@ -82,7 +78,7 @@ def _table(head: list[str], rows: list[list[str]], words: bool = False) -> str:
 def _figures(results: Results) -> str:
     rows = []
     for row in results.figures():
-        medians = {engine: statistics.median(values) for engine, values in row.values.items()}
+        medians = {engine: median(values) for engine, values in row.values.items()}
         best = (max if row.more_is_better else min)(medians.values())
         cells = [f"{escape(row.title)} {'&uarr;' if row.more_is_better else '&darr;'}"]
         for engine in results.engines:
@@ -123,14 +119,11 @@ def _profiles(results: Results) -> str:
         summary = f"<summary>{_engine(engine)} ({escape(profile.unit)})</summary>"
         table = _table(["name", "category", "ms", "share"], rows)
         parts.append(f"<details>{summary}{table}</details>")
-    text = "<p>The longest of the profiled run, by name.</p>" * bool(parts)
-    return _section("What took longest", text + "".join(parts))
+    return _section("What took longest in the profiled run", "".join(parts))
 
 
 def _protocol(results: Results) -> str:
-    tasks = "".join(
-        f"<li><b>{escape(t.name)}</b>: {escape(t.title)}</li>" for t in results.tasks.values()
-    )
+    tasks = "".join(f"<li><b>{t.name}</b>: {escape(t.title)}</li>" for t in results.tasks.values())
     notes = "".join(
         f"<li>{_engine(e)}: {escape(results.starts[e][0].note)}</li>" for e in results.engines
     )
@@ -159,21 +152,20 @@ def _protocol(results: Results) -> str:
 
 def _agreement(results: Results) -> str:
     """Say how far the engines' greedy tokens agree on a few prompts."""
-    checked = [engine for engine in results.engines if engine in results.checks]
-    if len(checked) < 2:
-        return ""
+    first, *others = [e for e in results.engines if e in results.checks] or [""]
     parts = []
-    for engine in checked[1:]:
-        tokens = results.checks[engine]
-        pairs = list(zip(tokens, results.checks[checked[0]], strict=True))
-        first, whole = sum(a[0] == b[0] for a, b in pairs), sum(a == b for a, b in pairs)
+    for engine in others:
+        pairs = list(zip(results.checks[engine], results.checks[first], strict=True))
+        begin, whole = sum(a[0] == b[0] for a, b in pairs), sum(a == b for a, b in pairs)
         parts.append(
-            f"{escape(ENGINES[engine].label)}: first token {first} of {len(pairs)}, "
-            f"all {len(tokens[0])} tokens {whole} of {len(pairs)}"
+            f"{escape(ENGINES[engine].label)}: first token {begin} of {len(pairs)}, "
+            f"all {len(pairs[0][0])} tokens {whole} of {len(pairs)}"
         )
+    if not parts:
+        return ""
     return (
-        f"<li>Greedy completions equal to {escape(ENGINES[checked[0]].label)}'s, before timing "
-        f"({escape(results.settings.dtype)}): {'; '.join(parts)}.</li>"
+        f"<li>Greedy completions equal to {escape(ENGINES[first].label)}'s, before timing "
+        f"({results.settings.dtype}): {'; '.join(parts)}.</li>"
     )
 
 
@@ -182,13 +174,10 @@ def _problems(results: Results) -> str:
         [_engine(e), "", f"absent; to include it: <code>{escape(a.install)}</code>"]
         for e, a in results.absent.items()
     ]
-    seen = set()
-    for p in results.problems:
-        if (key := (p.engine, p.workload, p.reason)) not in seen:
-            seen.add(key)
-            where = f"{escape(p.workload or 'engine')}, round {p.round + 1}"
-            word = "not run" if isinstance(p, Skip) else "failed"
-            rows.append([_engine(p.engine), where, f"{word}: {escape(p.reason)}"])
+    for p in {(p.engine, p.workload, p.reason): p for p in results.problems}.values():
+        where = f"{p.workload or 'engine'}, round {p.round + 1}"
+        word = "not run" if isinstance(p, Skip) else "failed"
+        rows.append([_engine(p.engine), where, f"{word}: {escape(p.reason)}"])
     return _section("Not measured", _table(["engine", "workload", "what and why"], rows, True))
 
 

@@ -1,10 +1,10 @@
 """The results of a comparison: typed records, one JSON line each, and what they add up to."""
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 from nanovllm_jax.tools.compare.adapters import ENGINES
@@ -64,13 +64,15 @@ class Task:
 
 
 @dataclass(frozen=True)
-class _Event:
+class Event:
+    """What an engine's process reports."""
+
     engine: str
     round: int
 
 
 @dataclass(frozen=True)
-class Absent(_Event):
+class Absent(Event):
     """An engine that is not installed."""
 
     missing: list[str]  # modules
@@ -78,7 +80,7 @@ class Absent(_Event):
 
 
 @dataclass(frozen=True)
-class Start(_Event):
+class Start(Event):
     """An engine that has started in its process."""
 
     start_s: float
@@ -87,14 +89,14 @@ class Start(_Event):
 
 
 @dataclass(frozen=True)
-class Check(_Event):
+class Check(Event):
     """An engine's greedy completions of a few prompts, before anything is timed."""
 
     tokens: list[list[int]]
 
 
 @dataclass(frozen=True)
-class Run(_Event):
+class Run(Event):
     """One timed run of a workload."""
 
     workload: str
@@ -105,9 +107,19 @@ class Run(_Event):
     ttft_s: list[float] = field(default_factory=list)  # each request's, if they arrived over time
     tpot_s: list[float] = field(default_factory=list)  # the same, of more than one output token
 
+    @property
+    def main_s(self) -> float:
+        """Seconds of the main part."""
+        return next(iter(self.seconds.values()))
+
+    @property
+    def after_first_s(self) -> float:
+        """Seconds of a batch after its first tokens."""
+        return self.seconds["whole"] - self.seconds["first"]
+
 
 @dataclass(frozen=True)
-class Profile(_Event):
+class Profile(Event):
     """Where the time of one more run of a workload went."""
 
     workload: str
@@ -118,7 +130,7 @@ class Profile(_Event):
 
 
 @dataclass(frozen=True)
-class Skip(_Event):
+class Skip(Event):
     """A workload that an engine was not given."""
 
     workload: str
@@ -126,7 +138,7 @@ class Skip(_Event):
 
 
 @dataclass(frozen=True)
-class Failure(_Event):
+class Failure(Event):
     """A workload that failed; with None the engine."""
 
     workload: str | None
@@ -138,17 +150,14 @@ KINDS = {
     "engine": Start, "check": Check, "run": Run, "profile": Profile, "skip": Skip,
     "failure": Failure,
 }  # fmt: skip
-Record = (
-    Settings | Added | Machine | Task | Absent | Start | Check | Run | Profile | Skip | Failure
-)  # fmt: skip
+Record = Settings | Machine | Task | Event
 
 
 def append(path: Path, *records: Record) -> None:
     """Add records to a file, which is closed at once: they are kept whatever happens next."""
     names = {kind: name for name, kind in KINDS.items()}
     with path.open("a") as file:
-        for record in records:
-            file.write(json.dumps({"kind": names[type(record)], **asdict(record)}) + "\n")
+        file.writelines(json.dumps({"kind": names[type(r)], **asdict(r)}) + "\n" for r in records)
 
 
 def read(path: Path) -> list[Record]:
@@ -158,12 +167,12 @@ def read(path: Path) -> list[Record]:
         UsageError: a line is no record; the message names it.
     """
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
             fields = {key.replace(" ", "_"): value for key, value in json.loads(line).items()}
             records.append(KINDS[fields.pop("kind")](**fields))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path}, line {number} is no result: {line[:60]!r}") from None
+            raise UsageError(f"{path}, line {i} is no result: {line[:60]!r}") from None
     return records
 
 
@@ -179,9 +188,36 @@ def percentile(values: Iterable[float], p: float) -> float:
     """Return the p-th percentile, linear between the values around it."""
     ordered = sorted(values)
     place = (len(ordered) - 1) * p / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
+    return low + (high - low) * (place % 1)
+
+
+def _joules(run: Run, task: Task) -> float | None:
+    """Return the joules an output token; short runs' energy is not known well."""
+    known = run.joules is not None and sum(run.seconds.values()) > 0.5
+    return run.joules / task.output_tokens if known else None
+
+
+# What is told of a run; None if it is not known.
+METRICS: dict[str, Callable[[Run, Task], float | None]] = {
+    "output tok/s": lambda run, task: task.output_tokens / run.main_s,
+    "input tok/s": lambda run, task: task.prompt_tokens / run.main_s,
+    "seconds": lambda run, task: run.main_s,
+    "ms a token": lambda run, task: 1e3 * run.after_first_s / (task.longest_output - 1),
+    "ms to the first token": lambda run, task: 1e3 * run.seconds["first"],
+    "s behind one prefix": lambda run, task: run.seconds["shared"],
+    "s with a prefix each": lambda run, task: run.seconds["own"],
+    "median ms to the first token": lambda run, task: 1e3 * median(run.ttft_s),
+    "median ms a token": lambda run, task: 1e3 * median(run.tpot_s) if run.tpot_s else None,
+    "joules an output token": _joules,
+}
+BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")
+FIGURES = {  # the metrics of each workload that is no batch
+    "prefill": ("input tok/s",),
+    "prefix": ("s behind one prefix", "s with a prefix each"),
+    "stream": ("median ms to the first token", "median ms a token"),
+    "bench": ("output tok/s", "joules an output token"),
+}
 
 
 @dataclass(frozen=True)
@@ -211,6 +247,7 @@ class Results:
         [self.settings], [self.machine] = all_of(Settings), all_of(Machine)
         self.added = all_of(Added)
         self.tasks = {task.name: task for task in all_of(Task)}
+        self.batches = [int(n.removeprefix("batch")) for n in self.tasks if n.startswith("batch")]
         self.starts = {name: [s for s in all_of(Start) if s.engine == name] for name in ENGINES}
         self.engines = [name for name in ENGINES if self.starts[name]]
         self.absent = {a.engine: a for a in all_of(Absent) if a.engine not in self.engines}
@@ -226,77 +263,30 @@ class Results:
         """Return the timed runs of one engine on one workload."""
         return [r for r in self._runs if (r.engine, r.workload) == (engine, workload)]
 
-    def seconds(self, engine: str, workload: str, part: str | None = None) -> list[float]:
-        """Return the seconds of each run: of one part, or of the main one."""
+    def values(self, engine: str, workload: str, metric: str) -> list[float]:
+        """Return a metric of each run for which it is known."""
         runs = self.of(engine, workload)
-        return [r.seconds[part or next(iter(r.seconds))] for r in runs]
+        found = (METRICS[metric](run, self.tasks[workload]) for run in runs)
+        return [value for value in found if value is not None]
 
-    def output_rates(self, engine: str, workload: str) -> list[float]:
-        """Return the output tokens a second of each run."""
-        return [self.tasks[workload].output_tokens / s for s in self.seconds(engine, workload)]
-
-    def input_rates(self, engine: str, workload: str) -> list[float]:
-        """Return the prompt tokens a second of each run."""
-        return [self.tasks[workload].prompt_tokens / s for s in self.seconds(engine, workload)]
-
-    def first_ms(self, engine: str, workload: str) -> list[float]:
-        """Return the milliseconds to the first token, of each run of a batch."""
-        return [1e3 * s for s in self.seconds(engine, workload, "first")]
-
-    def per_token_ms(self, engine: str, workload: str) -> list[float]:
-        """Return the milliseconds a token after the first, of each run of a batch."""
-        return [
-            1e3
-            * (r.seconds["whole"] - r.seconds["first"])
-            / (self.tasks[workload].longest_output - 1)
-            for r in self.of(engine, workload)
-        ]
-
-    def joules_per_token(self, engine: str, workload: str) -> list[float]:
-        """Return the joules an output token, of the runs that took at least half a second."""
-        return [
-            r.joules / self.tasks[workload].output_tokens
-            for r in self.of(engine, workload)
-            if r.joules is not None and sum(r.seconds.values()) > 0.5
-        ]
+    def measured(self, *workloads: str) -> list[str]:
+        """Return those workloads that an engine was timed on."""
+        return [name for name in workloads if any(run.workload == name for run in self._runs)]
 
     def arrivals_ms(self, engine: str, what: str) -> list[float]:
-        """Return `ttft_s` or `tpot_s` of all requests of all runs of the stream, in milliseconds."""
+        """Return `ttft_s` or `tpot_s` of all requests of all runs, in milliseconds."""
         return [1e3 * s for run in self.of(engine, "stream") for s in getattr(run, what)]
-
-    def arrivals_median_ms(self, engine: str, what: str) -> list[float]:
-        """Return the median of `ttft_s` or `tpot_s` of each run of the stream, in milliseconds."""
-        runs = [getattr(run, what) for run in self.of(engine, "stream")]
-        return [1e3 * statistics.median(seconds) for seconds in runs if seconds]
-
-    def batches(self) -> list[int]:
-        """Return the sizes of the batch workloads."""
-        return [int(n.removeprefix("batch")) for n in self.tasks if n.startswith("batch")]
-
-    def by_engine(self, values: Callable[..., list[float]], *where: str) -> dict[str, list[float]]:
-        """Return `values(engine, *where)` of each engine that has any."""
-        return {e: found for e in self.engines if (found := values(e, *where))}
 
     def figures(self) -> list[Row]:
         """Return the rows of the table of figures that have values."""
-        rows = []
-
-        def add(title: str, more: bool, values: Callable[..., list[float]], *where: str) -> None:
-            if found := self.by_engine(values, *where):
-                rows.append(Row(title, more, found))
-
-        add("bench, output tok/s", True, self.output_rates, "bench")
-        for size in self.batches():
-            name = f"batch{size}"
-            add(f"batch {size}, output tok/s", True, self.output_rates, name)
-            add(f"batch {size}, ms a token", False, self.per_token_ms, name)
-            add(f"batch {size}, ms to the first token", False, self.first_ms, name)
-        add("prefill, input tok/s", True, self.input_rates, "prefill")
-        add("shared prefix, s", False, self.seconds, "prefix", "shared")
-        add("the same without sharing, s", False, self.seconds, "prefix", "own")
-        add("arrivals, median ms to the first token", False, self.arrivals_median_ms, "ttft_s")
-        add("arrivals, median ms a token", False, self.arrivals_median_ms, "tpot_s")
-        for name in ("bench", "batch64"):
-            add(f"{name}, joules an output token", False, self.joules_per_token, name)
-        add("start with imports, s", False, lambda e: [s.start_s for s in self.starts[e]])
-        return rows
+        rows = [
+            Row(
+                f"{name}, {metric}",
+                metric.endswith("tok/s"),
+                {e: found for e in self.engines if (found := self.values(e, name, metric))},
+            )
+            for name in self.tasks
+            for metric in FIGURES.get(name, BATCH_METRICS)
+        ]
+        starts = {e: [start.start_s for start in self.starts[e]] for e in self.engines}
+        return [row for row in (*rows, Row("start with imports, s", False, starts)) if row.values]

@@ -23,18 +23,9 @@ from typing import Any
 from nanovllm_jax.tools.compare import machine, results
 from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
 from nanovllm_jax.tools.compare.job import Case, Job, Workload
-from nanovllm_jax.tools.compare.results import (
-    Absent,
-    Check,
-    Failure,
-    Profile,
-    Record,
-    Run,
-    Skip,
-    Start,
-)  # fmt: skip
+from nanovllm_jax.tools.compare.results import Absent, Check, Failure, Profile, Run, Skip, Start
 
-Emit = Callable[[Record], None]
+Emit = Callable[[results.Event], None]
 
 
 class Unfair(Exception):
@@ -221,7 +212,7 @@ def _failures(job: Job, workload: str | None, emit: Emit) -> Iterator[None]:
         emit(Failure(job.engine, job.round, workload, f"{type(error).__name__}: {text}"))
 
 
-def describe(record: Record) -> str:
+def describe(record: results.Event) -> str:
     """Describe a result in a line of progress."""
     match record:
         case Run():
@@ -245,7 +236,7 @@ def main(path: str) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 
-    def emit(record: Record) -> None:
+    def emit(record: results.Event) -> None:
         results.append(Path(job.results), record)
         print(f"  {describe(record)}", file=progress, flush=True)
 

@@ -1,4 +1,4 @@
-"""Make the work that every engine gets: token ids, output lengths and arrivals, from fixed seeds."""
+"""Make the work that every engine gets: tokens, output lengths and arrivals, from fixed seeds."""
 
 import itertools
 import random
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nanovllm_jax.tools import bench
 from nanovllm_jax.tools.compare.job import Workload
+from nanovllm_jax.tools.compare.results import Task
 from nanovllm_jax.tools.roofline import CostModel, Work
 
 BATCHES = (1, 16, 64)
@@ -27,6 +28,12 @@ class Scale:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The engines' options, named as most of them name these."""
+        names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 SCALES = {
@@ -120,6 +127,16 @@ def requests(workload: Workload) -> bench.Workload:
     """Return the requests of the main part, all waves together."""
     prompts, outputs = zip(*workload.main, strict=True)
     return bench.Workload(list(itertools.chain(*prompts)), list(itertools.chain(*outputs)))
+
+
+def describe(workload: Workload, costs: CostModel, shared: int = 0) -> Task:
+    """Describe a workload for the report; see `least_work`."""
+    work = requests(workload)
+    least = least_work(work, costs, shared)
+    return Task(
+        workload.name, workload.title, len(work.prompts), max(work.outputs), work.prompt_tokens,
+        work.output_tokens, workload.rate, least.bytes, least.flops,
+    )  # fmt: skip
 
 
 def least_work(work: bench.Workload, costs: CostModel, shared: int = 0) -> Work:

@@ -1,4 +1,4 @@
-"""The engines, and what an adapter of one has to offer. Adding an engine: docs/compare.md."""
+"""The engines, and the protocol of their adapters. docs/compare.md tells how to add one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Engine:
-    """What is known of an engine without importing it. Its adapter is the file of its name."""
+    """What is known of an engine without importing it; its adapter is the file of its name."""
 
-    label: str  # in the report
+    label: str  # its name in the report
     needs: tuple[str, ...]  # modules that must import; their versions are recorded
-    install: str  # the hint when one of them does not
-    color: str  # in every plot of the report
+    install: str  # hint for when one of them does not
+    color: str  # its color in every plot
 
 
 ENGINES = {
     "nanovllm_jax": Engine(
-        "nanovllm_jax", ("nanovllm_jax", "jax"), "pip install -e .", "#0072b2"
+        "nanovllm_jax", ("nanovllm_jax", "jax"), "pip install nanovllm-jax", "#0072b2"
     ),
     "vllm": Engine("vLLM", ("vllm", "torch"), "pip install vllm", "#e69f00"),
     "nanovllm": Engine(
@@ -37,28 +37,22 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What every engine is started with."""
+    """The options that every engine is started with."""
 
     device: str  # "cuda" or "cpu"
     dtype: str  # "bfloat16" or "float32"
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The options that the engines with continuous batching have under the same names."""
-        names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-        return {name: getattr(self, name) for name in names}
+    sizes: dict[str, int]  # options that engines with continuous batching have in common
 
 
 class Adapter(Protocol):
-    """One engine, made by `Adapter(model, limits)`: a directory with config.json, safetensors and
-    tokenizer, and Limits. `add_request` and `step` are left out where it has no such thing:
-    the stream of arrivals is then not measured.
+    """Drives one engine, made by `Adapter(model, limits)`.
+
+    `model` is a directory with config.json, safetensors and tokenizer, `limits` are Limits. An
+    engine that takes whole batches only has no `add_request` and no `step`; then the stream of
+    arrivals is not measured.
     """
 
-    note: str  # what a reader must know of this engine's way to work; may be empty
+    note: str  # what a reader must know of the way it works; may be empty
 
     def generate(
         self, prompts: list[list[int]], outputs: list[int], temperature: float
@@ -70,7 +64,7 @@ class Adapter(Protocol):
         ...
 
     def reset_prefix_cache(self) -> Any:
-        """Forget cached prefixes; returns False if that failed."""
+        """Forget cached prefixes; return False if that failed."""
         ...
 
     def add_request(self, prompt: list[int], output: int, temperature: float) -> Any:
@@ -78,12 +72,12 @@ class Adapter(Protocol):
         ...
 
     def step(self) -> list[tuple[Any, int]]:
-        """Run one step; (request, output tokens so far) of those that may have got some.
+        """Run one step; return (request, output tokens so far) of those that may have got some.
 
-        A finished request is reported with all its tokens in the step that finishes it.
+        A finished request is reported with all its tokens by the step that finishes it.
         """
         ...
 
     def profile(self, run: Callable[[], Any], batch: int) -> dict[str, Any]:
-        """Call `run`, which decodes `batch` requests, in a function of profiling.py; its result."""
+        """Profile `run`, which decodes `batch` requests, with a function of profiling.py."""
         ...

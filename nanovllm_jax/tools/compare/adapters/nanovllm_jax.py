@@ -26,9 +26,7 @@ class Adapter:
         return self.llm.add_request(prompt, self.params(output, temperature))
 
     def step(self):
-        finished, _ = self.llm.step()
-        running = [(seq.seq_id, seq.num_completion_tokens) for seq in self.llm.scheduler.running]
-        return running + [(seq_id, len(token_ids)) for seq_id, token_ids in finished]
+        return [(r.request_id, len(r.outputs[0].token_ids)) for r in self.llm.step_outputs()]
 
     def profile(self, run, batch):
         programs = self.llm.runner.programs

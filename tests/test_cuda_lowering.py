@@ -1,0 +1,82 @@
+"""Every kind of program that the default engine compiles on H100s, lowered without a GPU.
+
+What a new JAX release changes under the kernels fails here, at the place where it would fail on a
+GPU machine.
+"""
+
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from h100 import h100_mesh, kernels_in
+from jax.sharding import AbstractMesh
+from jax.stages import Traced
+
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.buckets import Bucket
+from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.sharding import Sharding
+from nanovllm_jax.tools.shapes import QWEN3, write_config
+
+# The kernels of a step on one GPU. The buckets are the ends of both families, and the sizes at
+# which decoding takes other kernels.
+PREFILL = {"norm_rope_write", "mosaic_gpu"}
+STEPS = {
+    Bucket(0, 1): {"fused_linear", "paged_decode", "paged_decode_combine"},
+    Bucket(0, 16): {"paged_decode", "paged_decode_combine"},
+    Bucket(0, 512): {"norm_rope_write", "paged_decode"},
+    Bucket(64, 8): PREFILL,
+    Bucket(1024, 128): PREFILL,
+    Bucket(16384, 512): PREFILL,
+}
+ALSO_ON_TWO = {"one_shot_all_reduce"}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """programs(head_dim, gpus) -> the default engine's, on a mesh that passes for H100s."""
+    device = SimpleNamespace(
+        platform="gpu",
+        compute_capability="9.0",
+        client=SimpleNamespace(platform_version="PJRT C API\ncuda 13000"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AbstractMesh, "devices", np.array([device]))
+        for_cuda = functools.partialmethod(Traced.lower, lowering_platforms=("cuda",))
+        patch.setattr(Traced, "lower", for_cuda)
+
+        @functools.cache
+        def make(head_dim, gpus):
+            path = tmp_path_factory.mktemp("model")
+            write_config(replace(QWEN3["0.6B"], num_layers=2, head_dim=head_dim), path)
+            config = EngineConfig.resolve(path, platform="gpu", tensor_parallel_size=gpus)
+            mesh = h100_mesh(**config.mesh_shape)
+            return Programs(config, Sharding(mesh, config.sharding_rules))
+
+        yield make
+
+
+each_head_dim = pytest.mark.parametrize("head_dim", [64, 128])
+each_number_of_gpus = pytest.mark.parametrize("gpus", [1, 2])
+
+
+@each_number_of_gpus
+@each_head_dim
+@pytest.mark.parametrize("bucket", STEPS, ids=lambda b: f"{b.num_tokens}-{b.num_rows}")
+def test_steps(programs, head_dim, gpus, bucket):
+    p = programs(head_dim, gpus)
+    assert bucket in p.decode_buckets + p.prefill_buckets
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        text = p.lower_step(bucket, num_blocks=64).as_text()
+    assert set(kernels_in(text)) == STEPS[bucket] | (ALSO_ON_TWO if gpus > 1 else set())
+
+
+@each_number_of_gpus
+def test_sampling_with_filters(programs, gpus):
+    p = programs(128, gpus)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        text = p.sample_spec(16, num_blocks=64).trace().lower().as_text()
+    assert set(kernels_in(text)) == (ALSO_ON_TWO if gpus > 1 else set())

@@ -1,0 +1,119 @@
+"""What fits on a device, worked out for invented cards; and failures that end in an error."""
+
+import threading
+import time
+
+import jax
+import pytest
+
+from nanovllm_jax.engine import cuda_driver, memory
+from nanovllm_jax.engine.cuda_driver import GpuMemory
+
+MIB, GIB = 1 << 20, 1 << 30
+H100 = 81_080 * MIB  # what the driver tells of an 80 GB card
+
+
+def test_one_gpu_keeps_the_share_that_was_measured():
+    assert memory.pool_share(H100, num_gpus=1, num_programs=35) == 0.95
+
+
+def test_two_gpus_leave_room_for_what_they_need_outside_the_pool():
+    """Two H100s with 8B's shape used 4,378 MiB outside; with 0.95 they ran out of memory."""
+    share = memory.pool_share(H100, num_gpus=2, num_programs=35)
+    outside = (1 - share) * H100
+    assert outside > 4_378 * MIB + GIB
+    assert share > 0.9, "and most of the card is still the pool's"
+
+
+def test_more_programs_need_more_room_outside():
+    few, many = (memory.pool_share(H100, num_gpus=4, num_programs=n) for n in (3, 60))
+    assert few > many
+
+
+def test_a_small_card_leaves_room_too():
+    share = memory.pool_share(16 * GIB, num_gpus=1, num_programs=35)
+    assert (1 - share) * 16 * GIB == pytest.approx(1536 * MIB)
+    assert memory.pool_share(2 * GIB, num_gpus=2, num_programs=35) == 0.1
+
+
+def test_the_cache_is_sized_from_what_this_engine_uses():
+    """Bug 12: the formula counted other processes' memory, and gave negative numbers of blocks."""
+    block = 2 * 2 * 2 * 16 * 4 * 256
+    figures = {"limit": 2 * GIB, "in_use": 0, "step": 0, "utilization": 0.9}
+    budget = memory.gpu_budget(**figures)
+    assert budget.num_bytes == int(0.9 * 2 * GIB) - memory.MARGIN_BYTES
+    blocks = memory.num_cache_blocks(budget, block)
+    assert 0.9 * budget.num_bytes <= blocks * block <= budget.num_bytes
+    for less in ({"in_use": GIB}, {"step": GIB}, {"utilization": 0.5}):
+        smaller = memory.num_cache_blocks(memory.gpu_budget(**(figures | less)), block)
+        assert 0 < smaller < blocks
+
+
+@pytest.mark.parametrize("budget", [1, 31, 32, 33, 1000, 12345])
+def test_blocks_are_rounded_down_to_five_binary_digits(budget):
+    blocks = memory.num_cache_blocks(memory.Budget(budget, ""), block_bytes=1)
+    assert 0 <= budget - blocks < max(1, budget / 16)
+    assert blocks % (1 << max(0, blocks.bit_length() - 5)) == 0
+
+
+def test_a_cache_on_a_cpu_is_no_larger_than_its_sequences():
+    budget = memory.cpu_budget(64 * GIB)
+    assert budget.num_bytes == 2 * GIB
+    assert memory.num_cache_blocks(budget, MIB, most=24) == 24
+
+
+def test_no_room_is_an_error_with_the_numbers():
+    budget = memory.gpu_budget(limit=GIB, in_use=700 * MIB, step=0, utilization=0.9)
+    with pytest.raises(ValueError, match=r"1024 MiB x 0.9 .* 700 .* a block takes 1.00 MiB.*Raise"):
+        memory.num_cache_blocks(budget, MIB)
+
+
+def test_an_allocation_that_fails_becomes_an_error_with_numbers_and_remedy():
+    with (
+        pytest.raises(MemoryError, match=r"no memory left: RESOURCE.*64B\. device 0.*Lower gpu_"),
+        memory.memory_errors(lambda: "device 0: full"),
+    ):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: failed to allocate 64B\nmore")
+
+
+def test_other_errors_of_jax_stay_what_they_are():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.memory_errors(str):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_device_that_never_answers_is_an_error_in_time(monkeypatch):
+    ended = []
+    monkeypatch.setattr(memory, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(memory.atexit, "register", lambda *args: ended.append(args))
+    stuck = threading.Event()
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"the first run .* GPU 1: 3 MiB.*MEM_FRACTION"):
+        memory.finish_in_time(stuck.wait, "the first run of a step", lambda: "GPU 1: 3 MiB free")
+    assert time.perf_counter() - began < 5
+    assert ended == [(memory.os._exit, 1)], "the process can end, too"
+    stuck.set()
+
+
+def test_what_fails_in_time_fails_with_its_own_error():
+    def fail():
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        memory.finish_in_time(fail, "", str)
+    memory.finish_in_time(lambda: None, "", str)
+
+
+def test_memory_in_words():
+    pools = [{"bytes_in_use": 5 * MIB, "bytes_limit": 7 * MIB}, None]
+    said = memory.describe(pools, [GpuMemory(3 * MIB, 9 * MIB)])
+    assert said == (
+        "device 0: 5 of 7 MiB of JAX's pool in use, 3 of 9 MiB free outside; device 1: "
+    )
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch):
+    def no_library(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", no_library)
+    assert cuda_driver.total_memory() == cuda_driver.memory() == []
