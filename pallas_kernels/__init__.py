@@ -33,14 +33,9 @@ from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
 from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
-# The names until the engine uses the new ones.
-fits_fused_linear, fits_one_shot = supports_fused_linear, supports_one_shot
-
 __all__ = [
     "Mailboxes",
     "decode_step",
-    "fits_fused_linear",
-    "fits_one_shot",
     "fused_linear",
     "make_mailboxes",
     "mosaic_problem",
