@@ -25,15 +25,8 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.tools.options import (
-    ENGINE_ERRORS,
-    Parser,
-    UsageError,
-    add_engine_options,
-    check_positive,
-    engine_options,
-    refusals,
-)
+from nanovllm_jax.tools import options
+from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
 
@@ -265,7 +258,7 @@ def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; LLM itself checks the engine options."""
-    parser = Parser(prog="nanovllm-jax bench", description="Benchmark the engine.")
+    parser = options.Parser(prog="nanovllm-jax bench", description="Benchmark the engine.")
     add = parser.add_argument
     add("model", type=Path, nargs="?", metavar="MODEL_DIR", help="model directory")
     add("--random-weights", choices=QWEN3, metavar="SIZE", help=f"instead: {', '.join(QWEN3)}")
@@ -280,7 +273,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--detokenize", action="store_true", help="decode the throughput run's output to text")
     add("--bandwidth", type=float, metavar="TB/S", help="memory bandwidth of one device")
     add("--json", type=Path, metavar="FILE", help="append the results to FILE as one JSON line")
-    add_engine_options(parser)
+    options.add_engine_options(parser)
     args = parser.parse_args(argv)
     if (args.model is None) == (args.random_weights is None):
         raise UsageError("give either MODEL_DIR or --random-weights SIZE")
@@ -289,7 +282,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.detokenize and args.random_weights:
         raise UsageError("--detokenize needs a tokenizer, and random weights have none")
     if args.json:
-        with refusals(OSError):
+        with options.refusals(OSError):
             args.json.open("a").close()
     return args
 
@@ -301,12 +294,12 @@ def main(argv: Sequence[str]) -> int:
         UsageError: the options are wrong; the message is one line.
     """
     args = parse(argv)
-    options = {"max_model_len": 4096, **engine_options(args)}
+    given = {"max_model_len": 4096, **options.engine_options(args)}
     if args.random_weights:
-        options["load_format"] = "dummy"
+        given["load_format"] = "dummy"
     began = time.perf_counter()
-    with model_directory(args) as path, refusals(*ENGINE_ERRORS):
-        llm = LLM(str(path), **options)
+    with model_directory(args) as path, options.refusals(*options.ENGINE_ERRORS):
+        llm = LLM(str(path), **given)
     start = time.perf_counter() - began
     with llm:
         if args.detokenize and llm.tokenizer is None:
@@ -321,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": name, "dtype": model.dtype, "device": kind, "devices": mesh.size,
             "jax": jax.__version__, "python": platform.python_version(),
-            "options": options, "engine_start_s": start,
+            "options": given, "engine_start_s": start,
         }  # fmt: skip
         if args.all or not (args.latency or args.prefill):
             itemsize = programs.cache_dtype.itemsize
