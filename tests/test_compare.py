@@ -476,3 +476,9 @@ def test_hidden_gpus_are_not_asked(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.describe().gpu is None
     assert machine.energy() is None
+
+
+def test_a_worker_of_another_engine_starts_without_jax():
+    """Its start is timed, and is its own."""
+    code = "import sys, nanovllm_jax.tools.compare.worker; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
