@@ -2,7 +2,7 @@
 
     python -m scripts.train_demo --out nanovllm_jax/demo_model
 
-This takes a few minutes on one GPU; `--tiny` runs the whole pipeline on a CPU in under a minute.
+This takes a few minutes on one GPU; `--tiny` runs the whole pipeline on a CPU in about a minute.
 The data is made from a seed (demo_data.py) and lives on the device as packed rows; many steps run
 per call. The model is the engine's own Flax module, in bfloat16 with float32 master weights, so
 that what is trained is what is exported, rounding included.
