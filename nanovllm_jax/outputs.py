@@ -1,8 +1,10 @@
 """What a request gives back, under the names that vLLM uses."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from nanovllm_jax.engine.sequence import FinishReason
+# Why a completion ended: an end token, max_tokens, a call of abort_request, or a failure.
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)

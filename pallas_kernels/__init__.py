@@ -14,11 +14,11 @@ Three functions are Triton kernels only: `fused_linear` is the linear layer of a
 `one_shot_all_reduce` and `one_shot_max` combine small arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
-`supports_one_shot`, `supports_mosaic_prefill`, `supports_mosaic_decode`; `check_mosaic_gpu` tells
-whether a GPU runs Mosaic's.
+`supports_one_shot`, `supports_mosaic_prefill`, `supports_mosaic_decode`. `mosaic_problem` tells why
+a GPU does not run Mosaic's.
 """
 
-from pallas_kernels._common import check_mosaic_gpu
+from pallas_kernels._common import mosaic_problem
 from pallas_kernels.all_reduce import (
     Mailboxes,
     make_mailboxes,
@@ -38,12 +38,12 @@ fits_fused_linear, fits_one_shot = supports_fused_linear, supports_one_shot
 
 __all__ = [
     "Mailboxes",
-    "check_mosaic_gpu",
     "decode_step",
     "fits_fused_linear",
     "fits_one_shot",
     "fused_linear",
     "make_mailboxes",
+    "mosaic_problem",
     "norm_rope_write",
     "one_shot_all_reduce",
     "one_shot_max",

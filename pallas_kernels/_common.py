@@ -24,22 +24,20 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"unknown implementation {implementation!r}; the valid ones are {valid}")
 
 
-def check_mosaic_gpu(device) -> None:
-    """Raise ValueError unless a GPU runs the Mosaic kernels, and computes the right thing.
-
-    They are written for Hopper. CUDA 12.8.0 to 12.9.0 has a compiler that gets causal masks wrong.
-    """
+def mosaic_problem(device) -> str | None:
+    """Return why a GPU cannot run the Mosaic kernels, or gets them wrong; None if it can."""
     if float(device.compute_capability) != 9.0:
-        raise ValueError(
+        return (
             "implementation 'mosaic' needs a Hopper GPU (compute capability 9.0), not "
             f"{device.compute_capability}: use 'triton'"
         )
     cuda = re.search(r"cuda (\d+)", device.client.platform_version)
     if cuda is not None and 12080 <= int(cuda[1]) < 12091:
-        raise ValueError(
+        return (
             "implementation 'mosaic' needs another CUDA than 12.8.0 to 12.9.0, whose compiler gets "
             "causal masks wrong: install \"jax[cuda13]\", or use 'triton'"
         )
+    return None
 
 
 def check_cache(

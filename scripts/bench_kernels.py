@@ -4,16 +4,14 @@
     python scripts/bench_kernels.py --tiny                 # on a CPU: does it run?
     python scripts/bench_kernels.py --only decode --implementation xla
 
-Each case is a chain of calls in one compiled function, so that launches do not dominate, every call
-on other pages and another layer, so that the second-level cache does not answer.
+Each case is a chain of calls in one compiled function, so that launches do not dominate. Every call
+reads other pages and another layer, so that the second-level cache does not answer.
 """
 
 import argparse
 import dataclasses
 import functools
-import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -21,21 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from nanovllm_jax.tools.roofline import HARDWARE
 from pallas_kernels import fused_linear, norm_rope_write, paged_decode, paged_prefill
 
-# Measured on an H100 SXM: a copy or a sum in PyTorch, and a large bfloat16 matrix product.
-BYTES_PER_SECOND = 2.99e12
-FLOPS_PER_SECOND = 790e12
+BYTES_PER_SECOND, FLOPS_PER_SECOND = HARDWARE["H100"].memory, HARDWARE["H100"].flops
 
-KV_HEADS, HEAD_DIM = 8, 128  # of Qwen3-0.6B and 8B alike
-MODELS = {"0.6B": 16, "8B": 32}  # query heads
-SIZES = {"0.6B": (1024, 3072), "8B": (4096, 12288)}  # hidden size, width of the MLP
+# KV heads and head dim, the same in Qwen3-0.6B and 8B.
+KV_HEADS, HEAD_DIM = 8, 128
+# Query heads by model.
+MODELS = {"0.6B": 16, "8B": 32}
+# Hidden size and width of the MLP by model.
+SIZES = {"0.6B": (1024, 3072), "8B": (4096, 12288)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large the cases are."""
+    """The sizes of the cases."""
 
     layers: int = 8
     pages: int = 1280
@@ -63,12 +62,12 @@ class Case:
     run: Callable
     args: tuple
     calls: int
-    work: float  # per call, in bytes moved or FLOPs
-    ceiling: float  # of a GPU, in the same unit per second
+    work: float  # bytes moved or FLOPs per call
+    ceiling: float  # what an H100 reaches, in the same unit per second
 
 
 def block_tables(rng, contexts, scale: Scale):
-    """Per call a table of pages drawn from the whole pool; a page may serve two sequences."""
+    """Draw a table of pages from the whole pool for each call; a page may serve two sequences."""
     width = -(-max(contexts) // scale.page_size)
     shape = (len(contexts), width)
     return [
@@ -78,12 +77,12 @@ def block_tables(rng, contexts, scale: Scale):
 
 
 def normal(key: int, shape, dtype=jnp.bfloat16):
-    """Random numbers, made on the device."""
+    """Draw random numbers on the device."""
     return jax.random.normal(jax.random.key(key), shape, dtype)
 
 
 def decode_case(name, contexts, heads, scale, options) -> Case:
-    """Decode attention, whose work is the bytes of the keys and values it reads."""
+    """Make a case of decode attention: its work is the bytes of the keys and values it reads."""
     rng = np.random.default_rng(len(contexts))
 
     def run(k_cache, v_cache, q, tables, lens):
@@ -101,7 +100,7 @@ def decode_case(name, contexts, heads, scale, options) -> Case:
 
 
 def prefill_case(name, lengths, contexts, heads, scale, options) -> Case:
-    """Prefill attention, whose work is the FLOPs of the causal half of its two products."""
+    """Make a case of prefill attention: its work is the FLOPs of its products' causal half."""
     rng = np.random.default_rng(len(lengths))
     starts = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
     calls = max(1, scale.calls // 4)
@@ -122,27 +121,27 @@ def prefill_case(name, lengths, contexts, heads, scale, options) -> Case:
 
 
 def write_case(tokens, heads, scale, options) -> Case:
-    """Norm, rotation and cache write, whose work is the bytes read and written."""
+    """Make a case of norm, rotation and cache write: its work is the bytes read and written."""
     rng = np.random.default_rng(tokens)
 
-    def run(k_cache, v_cache, qkv, norm, cos, slots):
+    def run(k_cache, v_cache, qkv, norm, cos, slot_mapping):
         for i in range(scale.calls):
             q, k_cache, v_cache = norm_rope_write(
-                qkv, norm, norm, cos, cos, slots, k_cache, v_cache, jnp.int32(i % scale.layers),
-                eps=1e-6, **options,
+                qkv, norm, norm, cos, cos, slot_mapping, k_cache, v_cache,
+                jnp.int32(i % scale.layers), eps=1e-6, **options,
             )  # fmt: skip
         return k_cache, v_cache, q
 
     qkv = normal(0, (tokens, KV_HEADS, heads // KV_HEADS + 2, HEAD_DIM))
     cos = normal(1, (tokens, HEAD_DIM // 2), jnp.float32)
-    slots = rng.permutation(scale.pages * scale.page_size)[:tokens]
-    args = (qkv, jnp.ones(HEAD_DIM, jnp.bfloat16), cos, jnp.asarray(slots, jnp.int32))
+    slot_mapping = rng.permutation(scale.pages * scale.page_size)[:tokens]
+    args = (qkv, jnp.ones(HEAD_DIM, jnp.bfloat16), cos, jnp.asarray(slot_mapping, jnp.int32))
     bytes_moved = 2 * qkv.nbytes + 2 * cos.nbytes  # all of qkv is written: to q or to the caches
     return Case(f"write {tokens} tokens", run, args, scale.calls, bytes_moved, BYTES_PER_SECOND)
 
 
 def linear_case(name, width, outputs, gated, scale) -> Case:
-    """A normed (and gated) linear layer of one row, whose work is the bytes of its weight."""
+    """Make a case of a normed linear layer of one row: its work is the bytes of its weight."""
     layers = jnp.arange(scale.calls, dtype=jnp.int32) % scale.layers
 
     def run(k_cache, v_cache, x, weight, norm):
@@ -156,7 +155,7 @@ def linear_case(name, width, outputs, gated, scale) -> Case:
 
 
 def cases(model: str, scale: Scale, options: dict):
-    """The cases of one model, each made when its turn comes."""
+    """Yield the cases of one model; each is made when its turn comes."""
     heads, rng = MODELS[model], np.random.default_rng(0)
     for batch in scale.batches:
         for n in scale.contexts:
@@ -192,7 +191,7 @@ def cases(model: str, scale: Scale, options: dict):
 
 
 def measure(case: Case, caches, repeats: int):
-    """Median seconds a call, and the caches, which every run consumes and returns."""
+    """Return the median seconds per call, and the caches, which every run consumes and returns."""
     run = jax.jit(case.run, donate_argnums=(0, 1))
     seconds = []
     for _ in range(repeats + 2):  # the first compiles, the second warms up

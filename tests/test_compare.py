@@ -430,6 +430,7 @@ def test_an_engine_runs_in_its_own_process_and_an_absent_one_is_listed(small, tm
 
 
 def test_engines_are_added_to_results_of_the_same_work_only(small, tmp_path, capsys):
+    pytest.importorskip("torch")
     argv = ["compare", *small, "--rounds", "1", "--workloads", "batch1", "--engines"]
     added = [*argv, "transformers_eager", "--add"]
     assert cli.main(added) == 2

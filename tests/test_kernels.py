@@ -8,6 +8,7 @@ import functools
 import itertools
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from pallas_kernels import (
     decode_step,
     fused_linear,
     mosaic_prefill,
+    mosaic_problem,
     norm_rope_write,
     paged_decode,
     paged_prefill,
@@ -619,6 +621,24 @@ def test_wrong_arguments_are_refused_by_name():
             jnp.zeros((5, 4, 64)), cache, cache, tables, lens, lens, 0,
             scale=1.0, implementation="xla",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "problem"),
+    [
+        ("9.0", 13000, None),
+        ("9.0", 12079, None),
+        ("9.0", 12091, None),
+        ("9.0", 12080, r"12\.8\.0 to 12\.9\.0.*triton"),
+        ("9.0", 12090, r"12\.8\.0 to 12\.9\.0.*triton"),
+        ("8.0", 13000, r"Hopper.*not 8\.0.*triton"),
+        ("10.0", 13000, "Hopper"),
+    ],
+)
+def test_the_gpus_that_run_mosaic(capability, cuda, problem):
+    client = SimpleNamespace(platform_version=f"PJRT C API\ncuda {cuda}")
+    found = mosaic_problem(SimpleNamespace(compute_capability=capability, client=client))
+    assert found is None if problem is None else re.search(problem, found)
 
 
 def test_mosaic_prefill_names_what_it_does_not_support():

@@ -112,8 +112,10 @@ def memory_errors(figures: Callable[[], str]) -> Iterator[None]:
             raise
         said = " ".join(str(error).split("\n")[0].split())
         raise MemoryError(
-            f"a device has no memory left: {said}. {figures()}. Lower gpu_memory_utilization, "
-            f"max_num_batched_tokens or max_num_seqs, or use more devices (tensor_parallel_size)"
+            f"a device has no memory left: {said}. {figures()}. Use more devices "
+            f"(tensor_parallel_size), lower gpu_memory_utilization, max_num_batched_tokens or "
+            f"max_num_seqs, or give JAX's pool more (the environment variable "
+            f"XLA_CLIENT_MEM_FRACTION, if it is set)"
         ) from error
 
 

@@ -18,7 +18,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.sequence import NO_SLOT, FinishReason, Sequence, Status
+from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
+from nanovllm_jax.outputs import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Literal
 
+from nanovllm_jax.outputs import FinishReason
 from nanovllm_jax.sampling_params import SamplingParams
 
 NO_SLOT = -1
-
-# Why a sequence ended: an end token, max_tokens, a call of abort_request, or a failure.
-FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Status(Enum):

@@ -18,8 +18,7 @@ from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import fits_fused_linear as supports_fused_linear
-from pallas_kernels import fused_linear
+from pallas_kernels import fused_linear, supports_fused_linear
 
 
 class Backend(Protocol):

@@ -16,8 +16,8 @@ from pallas_kernels import (
     make_mailboxes,
     one_shot_all_reduce,
     one_shot_max,
+    supports_one_shot,
 )
-from pallas_kernels import fits_one_shot as supports_one_shot
 
 AXIS = "tensor"  # The mesh axis whose GPUs exchange.
 
