@@ -15,15 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.request import Prompt
 from nanovllm_jax.models import ModelConfig
-from nanovllm_jax.tools.options import (
-    DEMO_MODEL,
-    ENGINE_ERRORS,
-    Parser,
-    UsageError,
-    add_engine_options,
-    engine_options,
-    refusals,
-)
+from nanovllm_jax.tools import options
+from nanovllm_jax.tools.options import UsageError, refusals
 
 # First words that mean a tool, not a prompt; `nanovllm-jax -- WORD` makes one a prompt again.
 TOOLS = {
@@ -82,7 +75,7 @@ def generate(argv: Sequence[str]) -> int:
     prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in args.prompts]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]
-    with _load(args.model, len(prompts), engine_options(args)) as llm:
+    with _load(args.model, len(prompts), options.engine_options(args)) as llm:
         if (tokenizer := llm.tokenizer) is None:
             raise UsageError(f"{args.model} has no tokenizer")
         if args.chat:
@@ -94,7 +87,7 @@ def generate(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     tools = "\n".join(f"  {name:10} {text}" for name, text in TOOLS.items())
-    parser = Parser(
+    parser = options.Parser(
         prog="nanovllm-jax",
         usage="%(prog)s [options] PROMPT [PROMPT ...]\n       %(prog)s TOOL [options]",
         description="Generate text with a language model.",
@@ -103,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="'-' reads standard input")
     parser.add_argument(
-        "--model", type=Path, default=DEMO_MODEL, metavar="DIR",
+        "--model", type=Path, default=options.DEMO_MODEL, metavar="DIR",
         help="Hugging Face style model directory (default: the small demo model shipped here)",
     )  # fmt: skip
     parser.add_argument(
@@ -119,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="the same seed gives the same tokens")
     add("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
     add("--stop-token-ids", type=_token_ids, default=(), metavar="ID[,ID...]", help="further ends")
-    add_engine_options(parser)
+    options.add_engine_options(parser)
     return parser
 
 
@@ -129,20 +122,20 @@ def _sampling_params(args: argparse.Namespace) -> SamplingParams:
         return SamplingParams(**{name: getattr(args, name) for name in names})
 
 
-def _load(model: Path, num_prompts: int, options: dict[str, Any]) -> LLM:
+def _load(model: Path, num_prompts: int, given: dict[str, Any]) -> LLM:
     """Load the engine with steps no larger than the prompts need: they take less time to compile.
 
     Raises:
         UsageError: an option is wrong, or the weights do not fit config.json or the memory.
     """
-    with refusals(*ENGINE_ERRORS):
+    with refusals(*options.ENGINE_ERRORS):
         longest = ModelConfig.from_directory(model).max_position_embeddings
-        longest = max(1, min(options.get("max_model_len", 4096), longest))
+        longest = max(1, min(given.get("max_model_len", 4096), longest))
         defaults: dict[str, Any] = {
             "max_num_seqs": min(num_prompts, 512),
             "max_num_batched_tokens": longest,
         }
-        return LLM(str(model), **defaults | options)
+        return LLM(str(model), **defaults | given)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

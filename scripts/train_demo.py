@@ -2,7 +2,7 @@
 
     python -m scripts.train_demo --out nanovllm_jax/demo_model
 
-This takes a few minutes on one GPU; `--tiny` runs the whole pipeline on a CPU in under a minute.
+This takes a few minutes on one GPU; `--tiny` runs the whole pipeline on a CPU in about a minute.
 The data is made from a seed (demo_data.py) and lives on the device as packed rows; many steps run
 per call. The model is the engine's own Flax module, in bfloat16 with float32 master weights, so
 that what is trained is what is exported, rounding included.
@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanovllm_jax import LLM
@@ -119,7 +119,13 @@ def main() -> None:
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
     export(new, trainer, tokenizer)
-    with LLM(str(new), max_num_seqs=128, max_model_len=512, num_kvcache_blocks=512) as llm:
+    with LLM(
+        new,
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=64,
+        num_kvcache_blocks=140,
+    ) as llm:
         result: dict[str, Any] = demo_evaluation.evaluate(llm, recipe.questions, recipe.stories)
         samples = demo_evaluation.samples(llm)
     result |= {"steps": recipe.steps, "minutes": round((time.time() - started) / 60, 1)}
@@ -378,8 +384,8 @@ def export(folder: Path, trainer: Trainer, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True)
     turn_end, text_end = eos_ids(tokenizer)
     config = replace(trainer.recipe.model, eos_token_ids=(turn_end,))
-    tensors = checkpoint(config, trainer.params)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = save(checkpoint(config, trainer.params), metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)  # save_file's would be its owner's alone
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", config.as_json())
     write_json(

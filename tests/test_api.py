@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from itertools import chain
+from itertools import chain, pairwise
 
 import jax
 import numpy as np
@@ -226,6 +226,33 @@ def test_generate_leaves_other_requests_to_step(llm):
     assert results[mine] == tokens(llm, [prompt(30)], greedy(4, ignore_eos=True))[0]
 
 
+# --- chat ---
+
+
+def test_chat_goes_through_the_template(llm):
+    one = [{"role": "user", "content": "hi"}]
+    two = [*one, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so"}]
+    texts = ["[user] hi [assistant] ", "[user] hi [assistant] yes [user] so [assistant] "]
+    want = llm.generate(texts, greedy(), use_tqdm=False)
+    assert llm.chat([one, two], greedy(), use_tqdm=False) == want
+    assert llm.chat(one, greedy(), use_tqdm=False) == want[:1]
+    (plain,) = llm.generate(["[user] hi "], greedy(), use_tqdm=False)
+    assert llm.chat(one, greedy(), use_tqdm=False, add_generation_prompt=False) == [plain]
+    (own,) = llm.generate(["hi!"], greedy(), use_tqdm=False)
+    template = "{{ messages[0].content }}{{ end }}"
+    options = {"chat_template": template, "chat_template_kwargs": {"end": "!"}}
+    assert llm.chat(one, greedy(), use_tqdm=False, **options) == [own]
+
+
+def test_chat_needs_messages_and_a_tokenizer(llm, fake_engine, checkpoint):
+    for wrong in ([], "hi", None):
+        with pytest.raises(TypeError, match="messages"):
+            llm.chat(wrong, greedy())
+    with pytest.raises(ValueError, match="no tokenizer"):
+        fake_engine(checkpoint()).chat([{"role": "user", "content": "hi"}], greedy())
+    assert llm.is_finished()
+
+
 # --- stream ---
 
 
@@ -304,6 +331,78 @@ def test_an_interrupted_generate_leaves_a_usable_engine(llm, at):
     assert [results[i] for i in ids] == want_others, "requests that were not generate's go on"
     llm.pools[0].check([])
     assert tokens(llm, edge_prompts(), greedy(ignore_eos=True)) == want
+
+
+# --- whose request it is, and how it ends ---
+
+
+def test_requests_have_the_ids_that_users_give_them(llm):
+    assert llm.add_request(prompt(5), greedy(), "mine") == "mine"
+    ids = [llm.add_request(prompt(5), greedy()) for _ in range(2)]
+    assert len({"mine", *ids}) == 3
+    with pytest.raises(ValueError, match="'mine' is under way"):
+        llm.add_request(prompt(6), greedy(), "mine")
+    results, _ = drain(llm)
+    assert results.keys() == {"mine", *ids}
+    assert llm.add_request(prompt(6), greedy(), "mine") == "mine", "it has ended: free again"
+    drain(llm)
+
+
+def test_step_outputs_tell_each_new_token(llm):
+    (want,) = llm.generate(["abc"], greedy(12, ignore_eos=True), use_tqdm=False)
+    llm.add_request("abc", greedy(12, ignore_eos=True), "text")
+    llm.add_request(prompt(5), greedy(3, ignore_eos=True), "ids")
+    seen = {"text": [], "ids": []}
+    while not llm.is_finished():
+        for output in llm.step_outputs():
+            seen[output.request_id].append(output)
+    for outputs, length in ((seen["text"], 12), (seen["ids"], 3)):
+        assert [len(output.outputs[0].token_ids) for output in outputs] == [*range(1, length + 1)]
+        assert [output.finished for output in outputs] == [False] * (length - 1) + [True]
+        reasons = [output.outputs[0].finish_reason for output in outputs]
+        assert reasons == [None] * (length - 1) + ["length"]
+    last = seen["text"][-1]
+    assert (last.prompt, last.prompt_token_ids) == ("abc", llm.tokenizer.encode("abc"))
+    assert (last.outputs[0].index, last.outputs[0].text) == (0, want["text"])
+    texts = [output.outputs[0].text for output in seen["text"]]
+    assert all(later.startswith(text) for text, later in pairwise(texts))
+    assert seen["ids"][-1].prompt is None
+
+
+def test_outputs_name_what_ended_them(fake_engine):
+    llm = fake_engine(num_kvcache_blocks=2)
+    (free,) = tokens(llm, [prompt(7)], greedy(20, ignore_eos=True))
+    llm.scheduler.eos_token_ids = frozenset({free[3]})
+    llm.add_request(prompt(7), greedy(20), "eos")
+    llm.add_request(prompt(7), greedy(20, ignore_eos=True, stop_token_ids=[free[2]]), "token")
+    ended = {}
+    while not llm.is_finished():
+        ended |= {o.request_id: o for o in llm.step_outputs() if o.finished}
+    llm.add_request(prompt(505), greedy(100, ignore_eos=True), "too long")
+    while not llm.is_finished():
+        ended |= {o.request_id: o for o in llm.step_outputs() if o.finished}
+    said = {i: (o.outputs[0].finish_reason, o.outputs[0].stop_reason) for i, o in ended.items()}
+    assert said == {"eos": ("stop", None), "token": ("stop", free[2]), "too long": ("error", None)}
+    assert "the pool has 2" in ended["too long"].error and ended["eos"].error is None
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_an_aborted_request_is_told_with_what_it_has_got(llm, rounds):
+    (want,) = tokens(llm, [prompt(5)], greedy(20, ignore_eos=True))
+    for name in ("a", "b", "c"):
+        llm.add_request(prompt(5), greedy(20, ignore_eos=True), name)
+    for _ in range(rounds):
+        llm.step()
+    llm.abort_request(["a", "b", "nobody"])
+    outputs = {output.request_id: output for output in llm.step_outputs()}
+    for name in ("a", "b"):
+        completion = outputs[name].outputs[0]
+        assert outputs[name].finished and completion.finish_reason == "abort"
+        assert completion.token_ids == want[: len(completion.token_ids)]
+        assert len(completion.token_ids) >= rounds
+    results, _ = drain(llm)
+    assert results == {"c": want}
+    llm.pools[0].check([])
 
 
 def test_every_request_is_reported_once(fake_engine):

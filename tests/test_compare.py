@@ -430,6 +430,7 @@ def test_an_engine_runs_in_its_own_process_and_an_absent_one_is_listed(small, tm
 
 
 def test_engines_are_added_to_results_of_the_same_work_only(small, tmp_path, capsys):
+    pytest.importorskip("torch")
     argv = ["compare", *small, "--rounds", "1", "--workloads", "batch1", "--engines"]
     added = [*argv, "transformers_eager", "--add"]
     assert cli.main(added) == 2
@@ -475,3 +476,9 @@ def test_hidden_gpus_are_not_asked(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.describe().gpu is None
     assert machine.energy() is None
+
+
+def test_a_worker_of_another_engine_starts_without_jax():
+    """Its start is timed, and is its own."""
+    code = "import sys, nanovllm_jax.tools.compare.worker; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -75,6 +75,16 @@ def test_every_eos_id_counts(directory):
     assert ModelConfig.from_directory(path).eos_token_ids == (7, 9)
 
 
+@pytest.mark.parametrize("shape", ["gqa", "mqa", "mha"])
+@pytest.mark.parametrize("eos", [None, 5, [7, 9]])
+def test_a_config_that_is_written_is_read_back(directory, tmp_path_factory, shape, eos):
+    config = ModelConfig.from_directory(directory(shape, eos_token_id=eos))
+    for written in (config, config.sharded(lambda axis: {"vocab": 4}.get(axis, 1))):
+        path = tmp_path_factory.mktemp("again")
+        (path / "config.json").write_text(json.dumps(written.as_json()))
+        assert ModelConfig.from_directory(path) == config
+
+
 def test_an_unknown_architecture_is_named(directory):
     with pytest.raises(ValueError, match=r"'LlamaForCausalLM'.*Qwen3ForCausalLM"):
         LLM(str(directory(architectures=["LlamaForCausalLM"])))
@@ -198,6 +208,31 @@ def test_heads_that_cannot_be_split_name_the_valid_sizes(directory):
 def test_tied_kv_heads_are_never_split_unevenly(directory):
     with pytest.raises(ValueError, match="'heads' cannot be split over 3 devices"):
         LLM(str(directory()), tensor_parallel_size=3)
+
+
+def test_both_ways_to_ask_for_a_mesh_give_the_same_config(directory):
+    path = directory()
+    asked = [{"tensor_parallel_size": 2}, {"mesh_shape": {"tensor": 2}}]
+    asked += [{"mesh_shape": {"data": 1, "tensor": 2}, "tensor_parallel_size": 2}]
+    configs = [EngineConfig.resolve(path, **options) for options in asked]
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].mesh_shape == {"data": 1, "tensor": 2}
+    assert (configs[0].tensor_parallel_size, configs[0].num_devices) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "computes_in"),
+    [
+        ("cpu", None, "float32"),
+        ("gpu", None, "bfloat16"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("gpu", "float32", "float32"),
+    ],
+)
+def test_the_platform_and_the_user_settle_the_dtype(directory, platform, asked, computes_in):
+    path = directory(dtype="bfloat16")
+    config = EngineConfig.resolve(path, platform=platform, dtype=asked)
+    assert config.model_config.dtype == computes_in
 
 
 def test_options_are_documented_where_users_look():

@@ -5,6 +5,8 @@ import time
 
 import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanovllm_jax.engine import cuda_driver, memory
 from nanovllm_jax.engine.cuda_driver import GpuMemory
@@ -25,6 +27,18 @@ def test_two_gpus_leave_room_for_what_they_need_outside_the_pool():
     assert share > 0.9, "and most of the card is still the pool's"
 
 
+@pytest.mark.parametrize("total", [81_559, 23_028, 15_360], ids=["H100", "A10G", "T4"])
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+@pytest.mark.parametrize("programs", [4, 34, 120])
+def test_the_pool_leaves_room_for_what_lives_outside(total, gpus, programs):
+    share = memory.pool_share(total * MIB, gpus, programs)
+    outside = (1 - share) * total
+    assert outside >= 0.7 * 1024, "the context and the programs of one GPU"
+    if gpus > 1:
+        assert outside >= 3.4 * 1024 + programs * 26, "NCCL and its programs"
+    assert 0.1 <= share <= memory.pool_share(total * MIB, 1, programs) <= 0.95
+
+
 def test_more_programs_need_more_room_outside():
     few, many = (memory.pool_share(H100, num_gpus=4, num_programs=n) for n in (3, 60))
     assert few > many
@@ -37,7 +51,7 @@ def test_a_small_card_leaves_room_too():
 
 
 def test_the_cache_is_sized_from_what_this_engine_uses():
-    """Bug 12: the formula counted other processes' memory, and gave negative numbers of blocks."""
+    """nano-vLLM's formula counted other processes' memory, and gave negative numbers of blocks."""
     block = 2 * 2 * 2 * 16 * 4 * 256
     figures = {"limit": 2 * GIB, "in_use": 0, "step": 0, "utilization": 0.9}
     budget = memory.gpu_budget(**figures)
@@ -49,11 +63,22 @@ def test_the_cache_is_sized_from_what_this_engine_uses():
         assert 0 < smaller < blocks
 
 
-@pytest.mark.parametrize("budget", [1, 31, 32, 33, 1000, 12345])
-def test_blocks_are_rounded_down_to_five_binary_digits(budget):
-    blocks = memory.num_cache_blocks(memory.Budget(budget, ""), block_bytes=1)
-    assert 0 <= budget - blocks < max(1, budget / 16)
-    assert blocks % (1 << max(0, blocks.bit_length() - 5)) == 0
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    left=st.integers(-(1 << 34), 1 << 40),
+    block=st.integers(1 << 10, 1 << 30),
+    most=st.one_of(st.none(), st.integers(1, 10_000)),
+)
+def test_blocks_fill_the_budget_and_never_exceed_it(left, block, most):
+    budget = memory.Budget(left, "some MiB")
+    fitting = max(0, left) // block if most is None else min(max(0, left) // block, most)
+    if fitting == 0:
+        with pytest.raises(ValueError, match=r"no memory for the KV cache\. some MiB.*num_kvcache"):
+            memory.num_cache_blocks(budget, block, most)
+        return
+    blocks = memory.num_cache_blocks(budget, block, most)
+    assert fitting - fitting / 16 < blocks <= fitting
+    assert len(bin(blocks)[2:].rstrip("0")) <= 5, "more than five binary digits"
 
 
 def test_a_cache_on_a_cpu_is_no_larger_than_its_sequences():

@@ -182,9 +182,8 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
             leader.add_request(ids, params)
         elif action < 0.2:
-            leader.abort_request(
-                rng.randrange(leader.next_seq_id + 1)
-            )  # also one that has finished
+            # It may be one that has finished, or that has never been.
+            leader.abort_request(rng.randrange(leader.next_seq_id + 1))
         elif action < 0.23:
             leader.reset_prefix_cache()
         else:

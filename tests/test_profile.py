@@ -2,9 +2,7 @@
 
 import gzip
 import json
-from collections import namedtuple
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,23 +15,21 @@ from nanovllm_jax.tools.shapes import QWEN3, write_config
 def test_a_table_has_times_a_step_and_shares_of_the_limit(capsys):
     events = [(0, 4_000, "gemm"), (4_000, 6_000, "gemm"), (7_000, 9_000, "argmax")] * 2
     events = [(s + 20_000 * (i > 2), e + 20_000 * (i > 2), n) for i, (s, e, n) in enumerate(events)]
-    bucket = namedtuple("Bucket", "num_tokens num_rows")(0, 2)
-    batch = SimpleNamespace(seqs="ab", starts=[7, 9], num_tokens=2)
-    measured = profile.Measured(batch, bucket, 12e-6, 10e-6, events, 2, "argmax", "HloModule x")
     costs = {"products": Work(bytes=6, flops=3), "sampling": Work(bytes=1)}
-    table = profile.tabulate(measured, costs, 2, memory=2e6, flops=None)
+    table = profile.tabulate(events, 2, "argmax", {}, costs, (2e6, None), layers=2)
     products, sampling = table["categories"]["products"], table["categories"]["sampling"]
     assert (products["calls"], products["us"], products["us_layer"]) == (2, 6, 3)
     assert products["limit_us"] is None  # the rate of products is unknown
     assert (sampling["us"], sampling["us_layer"]) == (2, 0)
     assert (sampling["limit_us"], sampling["share_of_limit"]) == (0.5, 0.25)
-    assert (table["busy_us"], table["context_tokens"]) == (8, 18)
+    assert table["busy_us"] == 8
     assert (table["total"]["us"], table["total"]["bytes"], table["total"]["limit_us"]) == (
         8,
         7,
         None,
     )
     assert (table["gaps_within_us"], table["gaps_between_us"]) == (1, 5.5)
+    table |= {"rows": 2, "tokens": 2, "context_tokens": 18, "loop_us": 12, "alone_us": 10}
     profile.show("decode-2", table, layers=2, top=1)
     printed = capsys.readouterr().out
     assert "device idle 33.3%" in printed and "25%" in printed and "3.00 us  gemm" in printed

@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import config_json, make_checkpoint, random_tensors, save_tensors
 
 from nanovllm_jax import LLM
-from nanovllm_jax.models import ModelConfig
+from nanovllm_jax.models import ModelConfig, parameters
+from nanovllm_jax.models.checkpoint import sources, tensor_shapes
 from nanovllm_jax.sharding import make_sharding
 from nanovllm_jax.weights import Checkpoint, load_weights, random_weights
 
@@ -120,6 +122,34 @@ def test_random_weights_have_the_checkpoints_shapes(checkpoint):
     assert jax.tree.structure(drawn) == jax.tree.structure(read)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(state)] for state in (drawn, read)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards"),
+    [("gqa", 1), ("mqa", 1), ("gqa", 2), ("eight_heads", 4), ("eight_heads", 8)],
+)
+def test_parameters_are_split_into_the_tensors_that_they_are_joined_from(checkpoint, shape, shards):
+    """Also those of a sharded model, with copies of KV heads and a padded vocabulary."""
+    config = ModelConfig.from_directory(checkpoint(shape))
+    config = config.sharded(lambda axis: 1 if "embed" in axis else shards)
+    tensors = random_tensors(config_json(shape))
+    shapes = {name: x.shape for name, x in tensors.items()}
+    assert tensor_shapes(config) == shapes
+    wanted = {
+        ".".join(map(str, path)): param.get_value().shape
+        for path, param in nnx.to_flat_state(parameters(config))
+    }
+    found = {}
+    for path, source in sources(config).items():
+        stacked = path.startswith("layers.")
+        for i in range(config.num_layers if stacked else 1):
+            names = [name.format(i=i) for name, _ in source.tensors]
+            joined = source.join(*(tensors[name] for name in names))
+            assert joined.shape == wanted[path][stacked:]
+            found |= dict(zip(names, source.split(joined), strict=True))
+    assert found.keys() == tensors.keys() and sources(config).keys() == wanted.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor, tensors[name])
 
 
 # --- what is refused ---

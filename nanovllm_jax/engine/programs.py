@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.weights import Weight, abstract_weights
+from pallas_kernels import mosaic_problem, supports_mosaic_prefill
 
 log = logging.getLogger("nanovllm_jax")
 
@@ -293,19 +293,13 @@ class Programs:
         backend, c = self.config.attention_backend, self.model_config
         if self.platform != "gpu":
             return ("xla", "xla") if backend == "auto" else (backend, backend)
-        device = self.sharding.mesh.devices.flat[0]
-        version = re.search(r"cuda (\d+)", device.client.platform_version)
-        wrong_masks = version is not None and 12080 <= int(version[1]) < 12091
-        if backend == "mosaic" and wrong_masks:
-            raise ValueError(
-                "attention_backend='mosaic' needs another CUDA than 12.8.0 to 12.9.0, whose "
-                'compiler gets causal masks wrong: install "jax[cuda13]", or use "triton"'
-            )
+        problem = mosaic_problem(self.sharding.mesh.devices.flat[0])
+        if backend == "mosaic" and problem:
+            raise ValueError(f"attention_backend: {problem}")
         if backend != "auto":
             return backend, backend
-        hopper = float(device.compute_capability) == 9.0 and not wrong_masks
-        fits = c.dtype == self.cache_dtype == "bfloat16" and c.head_dim in (64, 128)
-        return "mosaic" if hopper and fits else "triton", "triton"
+        fits = supports_mosaic_prefill(c.dtype, self.cache_dtype, c.head_dim)
+        return "mosaic" if fits and not problem else "triton", "triton"
 
 
 def _layout(state: DeviceState) -> DeviceState:

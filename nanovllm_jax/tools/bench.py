@@ -25,15 +25,8 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.tools.options import (
-    ENGINE_ERRORS,
-    Parser,
-    UsageError,
-    add_engine_options,
-    check_positive,
-    engine_options,
-    refusals,
-)
+from nanovllm_jax.tools import options
+from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
 
@@ -217,18 +210,10 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time small batches; the time of one output token is subtracted to get the time per token."""
     rng, tokens = random.Random(99), args.latency_tokens
     results: dict[str, Any] = {"output_tokens": tokens}
-
-    def seconds(batch: int, length: int, runs: int) -> float:
-        return statistics.median(
-            run(llm, fixed_workload(rng, batch, LATENCY_PROMPT, length, llm.vocab_size),
-                args.temperature).seconds
-            for _ in range(runs)
-        )  # fmt: skip
-
     say(f"latency: {LATENCY_PROMPT} prompt and {tokens} output tokens, median of {args.runs}")
     for batch in BATCHES:
-        seconds(batch, tokens, runs=1)  # warm-up
-        whole, first = seconds(batch, tokens, args.runs), seconds(batch, 1, args.runs)
+        whole = statistics.median(_seconds(llm, args, rng, batch, LATENCY_PROMPT, tokens))
+        first = statistics.median(_seconds(llm, args, rng, batch, LATENCY_PROMPT, 1))
         results[f"batch_{batch}"] = row = {
             "ms_per_token": (whole - first) / (tokens - 1) * 1e3,
             "output_tok_s": batch * tokens / whole,
@@ -243,13 +228,8 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
 
 def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time prompts of the longest length with one output token each."""
-    rng, tokens = random.Random(98), PREFILL_PROMPTS * args.max_len
-    works = [
-        fixed_workload(rng, PREFILL_PROMPTS, args.max_len, 1, llm.vocab_size)
-        for _ in range(1 + args.runs)
-    ]
-    times = [run(llm, work, args.temperature).seconds for work in works][1:]  # the first warms up
-    rates = [tokens / seconds for seconds in times]
+    times = _seconds(llm, args, random.Random(98), PREFILL_PROMPTS, args.max_len, 1)
+    rates = [PREFILL_PROMPTS * args.max_len / seconds for seconds in times]
     say(
         f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
         f"  input       {statistics.median(rates):,.0f} tok/s "
@@ -263,9 +243,19 @@ def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _seconds(
+    llm: LLM, args: argparse.Namespace, rng: random.Random, batch: int, prompt: int, output: int
+) -> list[float]:
+    """Time equally long requests, once in each run; another run ahead of them warms up."""
+    works = (
+        fixed_workload(rng, batch, prompt, output, llm.vocab_size) for _ in range(1 + args.runs)
+    )
+    return [run(llm, work, args.temperature).seconds for work in works][1:]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; LLM itself checks the engine options."""
-    parser = Parser(prog="nanovllm-jax bench", description="Benchmark the engine.")
+    parser = options.Parser(prog="nanovllm-jax bench", description="Benchmark the engine.")
     add = parser.add_argument
     add("model", type=Path, nargs="?", metavar="MODEL_DIR", help="model directory")
     add("--random-weights", choices=QWEN3, metavar="SIZE", help=f"instead: {', '.join(QWEN3)}")
@@ -280,7 +270,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--detokenize", action="store_true", help="decode the throughput run's output to text")
     add("--bandwidth", type=float, metavar="TB/S", help="memory bandwidth of one device")
     add("--json", type=Path, metavar="FILE", help="append the results to FILE as one JSON line")
-    add_engine_options(parser)
+    options.add_engine_options(parser)
     args = parser.parse_args(argv)
     if (args.model is None) == (args.random_weights is None):
         raise UsageError("give either MODEL_DIR or --random-weights SIZE")
@@ -289,7 +279,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.detokenize and args.random_weights:
         raise UsageError("--detokenize needs a tokenizer, and random weights have none")
     if args.json:
-        with refusals(OSError):
+        with options.refusals(OSError):
             args.json.open("a").close()
     return args
 
@@ -301,12 +291,12 @@ def main(argv: Sequence[str]) -> int:
         UsageError: the options are wrong; the message is one line.
     """
     args = parse(argv)
-    options = {"max_model_len": 4096, **engine_options(args)}
+    given = {"max_model_len": 4096, **options.engine_options(args)}
     if args.random_weights:
-        options["load_format"] = "dummy"
+        given["load_format"] = "dummy"
     began = time.perf_counter()
-    with model_directory(args) as path, refusals(*ENGINE_ERRORS):
-        llm = LLM(str(path), **options)
+    with model_directory(args) as path, options.refusals(*options.ENGINE_ERRORS):
+        llm = LLM(str(path), **given)
     start = time.perf_counter() - began
     with llm:
         if args.detokenize and llm.tokenizer is None:
@@ -321,7 +311,7 @@ def main(argv: Sequence[str]) -> int:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": name, "dtype": model.dtype, "device": kind, "devices": mesh.size,
             "jax": jax.__version__, "python": platform.python_version(),
-            "options": options, "engine_start_s": start,
+            "options": given, "engine_start_s": start,
         }  # fmt: skip
         if args.all or not (args.latency or args.prefill):
             itemsize = programs.cache_dtype.itemsize

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,19 +28,9 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.models import ModelConfig
-from nanovllm_jax.tools import trace
+from nanovllm_jax.tools import options, trace
 from nanovllm_jax.tools.bench import fixed_workload
-from nanovllm_jax.tools.options import (
-    DEMO_MODEL,
-    ENGINE_ERRORS,
-    Parser,
-    UsageError,
-    add_engine_options,
-    check_positive,
-    engine_options,
-    flag,
-    refusals,
-)
+from nanovllm_jax.tools.options import UsageError
 from nanovllm_jax.tools.roofline import TB, CostModel, Work, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
 
@@ -67,27 +57,22 @@ class Case(NamedTuple):
         return prefill if self.is_prefill else f"decode-{self.prompts}"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The times of one step in seconds, its trace, and what ran."""
-
-    batch: Batch
-    bucket: Any
-    loop: float  # a step of the engine's loop, without the profiler
-    alone: float  # the compiled step, called back to back
-    events: list[trace.Event]
-    steps: int  # steps that the events are
-    last: str  # a step's last kernel
-    hlo: str
+Rates = tuple[float | None, float | None]  # bytes and operations per second, if known
 
 
-def measure(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> Measured:
+def measure(
+    llm: LLM, case: Case, args: argparse.Namespace, costs: CostModel, rates: Rates, folder: Path
+) -> tuple[dict[str, Any], str]:
     """Time and trace one step; the trace goes into `folder`.
+
+    Returns:
+        The step's times, kernels and categories, and its compiled program.
 
     Raises:
         UsageError: the sequences do not fit into the cache together, or nothing was traced.
     """
-    runner = _runner(llm)
+    runner = llm.runner
+    assert runner
     blocks = runner.num_blocks * runner.programs.batch_shards
     needed = case.prompts * -(-(case.length + case.output) // llm.config.kvcache_block_size)
     if needed > blocks:
@@ -116,7 +101,14 @@ def measure(llm: LLM, case: Case, args: argparse.Namespace, folder: Path) -> Mea
     steps, last = 1, ""
     if not case.is_prefill:
         events, steps, last = trace.whole_steps(events, args.steps)
-    return Measured(batch, bucket, loop, alone, events, steps, last, hlo)
+    table = {
+        "rows": len(batch.seqs), "tokens": batch.num_tokens,
+        "context_tokens": sum(batch.starts) + batch.num_tokens, "bucket": bucket._asdict(),
+        "loop_us": loop * 1e6, "alone_us": alone * 1e6, "traced_steps": steps,
+    }  # fmt: skip
+    work = costs.categories(batch.starts, batch.lengths)
+    layers = costs.config.num_layers
+    return table | tabulate(events, steps, last, trace.origins(hlo), work, rates, layers), hlo
 
 
 def _run_loop(
@@ -183,40 +175,34 @@ def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Any, floa
 
 
 def tabulate(
-    measured: Measured, costs: dict[str, Work], layers: int,
-    memory: float | None, flops: float | None,
+    events: Sequence[trace.Event], steps: int, last: str, origins: dict[str, str],
+    costs: dict[str, Work], rates: Rates, layers: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the times of a step in us, its kernels, and its categories with work and limits.
+    """Return a step's kernels, and its categories with their work and limits; times in us.
 
     Args:
+        steps: how many steps the events are.
+        last: the kernel that ends a step, or "".
+        origins: the model's operation that a kernel was made from.
         costs: the work of the step by category.
-        memory, flops: the device's rates per second, None if unknown.
     """
-    m, per_step = measured, measured.steps * 1e3  # of ns
-    times, gaps = trace.busy_times(m.events)
-    calls = collections.Counter(name for start, end, name in m.events if end > start)
-    origin, kernels, categories = trace.origins(m.hlo), [], {}
+    times, gaps = trace.busy_times(events)
+    calls = collections.Counter(name for start, end, name in events if end > start)
+    kernels, categories, per_step = [], {}, steps * 1e3  # of ns
     for name, ns in times.most_common():
-        kind = trace.category(name, origin.get(name, ""))
-        kernels.append({"name": name, "origin": origin.get(name, ""), "category": kind,
-                        "calls": calls[name] / m.steps, "us": ns / per_step})  # fmt: skip
-    limits = {n: w.seconds(memory, flops) for n, w in costs.items() if n != "communication"}
+        origin = origins.get(name, "")
+        kernels.append({"name": name, "origin": origin, "category": trace.category(name, origin),
+                        "calls": calls[name] / steps, "us": ns / per_step})  # fmt: skip
+    limits = {n: w.seconds(*rates) for n, w in costs.items() if n != "communication"}
     for name in trace.CATEGORIES:
         mine = [k for k in kernels if k["category"] == name]
         if mine or name in costs:
             categories[name] = _sum_up(mine, costs.get(name), limits.get(name), layers)
     whole = Work(sum(w.bytes for w in costs.values()), sum(w.flops for w in costs.values()))
     limit = None if None in limits.values() else sum(filter(None, limits.values()))
-    between = gaps[m.last] if m.last else 0
+    between = gaps[last] if last else 0
     return {
-        "rows": len(m.batch.seqs),
-        "tokens": m.batch.num_tokens,
-        "context_tokens": sum(m.batch.starts) + m.batch.num_tokens,
-        "bucket": m.bucket._asdict(),
-        "loop_us": m.loop * 1e6,
-        "alone_us": m.alone * 1e6,
         "busy_us": sum(times.values()) / per_step,
-        "traced_steps": m.steps,
         "gaps_within_us": (sum(gaps.values()) - between) / per_step,
         "gaps_between_us": between / per_step,
         "categories": categories,
@@ -277,7 +263,7 @@ def show(name: str, table: dict[str, Any], layers: int, top: int) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; `args.cases` has the steps that it asks for."""
-    parser = Parser(prog="nanovllm-jax profile", description="Where a step's time goes.")
+    parser = options.Parser(prog="nanovllm-jax profile", description="Where a step's time goes.")
     add = parser.add_argument
     add("model", type=Path, nargs="?", metavar="MODEL_DIR", help="default: the demo model")
     add("--random-weights", choices=QWEN3, metavar="SIZE", help=f"instead: {', '.join(QWEN3)}")
@@ -291,21 +277,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--top", type=int, default=8, help="kernels to list (default: 8)")
     add("--bandwidth", type=float, metavar="TB/S", help="memory bandwidth of a device")
     add("--flops", type=float, metavar="TFLOP/S", help="matrix products' rate of a device")
-    add_engine_options(parser)
+    options.add_engine_options(parser)
     args = parser.parse_args(argv)
     if args.model and args.random_weights:
         raise UsageError(f"{args.model} and --random-weights are two models: give one")
     if args.enforce_eager:
         raise UsageError("--enforce-eager leaves no compiled step to profile: leave it out")
     is_demo = not (args.model or args.random_weights)
-    for name, value in (DEMO | {"model": DEMO_MODEL} if is_demo else FULL).items():
+    for name, value in (DEMO | {"model": options.DEMO_MODEL} if is_demo else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_positive(args, "batch", "context", "prefill", "bandwidth", "flops")
-    check_positive(args, "top", at_least=0)
-    check_positive(args, "steps", "timed_steps", at_least=2)
+    options.check_positive(args, "batch", "context", "prefill", "bandwidth", "flops")
+    options.check_positive(args, "top", at_least=0)
+    options.check_positive(args, "steps", "timed_steps", at_least=2)
     if args.out:
-        with refusals(OSError):
+        with options.refusals(OSError):
             args.out.mkdir(parents=True, exist_ok=True)
     output = WARM_STEPS + args.timed_steps + args.steps + SPARE_TOKENS
     args.cases = [Case(False, batch, args.context, output) for batch in args.batch]
@@ -325,19 +311,21 @@ def options_for(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
         "max_model_len": max(case.length + case.output for case in args.cases),
         "max_num_batched_tokens": prefill.prompts * prefill.length,
     }
-    options = {"max_model_len": 4096} | engine_options(args)
-    options["max_model_len"] = min(options["max_model_len"], model.max_position_embeddings)
-    room = max(needs["max_num_batched_tokens"], options["max_model_len"])
-    options = {
-        "max_num_seqs": needs["max_num_seqs"], "max_num_batched_tokens": room
-    } | options  # fmt: skip
+    longest = options.engine_options(args).get("max_model_len", 4096)
+    longest = min(longest, model.max_position_embeddings)
+    given = {
+        "max_num_seqs": needs["max_num_seqs"],
+        "max_num_batched_tokens": max(needs["max_num_batched_tokens"], longest),
+        **options.engine_options(args),
+        "max_model_len": longest,
+    }
     for name, needed in needs.items():
-        if needed > options[name]:
+        if needed > given[name]:
             raise UsageError(
-                f"the steps need {name} of {needed}, it is {options[name]}: raise it "
-                f"({flag(name)}), or lower --batch, --context, --prefill or --timed-steps"
+                f"the steps need {name} of {needed}, it is {given[name]}: raise it "
+                f"({options.flag(name)}), or lower --batch, --context, --prefill or --timed-steps"
             )
-    return options | ({"load_format": "dummy"} if args.random_weights else {})
+    return given | ({"load_format": "dummy"} if args.random_weights else {})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -348,9 +336,8 @@ def main(argv: Sequence[str]) -> int:
     """
     args = parse(argv)
     with model_directory(args) as path:
-        with refusals(*ENGINE_ERRORS):
-            options = options_for(args, ModelConfig.from_directory(path))
-            llm = LLM(str(path), **options)
+        with options.refusals(*options.ENGINE_ERRORS):
+            llm = LLM(str(path), **options_for(args, ModelConfig.from_directory(path)))
         with llm:
             report = profile(llm, args, args.random_weights or path.resolve().name)
     if args.out:
@@ -362,17 +349,16 @@ def main(argv: Sequence[str]) -> int:
 
 def profile(llm: LLM, args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Measure and show all steps; return what profile.json has."""
-    programs = _runner(llm).programs
-    model, mesh = programs.model_config, programs.sharding.mesh
-    costs = CostModel(
-        model, programs.weights, kv_itemsize=programs.cache_dtype.itemsize,
-        sharding=programs.sharding,
-    )  # fmt: skip
+    assert llm.runner
+    p = llm.runner.programs
+    model, mesh, itemsize = p.model_config, p.sharding.mesh, p.cache_dtype.itemsize
+    costs = CostModel(model, p.weights, kv_itemsize=itemsize, sharding=p.sharding)
     kind = mesh.devices.flat[0].device_kind
     hardware = find_hardware(kind)
     memory = args.bandwidth * TB if args.bandwidth else hardware and hardware.memory
-    known = hardware and model.dtype == "bfloat16"  # the products' rate is that of 16 bits
-    flops = args.flops * TB if args.flops else hardware.flops if hardware and known else None
+    flops = args.flops and args.flops * TB
+    if hardware and model.dtype == "bfloat16":
+        flops = flops or hardware.flops  # which was measured in 16 bits
     print(f"{name} on {mesh.size} x {kind}, {model.dtype}, jax {jax.__version__}")
     for option, rate, unit in (("bandwidth", memory, "TB/s"), ("flops", flops, "TFLOP/s")):
         text = f"{rate / TB:g} {unit}" if rate else f"unknown, so no share of it (give --{option})"
@@ -381,15 +367,14 @@ def profile(llm: LLM, args: argparse.Namespace, name: str) -> dict[str, Any]:
     for case in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "trace"
-            measured = measure(llm, case, args, found)
+            table, hlo = measure(llm, case, args, costs, (memory, flops), found)
             if args.out:
-                _keep(found, measured.hlo, args.out / case.name)
-        work = costs.categories(measured.batch.starts, measured.batch.lengths)
-        steps[case.name] = tabulate(measured, work, model.num_layers, memory, flops)
-        show(case.name, steps[case.name], model.num_layers, args.top)
+                _keep(found, hlo, args.out / case.name)
+        show(case.name, table, model.num_layers, args.top)
+        steps[case.name] = table
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": name, "dtype": model.dtype, "kv_cache_dtype": str(programs.cache_dtype),
+        "model": name, "dtype": model.dtype, "kv_cache_dtype": str(p.cache_dtype),
         "device": kind, "devices": mesh.size, "jax": jax.__version__,
         "bandwidth": memory, "flops": flops, "steps": steps,
     }  # fmt: skip
@@ -402,8 +387,3 @@ def _keep(found: Path, hlo: str, folder: Path) -> None:
     [perfetto] = folder.glob("**/perfetto_trace.json.gz")
     perfetto.replace(folder / "perfetto.json.gz")
     (folder / "hlo.txt").write_text(hlo)
-
-
-def _runner(llm: LLM) -> ModelRunner:
-    assert llm.runner is not None
-    return llm.runner

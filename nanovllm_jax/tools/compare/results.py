@@ -193,9 +193,10 @@ def percentile(values: Iterable[float], p: float) -> float:
 
 
 def _joules(run: Run, task: Task) -> float | None:
-    """Return the joules an output token; short runs' energy is not known well."""
-    known = run.joules is not None and sum(run.seconds.values()) > 0.5
-    return run.joules / task.output_tokens if known else None
+    """Return the joules an output token; the energy of a short run is not known well."""
+    if run.joules is None or sum(run.seconds.values()) < 0.5:
+        return None
+    return run.joules / task.output_tokens
 
 
 # What is told of a run; None if it is not known.

@@ -22,7 +22,7 @@ from typing import Any
 
 from nanovllm_jax.tools.compare import machine, results
 from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
-from nanovllm_jax.tools.compare.job import Case, Job, Workload
+from nanovllm_jax.tools.compare.job import Case, Job, Wave, Workload
 from nanovllm_jax.tools.compare.results import Absent, Check, Failure, Profile, Run, Skip, Start
 
 Emit = Callable[[results.Event], None]
@@ -57,11 +57,15 @@ def run_batch(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
     for part, waves in workload.parts.items():
         empty_cache(engine)
         start = time.perf_counter()
-        done = [engine.generate(p, n, job.temperature) for p, n in waves]
+        done = _generate(engine, waves, job)
         seconds[part] = time.perf_counter() - start
         for completions, (_, outputs) in zip(done, waves, strict=True):
             check_completions(completions, outputs, job.vocab_size)
     return {"seconds": seconds}
+
+
+def _generate(engine: Adapter, waves: list[Wave], job: Job) -> list[list[list[int]]]:
+    return [engine.generate(prompts, outputs, job.temperature) for prompts, outputs in waves]
 
 
 def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
@@ -171,15 +175,9 @@ def measure_all(engine: Adapter, job: Job, clock: Clock, emit: Emit) -> None:
     for timed in (case.timed for case in job.cases if case.profile):
         with _failures(job, timed.name, emit):
             empty_cache(engine)
-            run = functools.partial(run_waves, engine, timed, job)
-            profile = engine.profile(run, timed.batch)
+            generate = functools.partial(_generate, engine, timed.main, job)
+            profile = engine.profile(generate, timed.batch)
             emit(Profile(job.engine, job.round, timed.name, **profile))
-
-
-def run_waves(engine: Adapter, workload: Workload, job: Job) -> None:
-    """Run the main part of a workload."""
-    for prompts, outputs in workload.main:
-        engine.generate(prompts, outputs, job.temperature)
 
 
 def _time(engine: Adapter, case: Case, job: Job, clock: Clock, emit: Emit) -> None:
@@ -212,20 +210,19 @@ def _failures(job: Job, workload: str | None, emit: Emit) -> Iterator[None]:
         emit(Failure(job.engine, job.round, workload, f"{type(error).__name__}: {text}"))
 
 
-def describe(record: results.Event) -> str:
+def describe(event: results.Event) -> str:
     """Describe a result in a line of progress."""
-    match record:
+    words = [type(event).__name__.lower(), getattr(event, "workload", None)]
+    match event:
         case Run():
-            times = ", ".join(f"{part} {s:.3f} s" for part, s in record.seconds.items())
-            return f"{record.workload}: {times}"
+            words += [f"{part} {seconds:.3f} s" for part, seconds in event.seconds.items()]
         case Start():
-            return f"started in {record.start_s:.1f} s"
+            words.append(f"{event.start_s:.1f} s")
         case Absent():
-            return f"absent: no module {', '.join(record.missing)} ({record.install})"
+            words.append(f"no module {', '.join(event.missing)} ({event.install})")
         case Skip() | Failure():
-            word = type(record).__name__.lower()
-            return f"{record.workload or 'engine'} {word}: {record.reason}"
-    return type(record).__name__.lower()
+            words.append(event.reason)
+    return " ".join(filter(None, words))
 
 
 def main(path: str) -> None:
@@ -236,9 +233,9 @@ def main(path: str) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 
-    def emit(record: results.Event) -> None:
-        results.append(Path(job.results), record)
-        print(f"  {describe(record)}", file=progress, flush=True)
+    def emit(event: results.Event) -> None:
+        results.append(Path(job.results), event)
+        print(f"  {describe(event)}", file=progress, flush=True)
 
     with _failures(job, None, emit):
         work(job, emit)

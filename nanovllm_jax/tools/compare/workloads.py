@@ -2,15 +2,14 @@
 
 import itertools
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanovllm_jax.tools import bench
-from nanovllm_jax.tools.compare.job import Workload
+from nanovllm_jax.tools.compare.job import Wave, Workload
 from nanovllm_jax.tools.compare.results import Task
 from nanovllm_jax.tools.roofline import CostModel, Work
 
-BATCHES = (1, 16, 64)
+NAMES = ("batch1", "batch16", "batch64", "prefill", "prefix", "stream", "bench")
 SEED, WARM_UP_SEED, CHECK_SEED = 0, 12345, 7
 
 
@@ -52,37 +51,44 @@ SCALES = {
 
 def make(name: str, scale: Scale, seed: int, vocab_size: int) -> Workload:
     """Make a workload; another seed gives other token ids of the same lengths or distribution."""
-    rng = random.Random(f"{name} {seed}")
+    rng, arrivals = random.Random(f"{name} {seed}"), []
+    if name == "prefix":
+        title, parts = _prefix(rng, scale, vocab_size)
+        return Workload(name, title, parts)
     if name == "bench":  # at full size seed 0 is nano-vLLM's bench.py, token for token
-        requests, longest = scale.bench
-        work = bench.random_workload(seed, requests, longest, vocab_size)
-        scaled = "" if (requests, longest) == bench.STANDARD[:2] else ", scaled down"
+        work = bench.random_workload(seed, *scale.bench, vocab_size)
+        scaled = "" if scale.bench == bench.STANDARD[:2] else ", scaled down"
         title = (
-            f"nano-vLLM's bench.py{scaled}: {requests} requests, {work.prompt_tokens:,} prompt and "
-            f"{work.output_tokens:,} output tokens"
+            f"nano-vLLM's bench.py{scaled}: {len(work.prompts)} requests, "
+            f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
         )
-        return Workload(name, title, {"whole": [(work.prompts, work.outputs)]})
-    return MAKERS[name](name, rng, scale, vocab_size)
+    elif name == "stream":
+        count, prompt, output = scale.stream
+        top = min(bench.MAX_TOKEN_ID, vocab_size - 1)
+        lengths = [rng.randint(prompt // 4, prompt) for _ in range(count)]
+        prompts = [[rng.randint(0, top) for _ in range(length)] for length in lengths]
+        outputs = [rng.randint(output // 4, output) for _ in range(count)]
+        work = bench.Workload(prompts, outputs)
+        arrivals = list(itertools.accumulate(rng.expovariate(scale.rate) for _ in range(count)))
+        title = (
+            f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), up to {prompt} prompt and "
+            f"{output} output tokens"
+        )
+    elif name == "prefill":
+        prompts, length = scale.prefill
+        work = bench.fixed_workload(rng, prompts, length, 1, vocab_size)
+        title = f"prefill: {prompts} x {length} tokens"
+    else:
+        batch = int(name.removeprefix("batch"))
+        work = bench.fixed_workload(rng, batch, scale.prompt, scale.output, vocab_size)
+        title = f"batch {batch}: {scale.prompt} prompt + {scale.output} output tokens each"
+    parts = {"whole": [(work.prompts, work.outputs)]}
+    if name.startswith("batch"):  # once more for the first tokens alone
+        parts["first"] = [(work.prompts, [1] * len(work.prompts))]
+    return Workload(name, title, parts, arrivals, scale.rate if arrivals else 0.0)
 
 
-def _batch(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
-    """Make equal requests, completed in full and for one token."""
-    batch = int(name.removeprefix("batch"))
-    work = bench.fixed_workload(rng, batch, scale.prompt, scale.output, vocab_size)
-    title = f"batch {batch}: {scale.prompt} prompt + {scale.output} output tokens each"
-    parts = {"whole": [(work.prompts, work.outputs)], "first": [(work.prompts, [1] * batch)]}
-    return Workload(name, title, parts)
-
-
-def _prefill(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
-    """Make long prompts with one output token."""
-    prompts, length = scale.prefill
-    work = bench.fixed_workload(rng, prompts, length, 1, vocab_size)
-    title = f"prefill: {prompts} x {length} tokens"
-    return Workload(name, title, {"whole": [(work.prompts, work.outputs)]})
-
-
-def _prefix(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
+def _prefix(rng: random.Random, scale: Scale, vocab_size: int) -> tuple[str, dict[str, list[Wave]]]:
     """Make prompts behind one prefix, the first of them ahead; then as many that share nothing."""
     count, shared, rest, output = scale.prefix
     own = bench.fixed_workload(rng, 2 * count, shared + rest, output, vocab_size).prompts
@@ -92,35 +98,8 @@ def _prefix(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Wor
         label: [(prompts[:1], outputs[:1]), (prompts[1:], outputs[1:])]
         for label, prompts in (("shared", behind_one), ("own", own[count:]))
     }
-    title = (
-        f"shared prefix: {count} prompts of {shared} shared + {rest} own tokens, {output} output"
-    )
-    return Workload(name, title, parts)
-
-
-def _stream(name: str, rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
-    """Make Poisson arrivals; lengths uniform from a quarter of the longest."""
-    count, prompt, output = scale.stream
-    top = min(bench.MAX_TOKEN_ID, vocab_size - 1)
-    lengths = [rng.randint(prompt // 4, prompt) for _ in range(count)]
-    prompts = [[rng.randint(0, top) for _ in range(length)] for length in lengths]
-    outputs = [rng.randint(output // 4, output) for _ in range(count)]
-    gaps = [rng.expovariate(scale.rate) for _ in range(count)]
-    title = (
-        f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), up to {prompt} prompt and "
-        f"{output} output tokens"
-    )
-    arrivals = list(itertools.accumulate(gaps))
-    return Workload(name, title, {"whole": [(prompts, outputs)]}, arrivals, scale.rate)
-
-
-MAKERS: dict[str, Callable[[str, random.Random, Scale, int], Workload]] = {
-    **{f"batch{n}": _batch for n in BATCHES},
-    "prefill": _prefill,
-    "prefix": _prefix,
-    "stream": _stream,
-}
-NAMES = (*MAKERS, "bench")
+    title = f"{count} prompts of {shared} shared + {rest} own tokens, {output} output"
+    return f"shared prefix: {title}", parts
 
 
 def requests(workload: Workload) -> bench.Workload:
