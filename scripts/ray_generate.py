@@ -14,7 +14,6 @@ machines DIR must be a folder that all of them see.
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -174,8 +173,7 @@ def run(args: argparse.Namespace) -> int:
 
     if todo:
         ray.init(include_dashboard=False)
-        devices = math.prod(config.mesh_shape.values())  # of one engine
-        gpus = devices if ray.cluster_resources().get("GPU") else 0
+        gpus = config.num_devices if ray.cluster_resources().get("GPU") else 0
         for kind, each in (("CPU", 1), ("GPU", gpus)):
             if each * args.actors > (there := ray.cluster_resources().get(kind, 0)):
                 raise UsageError(f"--actors {args.actors} at {each} {kind} each: there are {there}")

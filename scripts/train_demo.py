@@ -44,8 +44,6 @@ PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
 MODEL = ModelConfig(
     architecture="Qwen3ForCausalLM",
     vocab_size=1536,
