@@ -102,7 +102,7 @@ class LLM(LLMEngine):
     def chat(
         self,
         messages: list[Message] | list[list[Message]],
-        sampling_params: SamplingParams | Items[SamplingParams],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
         chat_template: str | None = None,
@@ -116,7 +116,7 @@ class LLM(LLMEngine):
         Args:
             messages: a conversation's messages, {"role": ..., "content": ...} each; or a list of
                 conversations.
-            sampling_params, use_tqdm: as for `generate`.
+            sampling_params, use_tqdm: as for `generate`; None: SamplingParams().
             chat_template: a Jinja template in place of the tokenizer's.
             add_generation_prompt: end the prompt with the beginning of an answer.
             continue_final_message: let the model continue the last message instead.
@@ -148,7 +148,7 @@ class LLM(LLMEngine):
         ]
         # The template has written the special tokens already.
         token_ids = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompts]  # pyright: ignore[reportArgumentType]
-        return self.generate(token_ids, sampling_params, use_tqdm)
+        return self.generate(token_ids, sampling_params or SamplingParams(), use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[list[int]]:
         """Complete one prompt, yielding new token ids as they come; closing it ends the request.
