@@ -41,7 +41,8 @@ class LLM(LLMEngine):
             and read in half the time; "auto", the default, keeps them in `dtype`.
         seed: the random streams' seed for requests that name none (default 0).
         async_scheduling: let the device run one step ahead of the host; off only to debug.
-        attention_backend: "triton" or "mosaic" (GPU), "xla", or "auto", the default and fastest.
+        attention_backend: "triton" or "mosaic" (GPU; "mosaic" is prefill on Hopper, the rest stays
+            Triton), "xla", or "auto", the default and fastest.
         load_format: "auto" reads the weights; "dummy" makes random ones, to measure speed.
 
     Raises:

@@ -7,15 +7,15 @@ sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 Every function of attention takes `implementation`:
 
 - "triton": Pallas kernels for NVIDIA GPUs from Ampere on, interpreted if there is no GPU.
-- "mosaic": Pallas kernels with Hopper's own instructions, in bfloat16; Triton writes K and V.
+- "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
 Three functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
 `one_shot_all_reduce` and `one_shot_max` combine small arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
-`supports_one_shot`, `supports_mosaic_prefill`, `supports_mosaic_decode`. `mosaic_problem` tells why
-a GPU does not run Mosaic's.
+`supports_one_shot`, `supports_mosaic_prefill`. `mosaic_problem` tells why a GPU does not run
+Mosaic's.
 """
 
 from pallas_kernels._common import mosaic_problem
@@ -28,7 +28,6 @@ from pallas_kernels.all_reduce import (
 )
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.kv_write import norm_rope_write
-from pallas_kernels.mosaic_decode import supports_mosaic_decode
 from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
 from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
@@ -45,7 +44,6 @@ __all__ = [
     "paged_decode",
     "paged_prefill",
     "supports_fused_linear",
-    "supports_mosaic_decode",
     "supports_mosaic_prefill",
     "supports_one_shot",
 ]

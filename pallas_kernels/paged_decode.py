@@ -32,7 +32,6 @@ from pallas_kernels._common import (
     use_interpreter,
 )
 from pallas_kernels.kv_write import check_write, norm_rope_write
-from pallas_kernels.mosaic_decode import paged_decode_mosaic
 
 # Programs that keep the memory of an H100 busy: four for each of its 132 multiprocessors.
 _TARGET_PROGRAMS = 4 * 132
@@ -62,12 +61,12 @@ def paged_decode(
         context_lens: positions to attend to, the newest (already in the cache) included; 0 marks
             a padding row, whose output is zeros.
         layer: the layer whose part of the caches is read.
+        implementation: "mosaic" decodes in Triton, too.
         scale: the factor of the scores, usually H**-0.5.
         interpret: run the kernels in Pallas's interpreter; None: if there is no GPU.
 
     Raises:
-        ValueError: the shapes do not fit each other, the implementation is unknown, or "mosaic"
-            does not support these shapes and dtypes (`supports_mosaic_decode`).
+        ValueError: the shapes do not fit each other, or the implementation is unknown.
 
     Paging is PagedAttention's (Kwon et al., 2023, arXiv:2309.06180). A small batch leaves most of
     a GPU idle, so there the context of each row is split as in Flash-Decoding (Dao et al., 2023):
@@ -78,8 +77,6 @@ def paged_decode(
     _check_decode(q.shape, *operands[1:])
     if implementation == "xla":
         return _paged_decode_xla(*operands, scale=scale)
-    if implementation == "mosaic":
-        return paged_decode_mosaic(*operands, scale=scale, interpret=use_interpreter(interpret))
     splits = _choose_splits(q.shape[0], k_cache, block_tables.shape[1])
     return _paged_decode_triton(
         *operands, scale=scale, num_splits=splits, interpret=use_interpreter(interpret)
@@ -121,7 +118,7 @@ def decode_step(
     q_shape = (batch, num_kv_heads * (per_group - 2), head_dim)
     _check_decode(q_shape, k_cache, v_cache, block_tables, context_lens, layer)
     num_splits = _choose_splits(batch, k_cache, block_tables.shape[1])
-    if implementation != "triton" or num_splits == 1:
+    if implementation == "xla" or num_splits == 1:
         q, k_cache, v_cache = norm_rope_write(
             qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer,
             eps=eps, implementation=implementation, interpret=interpret,

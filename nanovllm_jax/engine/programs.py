@@ -297,7 +297,7 @@ class Programs:
         if backend == "mosaic" and problem:
             raise ValueError(f"attention_backend: {problem}")
         if backend != "auto":
-            return backend, backend
+            return backend, "triton" if backend == "mosaic" else backend
         fits = supports_mosaic_prefill(c.dtype, self.cache_dtype, c.head_dim)
         return "mosaic" if fits and not problem else "triton", "triton"
 
