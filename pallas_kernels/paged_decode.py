@@ -113,6 +113,7 @@ def decode_step(
     Triton kernel, which attends to the new position without reading it back. More rows hide the
     start, and two kernels are as fast.
     """
+    check_implementation(implementation)
     check_write(qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, layer)
     batch, num_kv_heads, per_group, head_dim = qkv.shape
     q_shape = (batch, num_kv_heads * (per_group - 2), head_dim)
