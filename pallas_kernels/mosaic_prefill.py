@@ -165,7 +165,7 @@ def paged_prefill_mosaic(
 
 
 def _max_tiles(num_tokens: int, batch: int, tile_tokens: int) -> int:
-    """The most tiles that any cut of `num_tokens` into `batch` sequences and padding can need."""
+    """Return the most tiles that `num_tokens`, cut into `batch` sequences and padding, can need."""
     sequences = min(batch + 1, num_tokens)
     return (num_tokens + sequences * (ALIGNMENT - 1 + tile_tokens - 1)) // tile_tokens
 
@@ -176,15 +176,15 @@ def _schedule(
     """Cut the packed queries into tiles, and put them in the order in which programs take them.
 
     A tile begins at a multiple of `ALIGNMENT` rows of the packed array, and so perhaps before its
-    sequence: its own rows are those from `begin` to `end`. Each row of the result is
-    (sequence, first row, begin, end, position of the first row, context length). The position may
-    be negative where the tile begins before its sequence, and is where the tile is padding: the
-    rows after the last sequence form one more, of context 0.
+    sequence: it owns the rows from `begin` to `end`. Each row of the result is (sequence, first
+    row, begin, end, position of the first row, context length). The position may be negative if the
+    tile begins before its sequence, and always is in a tile of padding: the rows after the last
+    sequence form one more sequence, with context 0.
 
-    Tiles are in the order of the packed array, so that programs that run at a time share the keys
-    in the second-level cache; but within each `window` of tiles the longest ones come first.
+    Tiles are in the order of the packed array, so that programs that run at the same time share
+    keys in the second-level cache; but within each `window` of tiles the longest ones come first.
 
-    Returns the tiles, and how many of them exist: the others, at the end, are to be ignored.
+    Returns the tiles, and how many of them exist: the rest, at the end, must be ignored.
     """
     batch = context_lens.size
     starts = query_starts.astype(jnp.int32)
@@ -205,8 +205,8 @@ def _schedule(
     position = context - (ends[sequence] - first_row)
     columns = (jnp.minimum(sequence, batch - 1), first_row, begin, end, position, context)
 
-    # The number of a window and the blocks of a tile in one key, which grows with the former and
-    # falls with the latter. Tiles that do not exist come last.
+    # One key holds the number of a tile's window and its blocks: it grows with the first and falls
+    # with the second. Tiles that do not exist come last.
     blocks = (jnp.maximum(position + end, 0) + block_n - 1) // block_n
     window_of_tile = jnp.where(tile < tiles_end[-1], tile // window, 2**11 - 1)
     order = jnp.argsort(window_of_tile * 2**20 - blocks)
