@@ -8,6 +8,9 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.models import ModelConfig
+from nanovllm_jax.sharding import make_sharding, merge_rules
+from nanovllm_jax.weights import load_weights
 
 BLOCK = 4
 
@@ -21,8 +24,8 @@ def expected(checkpoint, oracle):
     ("shape", "data", "tensor"),
     [
         ("eight_heads", 2, 2),  # (1 x 2, 1 x 4 and 1 x 8: test_parity.test_tensor_parallel)
-        ("eight_heads", 2, 4),
-        ("eight_heads", 8, 1),
+        pytest.param("eight_heads", 2, 4, marks=pytest.mark.slow),
+        pytest.param("eight_heads", 8, 1, marks=pytest.mark.slow),
         ("gqa", 3, 2),  # 6 query heads, an odd vocabulary, 4 slots over 3 shards
     ],
 )
@@ -41,12 +44,18 @@ def test_same_tokens_on_every_mesh(engine, expected, shape, data, tensor):
 @pytest.mark.parametrize(
     "rules",
     [
-        {"activation_tokens": ["data", "tensor"]},  # the residual stream cut by tokens
-        {"activation_tokens": None, "activation_embed": "tensor"},
-        {"vocab": ("data", "tensor"), "batch": None, "activation_tokens": None},
+        # the residual stream cut by tokens
+        {"activation_tokens": ["data", "tensor"]},
         {"ffn": None, "heads": None, "kv_heads": None, "batch": ["data", "tensor"],
          "activation_tokens": ["data", "tensor"], "vocab": None},
-        {"embed": "data", "batch": None, "activation_tokens": None},
+        *(
+            pytest.param(rules, marks=pytest.mark.slow)
+            for rules in (
+                {"activation_tokens": None, "activation_embed": "tensor"},
+                {"vocab": ("data", "tensor"), "batch": None, "activation_tokens": None},
+                {"embed": "data", "batch": None, "activation_tokens": None},
+            )
+        ),
     ],
 )  # fmt: skip
 def test_same_tokens_under_other_rules(engine, expected, rules):
@@ -70,7 +79,8 @@ def test_same_tokens_when_chunked_preempted_and_drawn(engine):
 
 def test_eager_on_a_mesh(engine, expected):
     llm = engine("eight_heads", mesh_shape={"data": 2, "tensor": 2}, enforce_eager=True)
-    assert tokens(llm, edge_prompts(), greedy()) == expected("eight_heads")
+    some = slice(1, 4)
+    assert tokens(llm, edge_prompts()[some], greedy()) == expected("eight_heads")[some]
 
 
 # --- the scheduler's shards ---
@@ -178,11 +188,12 @@ def test_a_wrong_mesh_or_rule_is_refused_by_name(checkpoint, options, error, sai
         LLM(str(checkpoint()), **options)
 
 
-def test_weights_are_placed_by_the_rules(engine):
-    llm = engine("eight_heads", mesh_shape={"data": 2, "tensor": 2}, sharding_rules={"ffn": None})
+def test_weights_are_placed_by_the_rules(checkpoint):
+    sharding = make_sharding({"data": 2, "tensor": 2}, merge_rules({"ffn": None}))
+    config = ModelConfig.from_directory(checkpoint("eight_heads")).sharded(sharding.size)
     copies = [
         len({str(shard.index) for shard in array.addressable_shards})
-        for array in jax.tree.leaves(llm.runner.weights)
+        for array in jax.tree.leaves(load_weights(config, sharding, checkpoint("eight_heads")))
         if array.size > 1_000
     ]
-    assert set(copies) <= {1, 2} and 2 in copies
+    assert set(copies) == {1, 2}

@@ -236,7 +236,7 @@ def test_num_kvcache_blocks_overrides_the_sizing(engine):
 
 
 def test_on_a_cpu_the_cache_holds_every_sequence_at_its_longest(engine):
-    assert engine(num_kvcache_blocks=None).runner.num_blocks == 4 * 3
+    assert engine().runner._num_cache_blocks() == 4 * 3
 
 
 def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
