@@ -109,8 +109,10 @@ class LLMEngine:
     def _run_round(self) -> int:
         """Dispatch the next batch, then read the one before it; returns the count of `step`."""
         self._check_usable()
+        if not self.requests:
+            return 0
         lead = 2 if self.config.async_scheduling else 1
-        while len(self.in_flight) < lead and self.requests and self._dispatch():
+        while len(self.in_flight) < lead and self._dispatch():
             pass
         return self._collect()
 
