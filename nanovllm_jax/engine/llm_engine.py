@@ -111,8 +111,7 @@ class LLMEngine:
         self._check_usable()
         if not self.requests:
             return 0
-        lead = 2 if self.config.async_scheduling else 1
-        while len(self.in_flight) < lead and self._dispatch():
+        while len(self.in_flight) < 1 + self.config.async_scheduling and self._dispatch():
             pass
         return self._collect()
 
