@@ -1,8 +1,7 @@
 """Draw the plots of a report: matplotlib figures as SVG text, one color an engine."""
 
-import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +21,7 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "svg.fonttype": "path",  # letters as curves: the same on every machine
 }
-KINDS = ("#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#009e73", "#bbbbbb", "#cc79a7", "#ffffff")
+KINDS = ("#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#009e73", "#bbbbbb", "#cc79a7")
 WIDTH = 10.4  # inches
 
 Plot = tuple[str, str, Any]  # title, explanation, matplotlib figure
@@ -78,15 +77,21 @@ def _svg(figure: Any, title: str) -> str:
     return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _subplots(columns: int, height: float, **options: Any) -> tuple[Any, Sequence[Any]]:
-    figure, axes = pyplot().subplots(
+def _subplots(results: Results, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
+    """Return a figure with a legend of the engines, and its axes, which lie side by side."""
+    plt = pyplot()
+    figure, [axes] = plt.subplots(
         1, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
     )
-    return figure, axes[0]
+    engines = [ENGINES[name] for name in results.engines]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=engine.color) for engine in engines]
+    labels = [engine.label for engine in engines]
+    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside lower center")
+    return figure, axes
 
 
 def _columns(
-    ax: Any, results: Results, names: Sequence[str], values: Callable[[str, str], list[float]]
+    ax: Any, results: Results, names: Sequence[str], metric: str, scale: float = 1.0
 ) -> None:
     """Draw a group of bars for each workload: each engine's median, with the range as a line.
 
@@ -95,7 +100,7 @@ def _columns(
     width, numbered = 0.8 / len(results.engines), len(names) == 1
     for i, engine in enumerate(results.engines):
         for x, name in enumerate(names):
-            if found := values(engine, name):
+            if found := [scale * value for value in results.values(engine, name, metric)]:
                 middle, place = median(found), x - 0.4 + width * (i + 0.5)
                 ax.bar(place, middle, width * 0.92, color=ENGINES[engine].color)
                 ax.plot([place] * 2, [min(found), max(found)], color="black", lw=1)
@@ -112,12 +117,6 @@ def _columns(
         ax.grid(axis="y")
 
 
-def _legend(figure: Any, results: Results) -> None:
-    handles = [pyplot().Rectangle((0, 0), 1, 1, color=ENGINES[e].color) for e in results.engines]
-    labels = [ENGINES[e].label for e in results.engines]
-    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside lower center")
-
-
 def _logarithmic(axis: Any) -> None:
     """Label powers of ten, and between them 2 and 5, without exponents."""
     plain = "{:,.10g}".format
@@ -130,15 +129,14 @@ def throughput(results: Results) -> Plot | None:
     outputs = [*(f"batch{n}" for n in results.batches), "bench"]
     if not (names := results.measured(*outputs, "prefill")):
         return None
-    figure, axes = _subplots(len(names), 3.0)
+    figure, axes = _subplots(results, len(names), 3.0)
     for ax, name in zip(axes, names, strict=True):
         metric = "output tok/s" if name in outputs else "input tok/s"
-        _columns(ax, results, [name], functools.partial(results.values, metric=metric))
+        _columns(ax, results, [name], metric)
         ax.set_xlabel(metric)
     machine, settings = results.machine, results.settings
     title = f"{settings.model}, {settings.dtype}, {machine.gpu or machine.cpu} (more is better)"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    _legend(figure, results)
     return "Throughput", "Bars: medians. Lines: the range over all runs.", figure
 
 
@@ -147,7 +145,7 @@ def batches(results: Results) -> Plot | None:
     sizes = results.batches
     if not results.measured(*(f"batch{n}" for n in sizes)):
         return None
-    figure, axes = _subplots(2, 3.8)
+    figure, axes = _subplots(results, 2, 3.8)
     for ax, metric in zip(axes, ("ms a token", "ms to the first token"), strict=True):
         for name in results.engines:
             color = ENGINES[name].color
@@ -162,7 +160,6 @@ def batches(results: Results) -> Plot | None:
         ax.set_xlabel("requests in the batch")
         ax.set_ylabel(f"{metric} (less is better)")
         ax.grid(which="both")
-    _legend(figure, results)
     text = "Points: medians; bars: the range over all runs. Both axes are logarithmic."
     return "Batch sizes", text, figure
 
@@ -171,7 +168,7 @@ def arrivals(results: Results) -> Plot | None:
     """Draw the distributions of the time to the first token and of the time a token."""
     if not results.measured("stream"):
         return None
-    figure, axes = _subplots(2, 3.6, sharey=True)
+    figure, axes = _subplots(results, 2, 3.6, sharey=True)
     panels = (("Time to the first token", "ttft_s"), ("Time per output token", "tpot_s"))
     for ax, (title, what) in zip(axes, panels, strict=True):
         for name in results.engines:
@@ -185,7 +182,6 @@ def arrivals(results: Results) -> Plot | None:
         ax.set_yticks([0, 25, 50, 75, 90, 99])
         ax.grid(which="both")
     axes[0].set_ylabel("requests at most this long, %")
-    _legend(figure, results)
     text = (
         f"{results.tasks['stream'].title}; each is submitted at its time, while the engine steps. "
         "All requests of all runs; the time to the first token counts from the arrival."
@@ -197,11 +193,10 @@ def prefix(results: Results) -> Plot | None:
     """Draw the times of a long prefix that all prompts share, and of prompts that share nothing."""
     if not results.measured("prefix"):
         return None
-    figure, axes = _subplots(2, 3.0, sharey=True)
+    figure, axes = _subplots(results, 2, 3.0, sharey=True)
     for ax, metric in zip(axes, ("s behind one prefix", "s with a prefix each"), strict=True):
-        _columns(ax, results, ["prefix"], functools.partial(results.values, metric=metric))
+        _columns(ax, results, ["prefix"], metric)
         ax.set_xlabel(f"{metric} (less is better)")
-    _legend(figure, results)
     text = f"{results.tasks['prefix'].title}; the first prompt is completed ahead of the others."
     return "A long shared prefix", text, figure
 
@@ -209,25 +204,19 @@ def prefix(results: Results) -> Plot | None:
 def limits(results: Results) -> Plot | None:
     """Draw the share of the memory's and of the products' limit that each workload reaches."""
     settings = results.settings
-    panels = [
-        ("Memory", settings.bandwidth_tb_s, "TB/s", "bytes"),
-        ("Compute", settings.peak_tflop_s, "TFLOP/s", "operations"),
-    ]
-    panels = [(title, rate, unit, need) for title, rate, unit, need in panels if rate]
+    panels = {
+        ("Memory", "TB/s"): settings.bandwidth_tb_s,
+        ("Compute", "TFLOP/s"): settings.peak_tflop_s,
+    }
+    panels = {panel: rate for panel, rate in panels.items() if rate}
     names = results.measured(*(name for name in results.tasks if name != "stream"))
     if not panels or not names:
         return None
-    figure, axes = _subplots(len(panels), 3.8)
-    for ax, (title, rate, unit, need) in zip(axes, panels, strict=True):
-
-        def share(engine: str, name: str, rate=rate, need=need) -> list[float]:
-            least = getattr(results.tasks[name], need) / (rate * 1e12)
-            return [100 * least / s for s in results.values(engine, name, "seconds")]
-
-        _columns(ax, results, names, share)
-        ax.set_title(f"{title}: {rate:.3g} {unit}")
+    figure, axes = _subplots(results, len(panels), 3.8)
+    for ax, ((title, metric), rate) in zip(axes, panels.items(), strict=True):
+        _columns(ax, results, names, metric, scale=100 / rate)
+        ax.set_title(f"{title}: {rate:.3g} {metric}")
         ax.set_ylabel("% of the limit (more is better)")
-    _legend(figure, results)
     text = (
         "What the workload must move and compute at the very least, over what the machine can in "
         "the time that was taken. Decoding reads every weight once a step and every key and value "
@@ -238,22 +227,22 @@ def limits(results: Results) -> Plot | None:
 
 def profiles(results: Results) -> Plot | None:
     """Draw the time by category, from each framework's own profiler."""
-    if not (found := results.profiles):
+    if not (found := list(results.profiles.values())):
         return None
-    on_gpu = any(profile.idle is not None for profile in found.values())
-    kinds = dict.fromkeys(k for p in found.values() for k, s in p.seconds.items() if s)
-    kinds = [*kinds, *["GPU idle"] * on_gpu]
-    figure, [ax] = _subplots(1, 2.0 + 0.55 * len(found))
-    for row, profile in enumerate(found.values()):
-        times, left = profile.seconds | {"GPU idle": profile.idle or 0.0}, 0.0
-        scale = 1e3 if on_gpu else 100 / sum(times.values())
-        for i, kind in enumerate(kinds):
-            color = KINDS[-1] if kind == "GPU idle" else KINDS[i]
-            width = scale * times.get(kind, 0.0)
-            ax.barh(row, width, left=left, color=color, ec="#666666", lw=0.5,
-                    label=kind if row == 0 else None)  # fmt: skip
-            left += width
-    ax.set_yticks(range(len(found)), [ENGINES[name].label for name in found])
+    on_gpu = any(profile.idle is not None for profile in found)
+    kinds = dict.fromkeys(k for p in found for k, s in p.seconds.items() if s)
+    colors = {kind: KINDS[i] for i, kind in enumerate(kinds)}
+    if on_gpu:
+        colors["GPU idle"] = "#ffffff"
+    times = [profile.seconds | {"GPU idle": profile.idle or 0.0} for profile in found]
+    scales = [1e3 if on_gpu else 100 / sum(row.values()) for row in times]
+    rows, left = range(len(found)), [0.0] * len(found)
+    figure, ax = pyplot().subplots(figsize=(WIDTH, 2.0 + 0.55 * len(found)), layout="constrained")
+    for kind, color in colors.items():
+        widths = [s * row.get(kind, 0.0) for s, row in zip(scales, times, strict=True)]
+        ax.barh(rows, widths, left=left, color=color, ec="#666666", lw=0.5, label=kind)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    ax.set_yticks(rows, [ENGINES[name].label for name in results.profiles])
     ax.invert_yaxis()
     ax.grid(axis="x")
     ax.set_xlabel("ms of the whole run (less is better)" if on_gpu else "% of the profiled time")
@@ -261,9 +250,9 @@ def profiles(results: Results) -> Plot | None:
     text = "A kernel counts from the end of the one before it."
     if not on_gpu:
         text = "XLA's threads are counted, and of PyTorch's the calling one: compare the shares."
-    title = results.tasks[next(iter(found.values())).workload].title
     text = (
-        f"{title}. {text} Profilers slow the host down. Categories go by names: code that a "
-        "compiler fused counts by what its name says first, or as the rest."
+        f"{results.tasks[found[0].workload].title}. {text} Profilers slow the host down. "
+        "Categories go by names: code that a compiler fused counts by what its name says first, "
+        "or as the rest."
     )
     return "Where the time goes", text, figure

@@ -1,7 +1,7 @@
 """The results of a comparison: typed records, one JSON line each, and what they add up to."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -112,11 +112,6 @@ class Run(Event):
         """Seconds of the main part."""
         return next(iter(self.seconds.values()))
 
-    @property
-    def after_first_s(self) -> float:
-        """Seconds of a batch after its first tokens."""
-        return self.seconds["whole"] - self.seconds["first"]
-
 
 @dataclass(frozen=True)
 class Profile(Event):
@@ -184,14 +179,6 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def percentile(values: Iterable[float], p: float) -> float:
-    """Return the p-th percentile, linear between the values around it."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * p / 100
-    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
-    return low + (high - low) * (place % 1)
-
-
 def _joules(run: Run, task: Task) -> float | None:
     """Return the joules an output token; the energy of a short run is not known well."""
     if run.joules is None or sum(run.seconds.values()) < 0.5:
@@ -199,12 +186,15 @@ def _joules(run: Run, task: Task) -> float | None:
     return run.joules / task.output_tokens
 
 
-# What is told of a run; None if it is not known.
+# Functions that compute a figure from a run; None if it is not known.
 METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "output tok/s": lambda run, task: task.output_tokens / run.main_s,
     "input tok/s": lambda run, task: task.prompt_tokens / run.main_s,
-    "seconds": lambda run, task: run.main_s,
-    "ms a token": lambda run, task: 1e3 * run.after_first_s / (task.longest_output - 1),
+    "TB/s": lambda run, task: task.bytes / run.main_s / 1e12,
+    "TFLOP/s": lambda run, task: task.operations / run.main_s / 1e12,
+    "ms a token": lambda run, task: (
+        1e3 * (run.seconds["whole"] - run.seconds["first"]) / (task.longest_output - 1)
+    ),
     "ms to the first token": lambda run, task: 1e3 * run.seconds["first"],
     "s behind one prefix": lambda run, task: run.seconds["shared"],
     "s with a prefix each": lambda run, task: run.seconds["own"],
@@ -213,21 +203,12 @@ METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "joules an output token": _joules,
 }
 BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")
-FIGURES = {  # the metrics of each workload that is no batch
+FIGURES = {  # metrics of each workload that is no batch
     "prefill": ("input tok/s",),
     "prefix": ("s behind one prefix", "s with a prefix each"),
     "stream": ("median ms to the first token", "median ms a token"),
     "bench": ("output tok/s", "joules an output token"),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table of figures: one value a run, of the engines that have any."""
-
-    title: str
-    more_is_better: bool
-    values: dict[str, list[float]]
 
 
 class Results:
@@ -278,16 +259,19 @@ class Results:
         """Return `ttft_s` or `tpot_s` of all requests of all runs, in milliseconds."""
         return [1e3 * s for run in self.of(engine, "stream") for s in getattr(run, what)]
 
-    def figures(self) -> list[Row]:
-        """Return the rows of the table of figures that have values."""
-        rows = [
-            Row(
-                f"{name}, {metric}",
-                metric.endswith("tok/s"),
-                {e: found for e in self.engines if (found := self.values(e, name, metric))},
-            )
+    def figures(self) -> dict[str, dict[str, list[float]]]:
+        """Return the figures: title of a row -> engine -> one value a run; no row is empty.
+
+        More is better in the rows whose titles end with "tok/s".
+        """
+        rows = {
+            f"{name}, {metric}": {
+                e: found for e in self.engines if (found := self.values(e, name, metric))
+            }
             for name in self.tasks
             for metric in FIGURES.get(name, BATCH_METRICS)
-        ]
-        starts = {e: [start.start_s for start in self.starts[e]] for e in self.engines}
-        return [row for row in (*rows, Row("start with imports, s", False, starts)) if row.values]
+        }
+        rows["start with imports, s"] = {
+            e: [start.start_s for start in self.starts[e]] for e in self.engines
+        }
+        return {title: values for title, values in rows.items() if values}
