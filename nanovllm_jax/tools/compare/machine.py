@@ -4,12 +4,13 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 from nanovllm_jax.tools.compare.results import Machine
 
-BENEATH = {"jax": ("jaxlib",), "torch": ("triton",)}  # what carries the speed of these
+BENEATH = {"jax": "jaxlib", "torch": "triton"}  # packages that carry the speed of these
 
 
 def describe() -> Machine:
@@ -29,7 +30,7 @@ def describe() -> Machine:
 def versions(modules: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of those distributions of modules that are installed."""
     found = {}
-    for name in (*modules, *(n for m in modules for n in BENEATH.get(m, ()))):
+    for name in (*modules, *(BENEATH[m] for m in modules if m in BENEATH)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -42,12 +43,9 @@ def energy() -> float | None:
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  # in nvidia-ml-py
 
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-        finally:
-            pynvml.nvmlShutdown()
+        pynvml.nvmlInit()  # does nothing but the first time
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
     except Exception:  # no such module, driver, GPU or counter: NVMLError is not there to name
         return None
 
@@ -61,21 +59,18 @@ def _visible() -> str | None:
 
 def _gpu() -> tuple[str | None, str | None]:
     """Return name and driver of the first visible GPU."""
-    if (visible := _visible()) is not None:
-        command = ["nvidia-smi", "-i", visible, "--query-gpu=name,driver_version"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            answer = subprocess.run(
-                [*command, "--format=csv,noheader"], capture_output=True, text=True, check=True
-            )
-            if lines := answer.stdout.splitlines():
-                name, driver = lines[0].rsplit(", ", 1)
-                return name, driver
+    if visible := _visible():
+        command = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader -i"
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+            command = [*command.split(), visible]
+            answer = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
+            name, driver = answer.splitlines()[0].rsplit(", ", 1)
+            return name, driver
     return None, None
 
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1].strip()
     return platform.processor() or "unknown"

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.compare import machine, plots, random_model, report, results, workloads
 from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
-from nanovllm_jax.tools.compare.job import Case, Job
+from nanovllm_jax.tools.compare.job import Job, Workload
 from nanovllm_jax.tools.compare.results import Absent, Added, Failure, Results, Run, Settings, Task
 from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
@@ -79,6 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("give either --model or --random-weights, not both")
     if args.picture and not args.source:
         raise UsageError("--picture is drawn of results: name them with --from FILE.jsonl")
+    if args.source and not args.source.is_file():
+        raise UsageError(f"--from {args.source} is not there: give a file of results")
     check_positive(args, "rounds", "runs", "rate", "bandwidth", "peak")
     check_positive(args, "temperature", at_least=0)
     return args
@@ -86,19 +89,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
     """Read a list of names into the order of those that are known."""
-    names = [name for name in text.split(",") if name]
-    wrong = next((name for name in names if name not in known), None)
-    if wrong or not names:
-        what = f"{wrong} is not known" if wrong else "is empty"
-        raise UsageError(f"{option} {what}: choose from {', '.join(known)}")
+    names = text.split(",")
+    if wrong := [name for name in names if name not in known]:
+        raise UsageError(f"{option} {wrong[0]!r} is not known: choose from {', '.join(known)}")
     return [name for name in known if name in names]
 
 
 def _limit(text: str) -> tuple[str, float]:
     engine, _, seconds = text.rpartition("=")
     if engine not in ("", *ENGINES) or not re.fullmatch(r"\d*\.?\d+", seconds):
-        known = ", ".join(ENGINES)
-        raise argparse.ArgumentTypeError(f"{text} is not SECONDS or ENGINE=SECONDS of {known}")
+        raise argparse.ArgumentTypeError(f"{text} is not [ENGINE=]SECONDS of {', '.join(ENGINES)}")
     return engine, float(seconds)
 
 
@@ -112,45 +112,33 @@ def _python_path(text: str) -> tuple[str, str]:
 Header = list[Settings | results.Machine | Task]
 
 
-def prepare(args: argparse.Namespace) -> tuple[Header, Job]:
+def prepare(args: argparse.Namespace, file: Path) -> tuple[Header, Job]:
     """Choose model, scale and workloads: the first lines of the results, and every job's part.
 
     Raises:
         UsageError: the model is none, or too small for the scale.
     """
     here = machine.describe()
-    if args.random_weights:
-        title = f"Qwen3-{args.random_weights}, random weights"
-        model = args.weights_folder / f"qwen3-random-{args.random_weights}"
-        print(f"{title}, in {model}")
-        random_model.write(model, shapes.QWEN3[args.random_weights])
-    else:
-        model = (args.model or DEMO_MODEL).resolve()
-        title = model.name if args.model else "the demo model"
-    if not (model / "config.json").is_file():
-        raise UsageError(f"{model} is no model directory: it has no config.json")
+    device = "gpu" if here.gpu else "cpu"
+    title, model = _model(args)
     with refusals(ValueError):
         config = ModelConfig.from_directory(model)
     config = config if here.gpu else replace(config, dtype="float32")
-    name = args.scale or ("gpu" if here.gpu else "cpu")
-    scale = workloads.SCALES[name]
+    scale = workloads.SCALES[args.scale or device]
     scale = replace(scale, rate=args.rate or scale.rate)
     if scale.max_model_len > config.max_position_embeddings:
         raise UsageError(
-            f"--scale {name} needs {scale.max_model_len} positions and {model} has "
-            f"{config.max_position_embeddings}: choose --scale cpu or another model"
+            f"--scale {args.scale or device} needs {scale.max_model_len} positions and {model} "
+            f"has {config.max_position_embeddings}: choose --scale cpu or another model"
         )
+    sizes = {name: n for name, n in asdict(scale).items() if name.startswith("max_")}
     weights = parameters(config)
     costs = roofline.CostModel(config, weights)
-    profiled = "batch16" if "batch16" in args.workloads else args.workloads[0]
-    cases, tasks = [], []
-    for name in args.workloads:
-        timed, warm_up = (
-            workloads.make(name, scale, seed, config.vocab_size)
-            for seed in (workloads.SEED, workloads.WARM_UP_SEED)
-        )
-        cases.append(Case(timed, warm_up, name == profiled))
-        tasks.append(workloads.describe(timed, costs, scale.prefix[1] if name == "prefix" else 0))
+
+    def make(name: str, seed: int) -> Workload:
+        return workloads.make(name, scale, seed, config.vocab_size)
+
+    timed = {name: make(name, workloads.SEED) for name in args.workloads}
     # A CPU's limits are unknown: for one thing, a small model's weights stay in its caches.
     rates = roofline.find_hardware(here.gpu or "")
     settings = Settings(
@@ -158,7 +146,7 @@ def prepare(args: argparse.Namespace) -> tuple[Header, Job]:
         model=title,
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)),
         dtype=config.dtype,
-        device="gpu" if here.gpu else "cpu",
+        device=device,
         engines=args.engines,
         rounds=args.rounds,
         runs=args.runs,
@@ -169,14 +157,29 @@ def prepare(args: argparse.Namespace) -> tuple[Header, Job]:
     )
     job = Job(
         model=str(model),
-        limits=Limits("cuda" if here.gpu else "cpu", config.dtype, scale.sizes),
+        limits=Limits("cuda" if here.gpu else "cpu", config.dtype, sizes),
         vocab_size=config.vocab_size,
         temperature=args.temperature,
         runs=args.runs,
-        check=workloads.make("batch16", scale, workloads.CHECK_SEED, config.vocab_size).main[0],
-        cases=cases,
+        check=make("batch16", workloads.CHECK_SEED).main[0],
+        cases=[(work, make(name, workloads.WARM_UP_SEED)) for name, work in timed.items()],
+        profiled=timed.get("batch16", timed[args.workloads[0]]),
+        results=file.resolve(),
     )
-    return [settings, here, *tasks], job
+    return [settings, here, *(workloads.describe(w, scale, costs) for w in timed.values())], job
+
+
+def _model(args: argparse.Namespace) -> tuple[str, Path]:
+    """Return the model's title and directory; random weights are written if they are not there."""
+    if not args.random_weights:
+        model = (args.model or DEMO_MODEL).resolve()
+        if not (model / "config.json").is_file():
+            raise UsageError(f"{model} is no model directory: it has no config.json")
+        return model.name if args.model else "the demo model", model
+    title = f"Qwen3-{args.random_weights}, random weights"
+    model = args.weights_folder / f"qwen3-random-{args.random_weights}"
+    print(f"{title}, in {model}")
+    return title, random_model.write(model, shapes.QWEN3[args.random_weights])
 
 
 def order(engines: Sequence[str], round_number: int) -> list[str]:
@@ -184,7 +187,7 @@ def order(engines: Sequence[str], round_number: int) -> list[str]:
     return list(engines) if round_number % 2 == 0 else list(engines)[::-1]
 
 
-def run_all(args: argparse.Namespace, shared: Job, file: Path) -> None:
+def run_all(args: argparse.Namespace, shared: Job) -> None:
     """Run every engine in every round, within its time limit; the results grow as they come."""
     default = args.limit.get("", LIMIT_S[shared.limits.device])
     left = {name: args.limit.get(name, default) for name in args.engines}
@@ -192,26 +195,26 @@ def run_all(args: argparse.Namespace, shared: Job, file: Path) -> None:
         for number in range(args.rounds):
             for name in order([*left], number):
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
-                start = time.perf_counter()
+                started = time.time()
                 job = replace(
                     shared,
                     engine=name,
                     round=number,
+                    started=started,
                     seconds=left[name],
-                    cases=[replace(c, profile=c.profile and number == 0) for c in shared.cases],
-                    results=str(file.resolve()),
-                    log=str(file.with_suffix(f".{name}.log").resolve()),
+                    profiled=None if number else shared.profiled,
                 )
                 run_worker(job, Path(folder), args.python_path.get(name))
-                left[name] -= time.perf_counter() - start
-                absent = any(type(r) is Absent and r.engine == name for r in results.read(file))
+                left[name] -= time.time() - started
+                found = results.read(job.results)
+                absent = any(type(r) is Absent and r.engine == name for r in found)
                 if absent or left[name] < GRACE_S:
                     del left[name]
 
 
 def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
     """Run one engine in a process of its own, which is killed after its time limit."""
-    replace(job, started=time.time()).write(path := folder / "job.json")
+    (path := folder / "job.pickle").write_bytes(pickle.dumps(job))
     # The cache is this comparison's alone: a process that is killed may leave a damaged file in it.
     env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **os.environ}
     if python_path:
@@ -224,7 +227,7 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
     reason = None
     try:
         if code := process.wait(job.seconds + GRACE_S):
-            reason = f"the process ended with {code}; see {Path(job.log).name}"
+            reason = f"the process ended with {code}; see {job.log.name}"
     except subprocess.TimeoutExpired:
         reason = f"stopped after its time limit, {job.seconds:.0f} s in this round"
     finally:
@@ -233,7 +236,7 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
             process.wait()
     if reason:
         print(f"  failure: {reason}")
-        results.append(Path(job.results), Failure(job.engine, job.round, None, reason))
+        results.append(job.results, Failure(job.engine, job.round, None, reason))
 
 
 def check_added(file: Path, header: Header, engines: Sequence[str]) -> None:
@@ -244,13 +247,12 @@ def check_added(file: Path, header: Header, engines: Sequence[str]) -> None:
     if again := {r.engine for r in old if isinstance(r, Run)} & {*engines}:
         raise UsageError(f"--add: {file} has results of {', '.join(sorted(again))} already")
     there = [_comparable(record) for record in old]
-    for record in header:
-        if _comparable(record) not in there:
-            what = record.name if isinstance(record, Task) else type(record).__name__.lower()
-            raise UsageError(
-                f"--add: the {what} of {file} differs from this call's: give the same model "
-                "and options on such a machine"
-            )
+    if other := next((record for record in header if _comparable(record) not in there), None):
+        what = other.name if isinstance(other, Task) else type(other).__name__.lower()
+        raise UsageError(
+            f"--add: the {what} of {file} differs from this call's: give the same model and "
+            "options on such a machine"
+        )
 
 
 def _comparable(record: results.Record) -> str:
@@ -263,8 +265,6 @@ def main(argv: Sequence[str]) -> int:
     """Run what the command line asks for, write the report, and return 0; raises UsageError."""
     args = parse(argv)
     if args.source:
-        if not args.source.is_file():
-            raise UsageError(f"--from {args.source} is not there: give a file of results")
         found = Results(results.read(args.source))
         if args.picture:
             plots.write_picture(found, args.picture)
@@ -273,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     plots.pyplot()  # if it is missing, that is said before the work, not after it
     file, page = (Path(f"{args.output}.{suffix}") for suffix in ("jsonl", "html"))
-    header, job = prepare(args)
+    header, job = prepare(args, file)
     if args.add:
         check_added(file, header, args.engines)
         results.append(file, Added(**vars(header[0])))
@@ -283,7 +283,7 @@ def main(argv: Sequence[str]) -> int:
         results.append(file, *header)
     start = time.perf_counter()
     try:
-        run_all(args, job, file)
+        run_all(args, job)
     finally:  # interrupted or not: what there is
         page.write_text(report.render(Results(results.read(file))))
         print(f"{page} and {file} written after {time.perf_counter() - start:.0f} s")

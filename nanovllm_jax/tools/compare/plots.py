@@ -1,7 +1,7 @@
-"""Draw the plots of a report: matplotlib figures as SVG text, one color an engine."""
+"""Draw the plots of a report with matplotlib, in one color an engine."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,8 +24,6 @@ STYLE: Any = {
 KINDS = ("#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#009e73", "#bbbbbb", "#cc79a7")
 WIDTH = 10.4  # inches
 
-Plot = tuple[str, str, Any]  # title, explanation, matplotlib figure
-
 
 def pyplot() -> Any:
     """Import matplotlib's pyplot, to draw without a display.
@@ -45,15 +43,17 @@ def pyplot() -> Any:
     return pyplot
 
 
-def all_plots(results: Results) -> Iterator[tuple[str, str, str]]:
-    """Yield title, explanation and SVG of each plot that there are figures for."""
-    plt = pyplot()
+def all_plots(results: Results) -> dict[str, str]:
+    """Return the SVG element of each plot that there are figures for, by the plot's name."""
+    plots, plt = {}, pyplot()
     for draw in (throughput, batches, arrivals, prefix, limits, profiles):
-        with plt.rc_context(STYLE):
-            if plot := draw(results):
-                title, text, figure = plot
-                yield title, text, _svg(figure, title)
+        # The salt makes the ids of an element its own among several in one page.
+        with plt.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
+            if figure := draw(results):
+                figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Date": None})
+                plots[draw.__name__] = buffer.getvalue()[buffer.getvalue().index("<svg") :]
                 plt.close(figure)
+    return plots
 
 
 def write_picture(results: Results, file: Path) -> None:
@@ -63,18 +63,119 @@ def write_picture(results: Results, file: Path) -> None:
         UsageError: matplotlib is not installed, or there is no throughput to draw.
     """
     with pyplot().rc_context(STYLE):
-        if not (plot := throughput(results)):
+        if not (figure := throughput(results)):
             raise UsageError("these results have no throughput to draw")
-        plot[2].savefig(file, dpi=120)
+        figure.savefig(file, dpi=120)
 
 
-def _svg(figure: Any, title: str) -> str:
-    """Return the figure as an SVG element whose ids are its own among several in one page."""
-    buffer = io.StringIO()
-    with pyplot().rc_context({"svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+def throughput(results: Results) -> Any:
+    """Draw tokens a second of the batches, of bench and of prefill."""
+    outputs = [*(f"batch{n}" for n in results.batches), "bench"]
+    if not (names := results.measured(*outputs, "prefill")):
+        return None
+    figure, axes = _subplots(results, len(names), 3.0)
+    for ax, name in zip(axes, names, strict=True):
+        metric = "output tok/s" if name in outputs else "input tok/s"
+        _columns(ax, results, [name], metric)
+        ax.set_xlabel(metric)
+    machine, settings = results.machine, results.settings
+    title = f"{settings.model}, {settings.dtype}, {machine.gpu or machine.cpu} (more is better)"
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def batches(results: Results) -> Any:
+    """Draw the times a token and to the first token over the size of the batch."""
+    sizes = results.batches
+    if not results.measured(*(f"batch{n}" for n in sizes)):
+        return None
+    figure, axes = _subplots(results, 2, 3.8)
+    for ax, metric in zip(axes, ("ms a token", "ms to the first token"), strict=True):
+        for name in results.engines:
+            color = ENGINES[name].color
+            rows = {n: v for n in sizes if (v := results.values(name, f"batch{n}", metric))}
+            ax.plot([*rows], [*map(median, rows.values())], "o-", color=color)
+            for n, found in rows.items():
+                ax.plot([n, n], [min(found), max(found)], "_-", color=color)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes, [*map(str, sizes)])
+        ax.set(yscale="log", xlabel="requests in the batch", ylabel=f"{metric} (less is better)")
+        _logarithmic(ax.yaxis)
+        ax.grid(which="both")
+    return figure
+
+
+def arrivals(results: Results) -> Any:
+    """Draw the distributions of the time to the first token and of the time a token."""
+    if not results.measured("stream"):
+        return None
+    figure, axes = _subplots(results, 2, 3.6, sharey=True)
+    panels = (("Time to the first token", "ttft_s"), ("Time per output token", "tpot_s"))
+    for ax, (title, what) in zip(axes, panels, strict=True):
+        for name in results.engines:
+            values = sorted(results.arrivals_ms(name, what))
+            share = [100 * (i + 1) / len(values) for i in range(len(values))]
+            ax.step(values, share, where="post", color=ENGINES[name].color, lw=1.8)
+        ax.set(title=title, xscale="log", xlabel="ms, logarithmic (further left is better)")
+        _logarithmic(ax.xaxis)
+        ax.set_yticks([0, 25, 50, 75, 90, 99])
+        ax.grid(which="both")
+    axes[0].set_ylabel("requests at most this long, %")
+    return figure
+
+
+def prefix(results: Results) -> Any:
+    """Draw the times of a long prefix that all prompts share, and of prompts that share nothing."""
+    if not results.measured("prefix"):
+        return None
+    figure, axes = _subplots(results, 2, 3.0, sharey=True)
+    for ax, metric in zip(axes, ("s behind one prefix", "s with a prefix each"), strict=True):
+        _columns(ax, results, ["prefix"], metric)
+        ax.set_xlabel(f"{metric} (less is better)")
+    return figure
+
+
+def limits(results: Results) -> Any:
+    """Draw the share of the memory's and of the products' limit that each workload reaches."""
+    settings = results.settings
+    panels = (
+        ("Memory", settings.bandwidth_tb_s, "TB/s"),
+        ("Compute", settings.peak_tflop_s, "TFLOP/s"),
+    )
+    panels = [(title, rate, metric) for title, rate, metric in panels if rate]
+    names = results.measured(*(name for name in results.tasks if name != "stream"))
+    if not panels or not names:
+        return None
+    figure, axes = _subplots(results, len(panels), 3.8)
+    for ax, (title, rate, metric) in zip(axes, panels, strict=True):
+        _columns(ax, results, names, metric, scale=100 / rate)
+        ax.set(title=f"{title}: {rate:.3g} {metric}", ylabel="% of the limit (more is better)")
+    return figure
+
+
+def profiles(results: Results) -> Any:
+    """Draw the time by category, from each framework's own profiler."""
+    if not (found := list(results.profiles.values())):
+        return None
+    on_gpu = results.settings.device == "gpu"
+    kinds = dict.fromkeys(k for p in found for k, s in p.seconds.items() if s)
+    colors = {kind: KINDS[i] for i, kind in enumerate(kinds)}
+    if on_gpu:
+        colors["GPU idle"] = "#ffffff"
+    times = [profile.seconds | {"GPU idle": profile.idle or 0.0} for profile in found]
+    scales = [1e3 if on_gpu else 100 / sum(row.values()) for row in times]
+    rows, left = range(len(found)), [0.0] * len(found)
+    figure, ax = pyplot().subplots(figsize=(WIDTH, 2.0 + 0.55 * len(found)), layout="constrained")
+    for kind, color in colors.items():
+        widths = [s * row.get(kind, 0.0) for s, row in zip(scales, times, strict=True)]
+        ax.barh(rows, widths, left=left, color=color, ec="#666666", lw=0.5, label=kind)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    ax.set_yticks(rows, [ENGINES[name].label for name in results.profiles])
+    ax.invert_yaxis()
+    ax.grid(axis="x")
+    ax.set_xlabel("ms of the whole run (less is better)" if on_gpu else "% of the profiled time")
+    figure.legend(frameon=False, ncols=3, loc="outside lower left")
+    return figure
 
 
 def _subplots(results: Results, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
@@ -122,137 +223,3 @@ def _logarithmic(axis: Any) -> None:
     plain = "{:,.10g}".format
     axis.set_major_formatter(lambda value, _: plain(value))
     axis.set_minor_formatter(lambda value, _: plain(value) if f"{value:.0e}"[0] in "25" else "")
-
-
-def throughput(results: Results) -> Plot | None:
-    """Draw tokens a second of the batches, of bench and of prefill."""
-    outputs = [*(f"batch{n}" for n in results.batches), "bench"]
-    if not (names := results.measured(*outputs, "prefill")):
-        return None
-    figure, axes = _subplots(results, len(names), 3.0)
-    for ax, name in zip(axes, names, strict=True):
-        metric = "output tok/s" if name in outputs else "input tok/s"
-        _columns(ax, results, [name], metric)
-        ax.set_xlabel(metric)
-    machine, settings = results.machine, results.settings
-    title = f"{settings.model}, {settings.dtype}, {machine.gpu or machine.cpu} (more is better)"
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return "Throughput", "Bars: medians. Lines: the range over all runs.", figure
-
-
-def batches(results: Results) -> Plot | None:
-    """Draw the times a token and to the first token over the size of the batch."""
-    sizes = results.batches
-    if not results.measured(*(f"batch{n}" for n in sizes)):
-        return None
-    figure, axes = _subplots(results, 2, 3.8)
-    for ax, metric in zip(axes, ("ms a token", "ms to the first token"), strict=True):
-        for name in results.engines:
-            color = ENGINES[name].color
-            rows = {n: v for n in sizes if (v := results.values(name, f"batch{n}", metric))}
-            ax.plot([*rows], [*map(median, rows.values())], "o-", color=color)
-            for n, found in rows.items():
-                ax.plot([n, n], [min(found), max(found)], "_-", color=color)
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.set_xticks(sizes, [*map(str, sizes)])
-        _logarithmic(ax.yaxis)
-        ax.set_xlabel("requests in the batch")
-        ax.set_ylabel(f"{metric} (less is better)")
-        ax.grid(which="both")
-    text = "Points: medians; bars: the range over all runs. Both axes are logarithmic."
-    return "Batch sizes", text, figure
-
-
-def arrivals(results: Results) -> Plot | None:
-    """Draw the distributions of the time to the first token and of the time a token."""
-    if not results.measured("stream"):
-        return None
-    figure, axes = _subplots(results, 2, 3.6, sharey=True)
-    panels = (("Time to the first token", "ttft_s"), ("Time per output token", "tpot_s"))
-    for ax, (title, what) in zip(axes, panels, strict=True):
-        for name in results.engines:
-            values = sorted(results.arrivals_ms(name, what))
-            share = [100 * (i + 1) / len(values) for i in range(len(values))]
-            ax.step(values, share, where="post", color=ENGINES[name].color, lw=1.8)
-        ax.set_title(title)
-        ax.set_xscale("log")
-        _logarithmic(ax.xaxis)
-        ax.set_xlabel("ms, logarithmic (further left is better)")
-        ax.set_yticks([0, 25, 50, 75, 90, 99])
-        ax.grid(which="both")
-    axes[0].set_ylabel("requests at most this long, %")
-    text = (
-        f"{results.tasks['stream'].title}; each is submitted at its time, while the engine steps. "
-        "All requests of all runs; the time to the first token counts from the arrival."
-    )
-    return "A stream of arrivals", text, figure
-
-
-def prefix(results: Results) -> Plot | None:
-    """Draw the times of a long prefix that all prompts share, and of prompts that share nothing."""
-    if not results.measured("prefix"):
-        return None
-    figure, axes = _subplots(results, 2, 3.0, sharey=True)
-    for ax, metric in zip(axes, ("s behind one prefix", "s with a prefix each"), strict=True):
-        _columns(ax, results, ["prefix"], metric)
-        ax.set_xlabel(f"{metric} (less is better)")
-    text = f"{results.tasks['prefix'].title}; the first prompt is completed ahead of the others."
-    return "A long shared prefix", text, figure
-
-
-def limits(results: Results) -> Plot | None:
-    """Draw the share of the memory's and of the products' limit that each workload reaches."""
-    settings = results.settings
-    panels = {
-        ("Memory", "TB/s"): settings.bandwidth_tb_s,
-        ("Compute", "TFLOP/s"): settings.peak_tflop_s,
-    }
-    panels = {panel: rate for panel, rate in panels.items() if rate}
-    names = results.measured(*(name for name in results.tasks if name != "stream"))
-    if not panels or not names:
-        return None
-    figure, axes = _subplots(results, len(panels), 3.8)
-    for ax, ((title, metric), rate) in zip(axes, panels.items(), strict=True):
-        _columns(ax, results, names, metric, scale=100 / rate)
-        ax.set_title(f"{title}: {rate:.3g} {metric}")
-        ax.set_ylabel("% of the limit (more is better)")
-    text = (
-        "What the workload must move and compute at the very least, over what the machine can in "
-        "the time that was taken. Decoding reads every weight once a step and every key and value "
-        "once a token; prefill is bound by products, and its bytes are left out."
-    )
-    return "Share of the machine's limits", text, figure
-
-
-def profiles(results: Results) -> Plot | None:
-    """Draw the time by category, from each framework's own profiler."""
-    if not (found := list(results.profiles.values())):
-        return None
-    on_gpu = any(profile.idle is not None for profile in found)
-    kinds = dict.fromkeys(k for p in found for k, s in p.seconds.items() if s)
-    colors = {kind: KINDS[i] for i, kind in enumerate(kinds)}
-    if on_gpu:
-        colors["GPU idle"] = "#ffffff"
-    times = [profile.seconds | {"GPU idle": profile.idle or 0.0} for profile in found]
-    scales = [1e3 if on_gpu else 100 / sum(row.values()) for row in times]
-    rows, left = range(len(found)), [0.0] * len(found)
-    figure, ax = pyplot().subplots(figsize=(WIDTH, 2.0 + 0.55 * len(found)), layout="constrained")
-    for kind, color in colors.items():
-        widths = [s * row.get(kind, 0.0) for s, row in zip(scales, times, strict=True)]
-        ax.barh(rows, widths, left=left, color=color, ec="#666666", lw=0.5, label=kind)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    ax.set_yticks(rows, [ENGINES[name].label for name in results.profiles])
-    ax.invert_yaxis()
-    ax.grid(axis="x")
-    ax.set_xlabel("ms of the whole run (less is better)" if on_gpu else "% of the profiled time")
-    figure.legend(frameon=False, ncols=3, loc="outside lower left")
-    text = "A kernel counts from the end of the one before it."
-    if not on_gpu:
-        text = "XLA's threads are counted, and of PyTorch's the calling one: compare the shares."
-    text = (
-        f"{results.tasks[found[0].workload].title}. {text} Profilers slow the host down. "
-        "Categories go by names: code that a compiler fused counts by what its name says first, "
-        "or as the rest."
-    )
-    return "Where the time goes", text, figure

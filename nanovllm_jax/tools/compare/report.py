@@ -1,29 +1,20 @@
 """Make one self-contained HTML page of the results of a comparison.
 
-The text of the page is in `report.html.j2`; this file computes the tables.
+The page and its text are `report.html.j2`; this file computes what is not in the results as such.
 """
 
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
 
 from nanovllm_jax.tools.compare import plots
 from nanovllm_jax.tools.compare.adapters import ENGINES
-from nanovllm_jax.tools.compare.results import Results, Skip, number
+from nanovllm_jax.tools.compare.results import Failure, Results, number
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PERCENTILES = (50, 90, 99)
-
-
-class Cell(NamedTuple):
-    """One engine's figure: the median over all runs, and the range."""
-
-    median: str
-    spread: str
-    best: bool
 
 
 def render(results: Results) -> str:
@@ -35,43 +26,34 @@ def render(results: Results) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    limits = {
-        "memory limit, TB/s": results.settings.bandwidth_tb_s,
-        "compute limit, TFLOP/s": results.settings.peak_tflop_s,
-    }
     problems = {
-        (p.engine, p.workload, p.reason): (p, "not run" if isinstance(p, Skip) else "failed")
+        (p.engine, p.workload, p.reason): (p, "failed" if isinstance(p, Failure) else "not run")
         for p in results.problems
     }
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
         engines=ENGINES,
         plots=plots.all_plots(results),
-        figures=figures(results),
+        figures={title: cells(results, title, row) for title, row in results.figures().items()},
         percentiles=PERCENTILES,
         arrivals=arrivals(results),
         agreement=agreement(results),
         problems=problems.values(),
-        facts=vars(results.machine) | limits,
     )
 
 
-def figures(results: Results) -> dict[str, list[Cell | None]]:
-    """Return the table of figures: title of a row -> each engine's cell, None if it has none."""
-    rows = {}
-    for title, values in results.figures().items():
-        medians = {engine: median(found) for engine, found in values.items()}
-        best = (max if title.endswith("tok/s") else min)(medians.values())
-        cells = {}
-        for engine, found in values.items():
-            spread = f"{number(min(found))} to {number(max(found))}"
-            cells[engine] = Cell(
-                median=number(medians[engine]),
-                spread=spread if len(found) > 1 else "1 run",
-                best=medians[engine] == best and len(medians) > 1,
-            )
-        rows[title] = [cells.get(engine) for engine in results.engines]
-    return rows
+def cells(
+    results: Results, title: str, row: dict[str, list[float]]
+) -> list[tuple[str, str, bool] | None]:
+    """Return each engine's median and range in a row of figures, and whether it is the best."""
+    medians = {engine: median(values) for engine, values in row.items()}
+    best = (max if title.endswith("tok/s") else min)(medians.values())
+    found = {}
+    for engine, values in row.items():
+        spread = f"{number(min(values))} to {number(max(values))}" if len(values) > 1 else "1 run"
+        is_best = medians[engine] == best and len(medians) > 1
+        found[engine] = number(medians[engine]), spread, is_best
+    return [found.get(engine) for engine in results.engines]
 
 
 def arrivals(results: Results) -> list[tuple[str, str, list[str], int]]:
@@ -80,25 +62,20 @@ def arrivals(results: Results) -> list[tuple[str, str, list[str], int]]:
     for engine in results.engines:
         for what, label in (("ttft_s", "time to first token"), ("tpot_s", "time per output token")):
             if values := results.arrivals_ms(engine, what):
-                cells = [number(value) for value in np.percentile(values, PERCENTILES)]
-                rows.append((engine, label, cells, len(values)))
+                percentiles = np.percentile(values, PERCENTILES)
+                rows.append((engine, label, [*map(number, percentiles)], len(values)))
     return rows
 
 
-def agreement(results: Results) -> str:
-    """Return a sentence on how far the engines' greedy tokens agree; empty if none compare."""
-    first, *others = [e for e in results.engines if e in results.checks] or [""]
-    parts = []
+def agreement(results: Results) -> list[str]:
+    """Describe how far each engine's greedy tokens agree with those of the first engine."""
+    first, *others = [*results.checks] or [""]
+    texts = []
     for engine in others:
         pairs = list(zip(results.checks[engine], results.checks[first], strict=True))
         begin, whole = sum(a[0] == b[0] for a, b in pairs), sum(a == b for a, b in pairs)
-        parts.append(
+        texts.append(
             f"{ENGINES[engine].label}: first token {begin} of {len(pairs)}, "
             f"all {len(pairs[0][0])} tokens {whole} of {len(pairs)}"
         )
-    if not parts:
-        return ""
-    return (
-        f"Greedy completions equal to {ENGINES[first].label}'s, before timing "
-        f"({results.settings.dtype}): {'; '.join(parts)}."
-    )
+    return texts

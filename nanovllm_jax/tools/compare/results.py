@@ -112,6 +112,11 @@ class Run(Event):
         """Seconds of the main part."""
         return next(iter(self.seconds.values()))
 
+    @property
+    def total_s(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
 
 @dataclass(frozen=True)
 class Profile(Event):
@@ -128,16 +133,12 @@ class Profile(Event):
 class Skip(Event):
     """A workload that an engine was not given."""
 
-    workload: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failure(Event):
-    """A workload that failed; with None the engine."""
-
     workload: str | None
     reason: str
+
+
+class Failure(Skip):
+    """A workload that failed; with None the engine."""
 
 
 KINDS = {
@@ -179,13 +180,6 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _joules(run: Run, task: Task) -> float | None:
-    """Return the joules an output token; the energy of a short run is not known well."""
-    if run.joules is None or sum(run.seconds.values()) < 0.5:
-        return None
-    return run.joules / task.output_tokens
-
-
 # Functions that compute a figure from a run; None if it is not known.
 METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "output tok/s": lambda run, task: task.output_tokens / run.main_s,
@@ -200,7 +194,9 @@ METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "s with a prefix each": lambda run, task: run.seconds["own"],
     "median ms to the first token": lambda run, task: 1e3 * median(run.ttft_s),
     "median ms a token": lambda run, task: 1e3 * median(run.tpot_s) if run.tpot_s else None,
-    "joules an output token": _joules,
+    "joules an output token": lambda run, task: (  # the energy of short runs is not known well
+        None if run.joules is None or run.total_s < 0.5 else run.joules / task.output_tokens
+    ),
 }
 BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")
 FIGURES = {  # metrics of each workload that is no batch
@@ -233,9 +229,10 @@ class Results:
         self.starts = {name: [s for s in all_of(Start) if s.engine == name] for name in ENGINES}
         self.engines = [name for name in ENGINES if self.starts[name]]
         self.absent = {a.engine: a for a in all_of(Absent) if a.engine not in self.engines}
-        self.problems: list[Skip | Failure] = [*all_of(Skip), *all_of(Failure)]
+        self.problems: list[Skip] = [*all_of(Skip), *all_of(Failure)]
         self.profiles = {p.engine: p for p in all_of(Profile)}
-        self.checks = {c.engine: c.tokens for c in reversed(all_of(Check))}
+        checks = {c.engine: c.tokens for c in reversed(all_of(Check))}
+        self.checks = {name: checks[name] for name in self.engines if name in checks}
         self._runs = all_of(Run)
         for name in self.tasks:
             if len({run.digest for run in self._runs if run.workload == name}) > 1:

@@ -1,6 +1,6 @@
 """Run one engine in its own process: read a job, keep the rules of fairness, append results.
 
-    python -m nanovllm_jax.tools.compare.worker JOB.json
+    python -m nanovllm_jax.tools.compare.worker JOB.pickle
 
 The rules, each of which ends the workload with an error if it is broken: every completion has
 exactly its length and lies in the vocabulary; the prompts are those of the job, before and after;
@@ -9,10 +9,10 @@ prompts.
 """
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -22,7 +22,7 @@ from typing import Any
 
 from nanovllm_jax.tools.compare import machine, results
 from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
-from nanovllm_jax.tools.compare.job import Case, Job, Wave, Workload
+from nanovllm_jax.tools.compare.job import Job, Wave, Workload
 from nanovllm_jax.tools.compare.results import Absent, Check, Failure, Profile, Run, Skip, Start
 
 Emit = Callable[[results.Event], None]
@@ -77,29 +77,26 @@ def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
     [[prompts, outputs]], arrivals = workload.main, workload.arrivals
     first, last = [0.0] * len(prompts), [0.0] * len(prompts)
     counts, names = [0] * len(prompts), {}
-    finished = submitted = 0
     empty_cache(engine)
     start = time.perf_counter()
-    while finished < len(prompts):
-        now = time.perf_counter() - start
+    while counts != outputs:
+        now, submitted = time.perf_counter() - start, len(names)
         while submitted < len(prompts) and arrivals[submitted] <= now:
             request = (prompts[submitted], outputs[submitted], job.temperature)
             names[engine.add_request(*request)] = submitted
             submitted += 1
-        if finished == submitted:
+        if counts[:submitted] == outputs[:submitted]:
             time.sleep(max(0.0, arrivals[submitted] - (time.perf_counter() - start)))
             continue
         progress = engine.step()
         now = time.perf_counter() - start
         for name, count in progress:
             i = names[name]
-            if count == counts[i]:
-                continue
-            first[i] = first[i] if counts[i] else now
-            counts[i], last[i] = count, now
-            finished += count == outputs[i]
             if count > outputs[i]:
                 raise Unfair(f"request {i} got {count} output tokens in place of {outputs[i]}")
+            if count > counts[i]:
+                first[i] = first[i] if counts[i] else now
+                counts[i], last[i] = count, now
     seconds = time.perf_counter() - start
     ttft = [t - arrival for t, arrival in zip(first, arrivals, strict=True)]
     steps = zip(first, last, outputs, strict=True)
@@ -148,8 +145,7 @@ class Clock:
 def work(job: Job, emit: Emit) -> None:
     """Start the engine, check it, and measure; `emit` takes the results one by one."""
     spec, clock = ENGINES[job.engine], Clock(job.seconds)
-    missing = [m for m in spec.needs if importlib.util.find_spec(m) is None]
-    if missing:
+    if missing := [m for m in spec.needs if importlib.util.find_spec(m) is None]:
         emit(Absent(job.engine, job.round, missing, spec.install))
         return
     adapter = importlib.import_module(f"nanovllm_jax.tools.compare.adapters.{job.engine}")
@@ -157,46 +153,39 @@ def work(job: Job, emit: Emit) -> None:
     start_s, versions = time.time() - job.started, machine.versions(spec.needs)
     emit(Start(job.engine, job.round, start_s, versions, engine.note))
     prompts, outputs = job.check
-    try:
-        tokens = engine.generate(prompts, outputs, 0.0)
-        check_completions(tokens, outputs, job.vocab_size)
-        emit(Check(job.engine, job.round, [list(row) for row in tokens]))
-        measure_all(engine, job, clock, emit)
-    finally:
-        if callable(stop := getattr(engine, "exit", None)):
-            stop()
+    tokens = engine.generate(prompts, outputs, 0.0)
+    check_completions(tokens, outputs, job.vocab_size)
+    emit(Check(job.engine, job.round, [list(row) for row in tokens]))
+    measure_all(engine, job, clock, emit)
 
 
 def measure_all(engine: Adapter, job: Job, clock: Clock, emit: Emit) -> None:
     """Time every workload of the job, then profile: profilers may leave something behind."""
-    for case in job.cases:
-        with _failures(job, case.timed.name, emit):
-            _time(engine, case, job, clock, emit)
-    for timed in (case.timed for case in job.cases if case.profile):
+    for timed, warm_up in job.cases:
+        with _failures(job, timed.name, emit):
+            _time(engine, timed, warm_up, job, clock, emit)
+    if timed := job.profiled:
         with _failures(job, timed.name, emit):
             empty_cache(engine)
-            generate = functools.partial(_generate, engine, timed.main, job)
-            profile = engine.profile(generate, timed.batch)
+            profile = engine.profile(lambda: _generate(engine, timed.main, job), timed.batch)
             emit(Profile(job.engine, job.round, timed.name, **profile))
 
 
-def _time(engine: Adapter, case: Case, job: Job, clock: Clock, emit: Emit) -> None:
+def _time(
+    engine: Adapter, timed: Workload, warm_up: Workload, job: Job, clock: Clock, emit: Emit
+) -> None:
     """Warm up for one workload and time it."""
-    timed, reason = case.timed, clock.reason_to_skip(case.timed, job.runs)
+    reason = clock.reason_to_skip(timed, job.runs)
     if timed.arrivals and not hasattr(engine, "step"):
         reason = "it takes whole batches only, no arriving requests"
     if reason:
         emit(Skip(job.engine, job.round, timed.name, reason))
         return
-    start = time.perf_counter()
-    measure(engine, case.warm_up, job)
-    warm_up, slowest = time.perf_counter() - start, 0.0
+    warm_up_s, runs = measure(engine, warm_up, job).total_s, []
     for number in range(job.runs):
-        start = time.perf_counter()
-        run = measure(engine, timed, job, number)
-        slowest = max(slowest, time.perf_counter() - start)
-        emit(run)
-    clock.learn(timed, warm_up, slowest)
+        runs.append(measure(engine, timed, job, number))
+        emit(runs[-1])
+    clock.learn(timed, warm_up_s, max(run.total_s for run in runs))
 
 
 @contextlib.contextmanager
@@ -227,14 +216,14 @@ def describe(event: results.Event) -> str:
 
 def main(path: str) -> None:
     """Do the job of a file. Standard output shows progress; all else goes to the job's log."""
-    job = Job.read(Path(path))
+    job: Job = pickle.loads(Path(path).read_bytes())
     progress = os.fdopen(os.dup(1), "w")
     with open(job.log, "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
 
     def emit(event: results.Event) -> None:
-        results.append(Path(job.results), event)
+        results.append(job.results, event)
         print(f"  {describe(event)}", file=progress, flush=True)
 
     with _failures(job, None, emit):
