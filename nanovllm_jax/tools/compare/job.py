@@ -59,7 +59,7 @@ class Job:
     check: Wave  # what the engines' greedy tokens are compared on
     cases: list[tuple[Workload, Workload]]  # what is timed, and the same kind to warm up with
     results: Path  # file that records are appended to
-    profiled: Workload | None = None  # what is run once more at the end, under a profiler
+    profiled: Workload | None = None  # is run once more, the first round under a profiler
     engine: str = ""
     round: int = 0
     started: float = 0.0  # time.time() when the process was started

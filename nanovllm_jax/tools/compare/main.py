@@ -29,7 +29,7 @@ from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.compare import machine, plots, random_model, report, results, workloads
 from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
 from nanovllm_jax.tools.compare.job import Job, Workload
-from nanovllm_jax.tools.compare.results import Absent, Added, Failure, Results, Run, Settings, Task
+from nanovllm_jax.tools.compare.results import Added, Failure, Results, Run, Settings, Task
 from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
 LIMIT_S = {"cpu": 50.0, "cuda": 600.0}  # seconds for each engine, over all rounds
@@ -142,30 +142,20 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[Header, Job]:
     # A CPU's limits are unknown: for one thing, a small model's weights stay in its caches.
     rates = roofline.find_hardware(here.gpu or "")
     settings = Settings(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=title,
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)),
-        dtype=config.dtype,
-        device=device,
-        engines=args.engines,
-        rounds=args.rounds,
-        runs=args.runs,
-        temperature=args.temperature,
+        date=datetime.now(UTC).isoformat(timespec="seconds"), model=title,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)), dtype=config.dtype,
+        device=device, engines=args.engines, rounds=args.rounds, runs=args.runs,
+        temperature=args.temperature, scale=asdict(scale),
         bandwidth_tb_s=args.bandwidth or (rates and rates.memory / 1e12),
         peak_tflop_s=args.peak or (rates and rates.flops / 1e12),
-        scale=asdict(scale),
-    )
+    )  # fmt: skip
     job = Job(
-        model=str(model),
-        limits=Limits("cuda" if here.gpu else "cpu", config.dtype, sizes),
-        vocab_size=config.vocab_size,
-        temperature=args.temperature,
-        runs=args.runs,
+        model=str(model), limits=Limits("cuda" if here.gpu else "cpu", config.dtype, sizes),
+        vocab_size=config.vocab_size, temperature=args.temperature, runs=args.runs,
         check=make("batch16", workloads.CHECK_SEED).main[0],
         cases=[(work, make(name, workloads.WARM_UP_SEED)) for name, work in timed.items()],
-        profiled=timed.get("batch16", timed[args.workloads[0]]),
-        results=file.resolve(),
-    )
+        profiled=timed.get("batch16", timed[args.workloads[0]]), results=file.resolve(),
+    )  # fmt: skip
     return [settings, here, *(workloads.describe(w, scale, costs) for w in timed.values())], job
 
 
@@ -195,20 +185,12 @@ def run_all(args: argparse.Namespace, shared: Job) -> None:
         for number in range(args.rounds):
             for name in order([*left], number):
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
-                started = time.time()
-                job = replace(
-                    shared,
-                    engine=name,
-                    round=number,
-                    started=started,
-                    seconds=left[name],
-                    profiled=None if number else shared.profiled,
-                )
+                own = {"engine": name, "seconds": left[name], "started": time.time()}
+                job = replace(shared, round=number, **own)
                 run_worker(job, Path(folder), args.python_path.get(name))
-                left[name] -= time.time() - started
-                found = results.read(job.results)
-                absent = any(type(r) is Absent and r.engine == name for r in found)
-                if absent or left[name] < GRACE_S:
+                left[name] -= time.time() - job.started
+                absent = Results(results.read(job.results)).absent
+                if name in absent or left[name] < GRACE_S:
                     del left[name]
 
 

@@ -10,17 +10,7 @@ from nanovllm_jax.tools.compare.adapters import ENGINES
 from nanovllm_jax.tools.compare.results import Results, number
 from nanovllm_jax.tools.options import UsageError
 
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "svg.fonttype": "path",  # letters as curves: the same on every machine
-}
+STYLE = Path(__file__).with_name("report.mplstyle")
 KINDS = ("#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#009e73", "#bbbbbb", "#cc79a7")
 WIDTH = 10.4  # inches
 
@@ -48,10 +38,10 @@ def all_plots(results: Results) -> dict[str, str]:
     plots, plt = {}, pyplot()
     for draw in (throughput, batches, arrivals, prefix, limits, profiles):
         # The salt makes the ids of an element its own among several in one page.
-        with plt.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
+        with plt.style.context([STYLE, {"svg.hashsalt": draw.__name__}]):
             if figure := draw(results):
-                figure.savefig(buffer := io.StringIO(), format="svg", metadata={"Date": None})
-                plots[draw.__name__] = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+                figure.savefig(file := io.StringIO(), format="svg", metadata={"Date": None})
+                plots[draw.__name__] = "<svg" + file.getvalue().split("<svg")[1]
                 plt.close(figure)
     return plots
 
@@ -62,7 +52,7 @@ def write_picture(results: Results, file: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or there is no throughput to draw.
     """
-    with pyplot().rc_context(STYLE):
+    with pyplot().style.context(STYLE):
         if not (figure := throughput(results)):
             raise UsageError("these results have no throughput to draw")
         figure.savefig(file, dpi=120)

@@ -2,10 +2,9 @@
 
     python -m nanovllm_jax.tools.compare.worker JOB.pickle
 
-The rules, each of which ends the workload with an error if it is broken: every completion has
-exactly its length and lies in the vocabulary; the prompts are those of the job, before and after;
-each part of a timed run starts with an empty prefix cache, after one whole warm-up run with other
-prompts.
+A rule that is broken ends the workload with an error: every completion has exactly its length and
+lies in the vocabulary; the prompts stay those of the job; each part of a timed run starts with an
+empty prefix cache, after one whole warm-up run with other prompts.
 """
 
 import contextlib
@@ -23,6 +22,7 @@ from typing import Any
 from nanovllm_jax.tools.compare import machine, results
 from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
 from nanovllm_jax.tools.compare.job import Job, Wave, Workload
+from nanovllm_jax.tools.compare.profiling import torch_profile
 from nanovllm_jax.tools.compare.results import Absent, Check, Failure, Profile, Run, Skip, Start
 
 Emit = Callable[[results.Event], None]
@@ -71,8 +71,7 @@ def _generate(engine: Adapter, waves: list[Wave], job: Job) -> list[list[list[in
 def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
     """Submit each request at its time of arrival, and step while any is unfinished.
 
-    Returns the time to the first token, from the arrival, and the time per token after it, of
-    each request, in seconds.
+    Returns each request's seconds from arrival to first token, and per token after that.
     """
     [[prompts, outputs]], arrivals = workload.main, workload.arrivals
     first, last = [0.0] * len(prompts), [0.0] * len(prompts)
@@ -82,8 +81,8 @@ def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
     while counts != outputs:
         now, submitted = time.perf_counter() - start, len(names)
         while submitted < len(prompts) and arrivals[submitted] <= now:
-            request = (prompts[submitted], outputs[submitted], job.temperature)
-            names[engine.add_request(*request)] = submitted
+            prompt, output = prompts[submitted], outputs[submitted]
+            names[engine.add_request(prompt, output, job.temperature)] = submitted
             submitted += 1
         if counts[:submitted] == outputs[:submitted]:
             time.sleep(max(0.0, arrivals[submitted] - (time.perf_counter() - start)))
@@ -97,11 +96,10 @@ def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
             if count > counts[i]:
                 first[i] = first[i] if counts[i] else now
                 counts[i], last[i] = count, now
-    seconds = time.perf_counter() - start
     ttft = [t - arrival for t, arrival in zip(first, arrivals, strict=True)]
     steps = zip(first, last, outputs, strict=True)
     tpot = [(end - begin) / (n - 1) for begin, end, n in steps if n > 1]
-    return {"seconds": {"whole": seconds}, "ttft_s": ttft, "tpot_s": tpot}
+    return {"seconds": {"whole": max(last)}, "ttft_s": ttft, "tpot_s": tpot}
 
 
 def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> Run:
@@ -129,17 +127,15 @@ class Clock:
         if workload.name.startswith("batch"):
             self.rate, self.batch = workload.output_tokens / run, workload.batch
 
-    def reason_to_skip(self, workload: Workload, runs: int) -> str | None:
-        """Say why a workload would not fit, if so. The rate is taken to grow with the batch."""
+    def reason_to_skip(self, workload: Workload, runs: int) -> str:
+        """Say why a workload would not fit; empty if it would. Rates grow with the batch."""
         rate = self.rate * max(1.0, workload.batch / self.batch)
         needed = self.extra + (workload.output_tokens * (runs + 1) / rate if rate else 0.0)
         left = max(self.end - time.perf_counter(), 0.0)
         if needed <= left:
-            return None
-        return (
-            f"would take about {needed:.0f} s or more (at {rate:,.0f} output tok/s), and "
-            f"{left:.0f} s of the time limit were left"
-        )
+            return ""
+        told = f"would take about {needed:.0f} s or more (at {rate:,.0f} output tok/s)"
+        return f"{told}, and {left:.0f} s of the time limit were left"
 
 
 def work(job: Job, emit: Emit) -> None:
@@ -164,11 +160,12 @@ def measure_all(engine: Adapter, job: Job, clock: Clock, emit: Emit) -> None:
     for timed, warm_up in job.cases:
         with _failures(job, timed.name, emit):
             _time(engine, timed, warm_up, job, clock, emit)
-    if timed := job.profiled:
+    if (timed := job.profiled) and job.round == 0:
         with _failures(job, timed.name, emit):
             empty_cache(engine)
-            profile = engine.profile(lambda: _generate(engine, timed.main, job), timed.batch)
-            emit(Profile(job.engine, job.round, timed.name, **profile))
+            profile = getattr(engine, "profile", torch_profile)
+            found = profile(lambda: _generate(engine, timed.main, job), timed.batch)
+            emit(Profile(job.engine, job.round, timed.name, **found))
 
 
 def _time(
@@ -181,11 +178,11 @@ def _time(
     if reason:
         emit(Skip(job.engine, job.round, timed.name, reason))
         return
-    warm_up_s, runs = measure(engine, warm_up, job).total_s, []
+    warm_up_s, slowest = measure(engine, warm_up, job).total_s, 0.0
     for number in range(job.runs):
-        runs.append(measure(engine, timed, job, number))
-        emit(runs[-1])
-    clock.learn(timed, warm_up_s, max(run.total_s for run in runs))
+        emit(run := measure(engine, timed, job, number))
+        slowest = max(slowest, run.total_s)
+    clock.learn(timed, warm_up_s, slowest)
 
 
 @contextlib.contextmanager
@@ -201,17 +198,12 @@ def _failures(job: Job, workload: str | None, emit: Emit) -> Iterator[None]:
 
 def describe(event: results.Event) -> str:
     """Describe a result in a line of progress."""
-    words = [type(event).__name__.lower(), getattr(event, "workload", None)]
-    match event:
-        case Run():
-            words += [f"{part} {seconds:.3f} s" for part, seconds in event.seconds.items()]
-        case Start():
-            words.append(f"{event.start_s:.1f} s")
-        case Absent():
-            words.append(f"no module {', '.join(event.missing)} ({event.install})")
-        case Skip() | Failure():
-            words.append(event.reason)
-    return " ".join(filter(None, words))
+    told = [vars(event).get(name) for name in ("workload", "reason", "install")]
+    if isinstance(event, Run):
+        told += [f"{part} {seconds:.3f} s" for part, seconds in event.seconds.items()]
+    elif isinstance(event, Start):
+        told.append(f"{event.start_s:.1f} s")
+    return " ".join([type(event).__name__.lower(), *filter(None, told)])
 
 
 def main(path: str) -> None:
