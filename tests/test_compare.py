@@ -12,7 +12,6 @@ import pytest
 from nanovllm_jax import cli
 from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
-from nanovllm_jax.tools.bench import Workload as Requests
 from nanovllm_jax.tools.compare import (
     adapters,
     machine,
@@ -23,7 +22,7 @@ from nanovllm_jax.tools.compare import (
     worker,
     workloads,
 )
-from nanovllm_jax.tools.compare.job import Job
+from nanovllm_jax.tools.compare.job import Job, Workload
 from nanovllm_jax.tools.compare.results import (
     Absent,
     Check,
@@ -65,7 +64,7 @@ def model_dir(tmp_path_factory):
         (["--workloads", "batch2"], "--workloads 'batch2' is not known"),
         (["--engines", ""], "--engines '' is not known"),
         (["--random-weights", "9B"], "9B"),
-        (["--random-weights", "8B", "--model", "m"], "not both"),
+        (["--random-weights", "8B", "--model", "m"], "not allowed with"),
         (["--limit", "vllm=soon"], "vllm=soon is not"),
         (["--limit", "-3"], "-3 is not"),
         (["--python-path", "vllm=/no/such/folder"], "is not ENGINE=DIR"),
@@ -113,8 +112,7 @@ def test_warm_up_has_other_tokens_of_the_same_kind(name):
 
 def test_the_bench_at_full_size_is_nano_vllms():
     [wave] = workloads.make("bench", workloads.SCALES["gpu"], 0, 151936).main
-    work = Requests(*wave)
-    assert (work.prompt_tokens, work.output_tokens) == (142_827, 133_966)
+    assert (sum(map(len, wave[0])), sum(wave[1])) == (142_827, 133_966)
 
 
 def test_one_part_shares_a_prefix_and_the_other_has_none():
@@ -134,22 +132,26 @@ def test_arrivals_have_the_rate_that_was_asked_for():
     assert len(arrivals) / arrivals[-1] == pytest.approx(50, rel=0.1)
 
 
-def test_the_least_work_is_what_no_engine_can_avoid():
+def described(name, prompts, outputs):
     costs = roofline.CostModel(TINY, parameters(TINY))
+    work = Workload(name, name, {"whole": [(prompts, outputs)]})
+    return workloads.describe(work, SMALL, costs)
+
+
+def test_the_least_work_is_what_no_engine_can_avoid():
     q, kv, hidden, mlp, head = 32, 16, 32, 64, 300 * 32
     layer, norms = hidden * (2 * q + 2 * kv) + 3 * hidden * mlp, 2 * 16 + 3 * hidden
-    least = workloads.least_work(Requests([[0] * 3], [3]), costs)
+    least = described("batch1", [[0] * 3], [3])
     # Five tokens go through the layers, three through the head; token i has i + 1 keys.
-    assert least.flops == 2 * (5 * layer + 3 * head) + 4 * q * (1 + 2 + 3 + 4 + 5)
+    assert least.operations == 2 * (5 * layer + 3 * head) + 4 * q * (1 + 2 + 3 + 4 + 5)
     assert least.bytes == 2 * 2 * (layer + norms + head) + (4 + 5) * 2 * kv * 2
 
 
 def test_a_shared_prefix_is_computed_once():
-    costs = roofline.CostModel(TINY, parameters(TINY))
-    alone = workloads.least_work(Requests([[0] * 8], [1]), costs)
-    shared = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs, shared=6)
-    apart = workloads.least_work(Requests([[0] * 8] * 2, [1, 1]), costs)
-    assert alone.flops < shared.flops < apart.flops == 2 * alone.flops
+    alone = described("prefix", [[0] * 8], [1])
+    shared = described("prefix", [[0] * 8] * 2, [1, 1])
+    apart = described("prefill", [[0] * 8] * 2, [1, 1])
+    assert alone.operations < shared.operations < apart.operations == 2 * alone.operations
 
 
 # --- the rules ---
@@ -237,11 +239,11 @@ def test_a_stream_with_too_many_tokens_is_found_out():
 
 def test_a_workload_that_cannot_fit_the_time_limit_is_not_started():
     clock = worker.Clock(10.0)
-    assert clock.reason_to_skip(made("batch1"), 2) is None  # nothing is known yet
+    assert clock.reason_to_skip(made("batch1"), 2) == ""  # nothing is known yet
     clock.learn(made("batch1"), warm_up=2.0, run=1.0)  # 6 output tokens: 5 and 1
-    assert clock.reason_to_skip(made("batch1"), 2) is None  # 1 + 3 s
-    assert clock.reason_to_skip(made("batch16"), 2) is None  # 16 times the tokens, and the rate
-    assert "of the time limit were left" in str(clock.reason_to_skip(made("batch1"), 9))
+    assert clock.reason_to_skip(made("batch1"), 2) == ""  # 1 + 3 s
+    assert clock.reason_to_skip(made("batch16"), 2) == ""  # 16 times the tokens, and the rate
+    assert "of the time limit were left" in clock.reason_to_skip(made("batch1"), 9)
 
 
 def test_a_failing_workload_is_recorded_and_the_next_one_run():
@@ -343,8 +345,9 @@ def test_the_report_is_one_page_that_says_what_is_there_and_what_is_not(tmp_path
     assert main.main(["--from", str(source)]) == 0
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg") == 6
-    for words in ("a &lt;model&gt;", "pip install vllm", "<td>28.0</td>", "out of memory", "batch16, ms a token",
-                  "p99", "more is better", "first token 2 of 2, all 2 tokens 1 of 2"):  # fmt: skip
+    for words in ("a &lt;model&gt;", "pip install vllm", "<td>28.0</td>", "out of memory",
+                  "batch16, ms a token", "p99", "more is better",
+                  "first token 2 of 2, all 2 tokens 1 of 2"):  # fmt: skip
         assert words in page, words
     assert "<script" not in page
     assert not any(f'{key}="http' in page for key in ("src", "href"))  # self-contained

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.compare import machine, plots, random_model, report, results, workloads
 from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
-from nanovllm_jax.tools.compare.job import Job, Workload
+from nanovllm_jax.tools.compare.job import Job
 from nanovllm_jax.tools.compare.results import Added, Failure, Results, Run, Settings, Task
 from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
@@ -38,16 +39,13 @@ GRACE_S = 2.0  # seconds beyond the limit before a worker is killed
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; raises UsageError."""
-    parser = Parser(
-        prog="nanovllm-jax compare",
-        description="Run the same work on every engine that is installed, and write one report.",
-    )
+    parser = Parser("nanovllm-jax compare", description="Run the same work on several engines.")
     add, names = parser.add_argument, ",".join(workloads.NAMES)
     folder = Path(tempfile.gettempdir()) / "nanovllm_jax-compare"
     # fmt: off
-    add("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
-    add("--random-weights", choices=shapes.QWEN3, metavar="SIZE",
-        help=f"instead: {', '.join(shapes.QWEN3)}")
+    model = parser.add_mutually_exclusive_group().add_argument
+    model("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
+    model("--random-weights", choices=shapes.QWEN3, metavar="SIZE", help=", ".join(shapes.QWEN3))
     add("--weights-folder", type=Path, metavar="DIR", default=folder,
         help="where random weights are written, once (default: in the system's temporary folder)")
     add("--engines", metavar="NAME[,NAME...]", default=",".join(ENGINES), help="default: all")
@@ -76,8 +74,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.engines = _names("--engines", args.engines, tuple(ENGINES))
     args.workloads = _names("--workloads", args.workloads, workloads.NAMES)
     args.limit, args.python_path = dict(args.limit), dict(args.python_path)
-    if args.model and args.random_weights:
-        raise UsageError("give either --model or --random-weights, not both")
     if args.picture and not args.source:
         raise UsageError("--picture is drawn of results: name them with --from FILE.jsonl")
     if args.source and not args.source.is_file():
@@ -109,15 +105,8 @@ def _python_path(text: str) -> tuple[str, str]:
     return engine, str(Path(folder).resolve())
 
 
-Header = list[Settings | results.Machine | Task]
-
-
-def prepare(args: argparse.Namespace, file: Path) -> tuple[Header, Job]:
-    """Choose model, scale and workloads: the first lines of the results, and every job's part.
-
-    Raises:
-        UsageError: the model is none, or too small for the scale.
-    """
+def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record], Job]:
+    """Choose model, scale and workloads: the first lines of the results, and every job's part."""
     here = machine.describe()
     device = "gpu" if here.gpu else "cpu"
     title, model = _model(args)
@@ -134,11 +123,8 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[Header, Job]:
     sizes = {name: n for name, n in asdict(scale).items() if name.startswith("max_")}
     weights = parameters(config)
     costs = roofline.CostModel(config, weights)
-
-    def make(name: str, seed: int) -> Workload:
-        return workloads.make(name, scale, seed, config.vocab_size)
-
-    timed = {name: make(name, workloads.SEED) for name in args.workloads}
+    make = partial(workloads.make, scale=scale, vocab_size=config.vocab_size)
+    timed = {name: make(name, seed=workloads.SEED) for name in args.workloads}
     # A CPU's limits are unknown: for one thing, a small model's weights stay in its caches.
     rates = roofline.find_hardware(here.gpu or "")
     settings = Settings(
@@ -152,8 +138,8 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[Header, Job]:
     job = Job(
         model=str(model), limits=Limits("cuda" if here.gpu else "cpu", config.dtype, sizes),
         vocab_size=config.vocab_size, temperature=args.temperature, runs=args.runs,
-        check=make("batch16", workloads.CHECK_SEED).main[0],
-        cases=[(work, make(name, workloads.WARM_UP_SEED)) for name, work in timed.items()],
+        check=make("batch16", seed=workloads.CHECK_SEED).main[0],
+        cases=[(work, make(name, seed=workloads.WARM_UP_SEED)) for name, work in timed.items()],
         profiled=timed.get("batch16", timed[args.workloads[0]]), results=file.resolve(),
     )  # fmt: skip
     return [settings, here, *(workloads.describe(w, scale, costs) for w in timed.values())], job
@@ -221,26 +207,25 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
         results.append(job.results, Failure(job.engine, job.round, None, reason))
 
 
-def check_added(file: Path, header: Header, engines: Sequence[str]) -> None:
+def check_added(file: Path, header: list[results.Record], engines: Sequence[str]) -> None:
     """Raise UsageError unless results are of the same work and machine, without these engines."""
     if not file.is_file():
         raise UsageError(f"--add: {file} is not there: leave --add out for a new report")
     old = results.read(file)
     if again := {r.engine for r in old if isinstance(r, Run)} & {*engines}:
         raise UsageError(f"--add: {file} has results of {', '.join(sorted(again))} already")
-    there = [_comparable(record) for record in old]
-    if other := next((record for record in header if _comparable(record) not in there), None):
+
+    def comparable(record: results.Record) -> str:
+        varies = ("date", "engines", "rounds", "runs", "load_at_the_start")
+        return json.dumps({name: x for name, x in asdict(record).items() if name not in varies})
+
+    there = {comparable(record) for record in old}  # as in a file, where tuples are lists
+    if other := next((record for record in header if comparable(record) not in there), None):
         what = other.name if isinstance(other, Task) else type(other).__name__.lower()
         raise UsageError(
             f"--add: the {what} of {file} differs from this call's: give the same model and "
             "options on such a machine"
         )
-
-
-def _comparable(record: results.Record) -> str:
-    """Return a record's fields, as they are in a file, without those that vary between calls."""
-    varies = ("date", "engines", "rounds", "runs", "load_at_the_start")
-    return json.dumps({name: x for name, x in asdict(record).items() if name not in varies})
 
 
 def main(argv: Sequence[str]) -> int:

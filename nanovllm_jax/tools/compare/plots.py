@@ -1,7 +1,6 @@
 """Draw the plots of a report with matplotlib, in one color an engine."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,11 +15,7 @@ WIDTH = 10.4  # inches
 
 
 def pyplot() -> Any:
-    """Import matplotlib's pyplot, to draw without a display.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Import matplotlib's pyplot, to draw without a display; raises UsageError without it."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -47,15 +42,11 @@ def all_plots(results: Results) -> dict[str, str]:
 
 
 def write_picture(results: Results, file: Path) -> None:
-    """Write the plot of throughput as an image of the type that the file's name says.
-
-    Raises:
-        UsageError: matplotlib is not installed, or there is no throughput to draw.
-    """
+    """Write the plot of throughput; raises UsageError if there is none."""
     with pyplot().style.context(STYLE):
         if not (figure := throughput(results)):
             raise UsageError("these results have no throughput to draw")
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120)  # of the type that the file's name says
 
 
 def throughput(results: Results) -> Any:
@@ -128,17 +119,15 @@ def prefix(results: Results) -> Any:
 def limits(results: Results) -> Any:
     """Draw the share of the memory's and of the products' limit that each workload reaches."""
     settings = results.settings
-    panels = (
-        ("Memory", settings.bandwidth_tb_s, "TB/s"),
-        ("Compute", settings.peak_tflop_s, "TFLOP/s"),
-    )
-    panels = [(title, rate, metric) for title, rate, metric in panels if rate]
+    rates = {"TB/s": settings.bandwidth_tb_s, "TFLOP/s": settings.peak_tflop_s}
+    rates = {metric: rate for metric, rate in rates.items() if rate}
     names = results.measured(*(name for name in results.tasks if name != "stream"))
-    if not panels or not names:
+    if not rates or not names:
         return None
-    figure, axes = _subplots(results, len(panels), 3.8)
-    for ax, (title, rate, metric) in zip(axes, panels, strict=True):
+    figure, axes = _subplots(results, len(rates), 3.8)
+    for ax, (metric, rate) in zip(axes, rates.items(), strict=True):
         _columns(ax, results, names, metric, scale=100 / rate)
+        title = "Memory" if metric == "TB/s" else "Compute"
         ax.set(title=f"{title}: {rate:.3g} {metric}", ylabel="% of the limit (more is better)")
     return figure
 
@@ -171,9 +160,8 @@ def profiles(results: Results) -> Any:
 def _subplots(results: Results, columns: int, height: float, **options: Any) -> tuple[Any, Any]:
     """Return a figure with a legend of the engines, and its axes, which lie side by side."""
     plt = pyplot()
-    figure, [axes] = plt.subplots(
-        1, columns, figsize=(WIDTH, height), squeeze=False, layout="constrained", **options
-    )
+    figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
+    [axes] = figure.subplots(1, columns, squeeze=False, **options)
     engines = [ENGINES[name] for name in results.engines]
     handles = [plt.Rectangle((0, 0), 1, 1, color=engine.color) for engine in engines]
     labels = [engine.label for engine in engines]
@@ -181,9 +169,7 @@ def _subplots(results: Results, columns: int, height: float, **options: Any) -> 
     return figure, axes
 
 
-def _columns(
-    ax: Any, results: Results, names: Sequence[str], metric: str, scale: float = 1.0
-) -> None:
+def _columns(ax: Any, results: Results, names: list[str], metric: str, scale: float = 1.0) -> None:
     """Draw a group of bars for each workload: each engine's median, with the range as a line.
 
     The bars of a single workload have numbers in place of a scale.

@@ -18,11 +18,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def render(results: Results) -> str:
-    """Return the whole page.
-
-    Raises:
-        UsageError: the plots' library is not installed.
-    """
+    """Return the whole page; raises UsageError if the plots' library is not installed."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -1,6 +1,7 @@
 """The results of a comparison: typed records, one JSON line each, and what they add up to."""
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -157,11 +158,7 @@ def append(path: Path, *records: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Read the records of a file, one a line.
-
-    Raises:
-        UsageError: a line is no record; the message names it.
-    """
+    """Read the records of a file; raises UsageError, which names the line that is none."""
     records = []
     for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -195,7 +192,7 @@ METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "median ms to the first token": lambda run, task: 1e3 * median(run.ttft_s),
     "median ms a token": lambda run, task: 1e3 * median(run.tpot_s) if run.tpot_s else None,
     "joules an output token": lambda run, task: (  # the energy of short runs is not known well
-        None if run.joules is None or run.total_s < 0.5 else run.joules / task.output_tokens
+        run.joules / task.output_tokens if run.joules and run.total_s >= 0.5 else None
     ),
 }
 BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")
@@ -208,11 +205,7 @@ FIGURES = {  # metrics of each workload that is no batch
 
 
 class Results:
-    """The records of one comparison, by what they are.
-
-    Raises:
-        UsageError: the records are not of one comparison, or of unequal work.
-    """
+    """The records of one comparison, by what they are; raises UsageError if they are not of one."""
 
     def __init__(self, records: Sequence[Record]):
         def all_of(kind: type[T]) -> list[T]:
@@ -220,8 +213,7 @@ class Results:
 
         for kind in (Settings, Machine):
             if (count := len(all_of(kind))) != 1:
-                name = kind.__name__.lower()
-                raise UsageError(f"the results have {count} lines of {name!r}, not one")
+                raise UsageError(f"the results have {count} lines of {kind.__name__}, not one")
         [self.settings], [self.machine] = all_of(Settings), all_of(Machine)
         self.added = all_of(Added)
         self.tasks = {task.name: task for task in all_of(Task)}
@@ -261,14 +253,12 @@ class Results:
 
         More is better in the rows whose titles end with "tok/s".
         """
-        rows = {
-            f"{name}, {metric}": {
-                e: found for e in self.engines if (found := self.values(e, name, metric))
-            }
-            for name in self.tasks
-            for metric in FIGURES.get(name, BATCH_METRICS)
-        }
-        rows["start with imports, s"] = {
-            e: [start.start_s for start in self.starts[e]] for e in self.engines
-        }
-        return {title: values for title, values in rows.items() if values}
+        found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+        for name in self.tasks:
+            for metric in FIGURES.get(name, BATCH_METRICS):
+                for engine in self.engines:
+                    if values := self.values(engine, name, metric):
+                        found[f"{name}, {metric}"][engine] = values
+        for engine in self.engines:
+            found["start with imports, s"][engine] = [s.start_s for s in self.starts[engine]]
+        return found

@@ -142,7 +142,7 @@ def work(job: Job, emit: Emit) -> None:
     """Start the engine, check it, and measure; `emit` takes the results one by one."""
     spec, clock = ENGINES[job.engine], Clock(job.seconds)
     if missing := [m for m in spec.needs if importlib.util.find_spec(m) is None]:
-        emit(Absent(job.engine, job.round, missing, spec.install))
+        emit(Absent(job.engine, job.round, missing, f"pip install {spec.install}"))
         return
     adapter = importlib.import_module(f"nanovllm_jax.tools.compare.adapters.{job.engine}")
     engine = adapter.Adapter(job.model, job.limits)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nanovllm_jax.tools import bench
 from nanovllm_jax.tools.compare.job import Workload
 from nanovllm_jax.tools.compare.results import Task
-from nanovllm_jax.tools.roofline import CostModel, Work
+from nanovllm_jax.tools.roofline import CostModel
 
 NAMES = ("batch1", "batch16", "batch64", "prefill", "prefix", "stream", "bench")
 SEED, WARM_UP_SEED, CHECK_SEED = 0, 12345, 7
@@ -15,7 +15,7 @@ SEED, WARM_UP_SEED, CHECK_SEED = 0, 12345, 7
 
 @dataclass(frozen=True)
 class Scale:
-    """How long the workloads are; every length in tokens."""
+    """How long the workloads are, in tokens, and the options that every engine gets."""
 
     prompt: int  # each prompt of the batches
     output: int
@@ -24,7 +24,7 @@ class Scale:
     stream: tuple[int, int, int]  # requests, longest prompt, longest output
     rate: float  # requests a second of the stream
     bench: tuple[int, int]  # requests, longest prompt and longest output
-    max_model_len: int  # these three are options of every engine
+    max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
 
@@ -58,13 +58,13 @@ def make(name: str, scale: Scale, seed: int, vocab_size: int) -> Workload:
             f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
         )
     elif name == "prefill":
-        prompts, length = scale.prefill
-        work = bench.fixed_workload(rng, prompts, length, 1, vocab_size)
-        title = f"prefill: {prompts} x {length} tokens"
+        count, length = scale.prefill
+        work = bench.fixed_workload(rng, count, length, 1, vocab_size)
+        title = f"prefill: {count} x {length} tokens"
     else:
-        batch = int(name.removeprefix("batch"))
-        work = bench.fixed_workload(rng, batch, scale.prompt, scale.output, vocab_size)
-        title = f"batch {batch}: {scale.prompt} prompt + {scale.output} output tokens each"
+        count = int(name.removeprefix("batch"))
+        work = bench.fixed_workload(rng, count, scale.prompt, scale.output, vocab_size)
+        title = f"batch {count}: {scale.prompt} prompt + {scale.output} output tokens each"
     parts = {"whole": [(work.prompts, work.outputs)]}
     if name.startswith("batch"):  # once more for the first tokens alone
         parts["first"] = [(work.prompts, [1] * len(work.prompts))]
@@ -101,34 +101,27 @@ def _stream(rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
 
 
 def describe(workload: Workload, scale: Scale, costs: CostModel) -> Task:
-    """Describe a workload's main part for the report."""
-    prompts, outputs = (list(itertools.chain(*lists)) for lists in zip(*workload.main, strict=True))
-    work = bench.Workload(prompts, outputs)
-    least = least_work(work, costs, scale.prefix[1] if workload.name == "prefix" else 0)
-    return Task(
-        name=workload.name, title=workload.title, requests=len(work.prompts),
-        longest_output=max(work.outputs), prompt_tokens=work.prompt_tokens,
-        output_tokens=work.output_tokens, rate=scale.rate if workload.arrivals else 0.0,
-        bytes=least.bytes, operations=least.flops,
-    )  # fmt: skip
-
-
-def least_work(work: bench.Workload, costs: CostModel, shared: int = 0) -> Work:
-    """Count what requests must move and compute at the very least.
+    """Describe a workload's main part, with what it must move and compute at the very least.
 
     Decoding reads every weight once a step, in as few steps as the longest output needs if all
     requests run at once, and the keys and values of each sequence once a token. Of a prefill only
-    the operations count.
-
-    Args:
-        shared: tokens of a prefix that is computed once for all prompts.
+    the operations count; a shared prefix is computed once.
     """
-    lengths = [len(p) + n - 1 for p, n in zip(work.prompts, work.outputs, strict=True)]
-    others = len(lengths) - 1
-    return costs.least(
-        steps=max(work.outputs) - 1,
-        tokens=sum(lengths) - others * shared,
+    prompts, outputs = (list(itertools.chain(*lists)) for lists in zip(*workload.main, strict=True))
+    work = bench.Workload(prompts, outputs)
+    lengths = [len(p) + n - 1 for p, n in zip(prompts, outputs, strict=True)]
+    shared = scale.prefix[1] if workload.name == "prefix" else 0
+    saved = shared * (len(prompts) - 1)  # tokens
+    least = costs.least(
+        steps=max(outputs) - 1,
+        tokens=sum(lengths) - saved,
         rows=work.output_tokens,
         context=work.context_tokens,
-        pairs=sum(n * (n + 1) / 2 for n in lengths) - others * shared * (shared + 1) / 2,
+        pairs=sum(n * (n + 1) / 2 for n in lengths) - saved * (shared + 1) / 2,
     )
+    return Task(
+        name=workload.name, title=workload.title, requests=len(prompts),
+        longest_output=max(outputs), prompt_tokens=work.prompt_tokens,
+        output_tokens=work.output_tokens, rate=scale.rate if workload.arrivals else 0.0,
+        bytes=least.bytes, operations=least.flops,
+    )  # fmt: skip
