@@ -1,5 +1,6 @@
 """Comparing engines: equal work for all of them, rules that are enforced, one report."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def model_dir(tmp_path_factory):
         (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--from", "no-such.jsonl"], "--from no-such.jsonl is not there"),
         (["--picture", "x.png"], "name them with --from"),
-        (["--model", "no-such-model"], "it has no config.json"),
+        (["--model", "no-such-model"], "no-such-model/config.json"),
         (["--colour"], "--colour"),
     ],
 )
@@ -91,8 +92,13 @@ def test_options_of_single_engines():
     assert args.python_path == {"vllm": str(ROOT)}
 
 
-def test_the_order_of_engines_alternates():
-    assert [main.order("abc", i) for i in range(3)] == [list("abc"), list("cba"), list("abc")]
+def test_the_order_of_engines_alternates(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(main, "run_worker", lambda job, *others: ran.append(job.engine))
+    results.append(tmp_path / "r.jsonl", *sample()[:2])
+    args = main.parse(["--engines", "vllm,nanovllm_jax", "--rounds", "3"])
+    main.run_all(args, replace(job(), results=tmp_path / "r.jsonl"))
+    assert ran == ["nanovllm_jax", "vllm", "vllm", "nanovllm_jax", "nanovllm_jax", "vllm"]
 
 
 # --- workloads ---
@@ -238,18 +244,19 @@ def test_a_stream_with_too_many_tokens_is_found_out():
 
 
 def test_a_workload_that_cannot_fit_the_time_limit_is_not_started():
-    clock = worker.Clock(10.0)
-    assert clock.reason_to_skip(made("batch1"), 2) == ""  # nothing is known yet
-    clock.learn(made("batch1"), warm_up=2.0, run=1.0)  # 6 output tokens: 5 and 1
-    assert clock.reason_to_skip(made("batch1"), 2) == ""  # 1 + 3 s
-    assert clock.reason_to_skip(made("batch16"), 2) == ""  # 16 times the tokens, and the rate
-    assert "of the time limit were left" in clock.reason_to_skip(made("batch1"), 9)
+    one, sixteen = made("batch1"), made("batch16")
+    assert worker.reason_to_skip(one, 2, 10.0, []) == ""  # nothing is known yet
+    done = [(one, 2.0, 1.0)]  # 6 output tokens, 5 and 1: 2 s to warm up, 1 s after it
+    assert worker.reason_to_skip(one, 2, 10.0, done) == ""  # 1 + 3 s
+    assert worker.reason_to_skip(sixteen, 2, 10.0, done) == ""  # 16 times the tokens, and the rate
+    reason = worker.reason_to_skip(one, 9, 10.0, done)
+    assert reason.startswith("would take about 11 s or more (at 6 output tok/s), and 10 s of the")
 
 
 def test_a_failing_workload_is_recorded_and_the_next_one_run():
     records, work = [], job("batch1", "prefill")
     work.cases[0][0].main[0][1][0] = -1
-    worker.measure_all(Engine(), work, worker.Clock(100), records.append)
+    worker.measure_all(Engine(), work, math.inf, records.append)
     assert [(type(r), r.workload) for r in records] == [
         (Failure, "batch1"), (Run, "prefill"), (Run, "prefill")
     ]  # fmt: skip
@@ -260,7 +267,7 @@ def test_an_engine_without_steps_skips_the_arrivals():
         generate, reset_prefix_cache = Engine.generate, Engine.reset_prefix_cache
 
     records = []
-    worker.measure_all(Batches(), job("stream"), worker.Clock(100), records.append)
+    worker.measure_all(Batches(), job("stream"), math.inf, records.append)
     reason = "it takes whole batches only, no arriving requests"
     assert records == [Skip("vllm", 0, "stream", reason)]
 

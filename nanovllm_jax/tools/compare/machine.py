@@ -17,14 +17,10 @@ def describe() -> Machine:
     """Describe the machine without initializing a framework's GPU."""
     gpu, driver = _gpu()
     return Machine(
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        gpu=gpu,
+        system=f"{platform.system()} {platform.machine()}", python=platform.python_version(),
+        cpu=_cpu_name(), cores=len(os.sched_getaffinity(0)), gpu=gpu, driver=driver,
         load_at_the_start=round(os.getloadavg()[0], 1),
-        driver=driver,
-    )
+    )  # fmt: skip
 
 
 def versions(modules: tuple[str, ...]) -> dict[str, str]:

@@ -1,10 +1,4 @@
-"""The command `nanovllm-jax compare`: engines in turn, one process each, then the report.
-
-nanovllm-jax compare                          # the demo model, a report in compare.html
-nanovllm-jax compare --random-weights 0.6B --output h100
-nanovllm-jax compare --random-weights 0.6B --output h100 --add --engines vllm
-nanovllm-jax compare --from h100.jsonl        # the report again
-"""
+"""The command `nanovllm-jax compare`: engines in turn, one process each, then the report."""
 
 import argparse
 import json
@@ -110,7 +104,7 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record],
     here = machine.describe()
     device = "gpu" if here.gpu else "cpu"
     title, model = _model(args)
-    with refusals(ValueError):
+    with refusals(ValueError, OSError):
         config = ModelConfig.from_directory(model)
     config = config if here.gpu else replace(config, dtype="float32")
     scale = workloads.SCALES[args.scale or device]
@@ -147,20 +141,12 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record],
 
 def _model(args: argparse.Namespace) -> tuple[str, Path]:
     """Return the model's title and directory; random weights are written if they are not there."""
-    if not args.random_weights:
-        model = (args.model or DEMO_MODEL).resolve()
-        if not (model / "config.json").is_file():
-            raise UsageError(f"{model} is no model directory: it has no config.json")
-        return model.name if args.model else "the demo model", model
-    title = f"Qwen3-{args.random_weights}, random weights"
-    model = args.weights_folder / f"qwen3-random-{args.random_weights}"
-    print(f"{title}, in {model}")
-    return title, random_model.write(model, shapes.QWEN3[args.random_weights])
-
-
-def order(engines: Sequence[str], round_number: int) -> list[str]:
-    """Return the engines in a round's order: forward in even rounds, backward in odd ones."""
-    return list(engines) if round_number % 2 == 0 else list(engines)[::-1]
+    if size := args.random_weights:
+        title, model = f"Qwen3-{size}, random weights", args.weights_folder / f"qwen3-random-{size}"
+        print(f"{title}, in {model}")
+        return title, random_model.write(model, shapes.QWEN3[size])
+    model = (args.model or DEMO_MODEL).resolve()
+    return model.name if args.model else "the demo model", model
 
 
 def run_all(args: argparse.Namespace, shared: Job) -> None:
@@ -169,7 +155,7 @@ def run_all(args: argparse.Namespace, shared: Job) -> None:
     left = {name: args.limit.get(name, default) for name in args.engines}
     with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
         for number in range(args.rounds):
-            for name in order([*left], number):
+            for name in [*left] if number % 2 == 0 else [*left][::-1]:  # nobody is always first
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
                 own = {"engine": name, "seconds": left[name], "started": time.time()}
                 job = replace(shared, round=number, **own)

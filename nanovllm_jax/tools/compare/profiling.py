@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from nanovllm_jax.tools import trace
+
 
 def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
     """Profile `run`. `program` is the compiled step: it says what XLA's kernels were made from."""
-    import jax
-
-    from nanovllm_jax.tools import trace
-
     with tempfile.TemporaryDirectory() as folder:
         with trace.tracing(Path(folder)):
             run()
@@ -30,8 +30,6 @@ def torch_profile(run: Callable[[], Any], batch: int) -> dict[str, Any]:
     """Profile `run` in this process alone; `batch` makes no difference."""
     import torch
     from torch.profiler import ProfilerActivity, profile
-
-    from nanovllm_jax.tools import trace
 
     on_gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
@@ -52,13 +50,11 @@ def _summary(
     times: Mapping[str, float], idle: float | None, unit: str, scale: float, origins: dict[str, str]
 ) -> dict[str, Any]:
     """Sum times by category; `scale` is their unit in seconds."""
-    from nanovllm_jax.tools.trace import CATEGORIES, category
-
     if not times:
         raise RuntimeError("the profiler saw nothing of this process")
     slowest = sorted(times.items(), key=lambda item: -item[1])
-    top = [(name, category(name, origins.get(name, "")), t * scale) for name, t in slowest]
-    seconds = {kind: sum(s for _, k, s in top if k == kind) for kind in CATEGORIES}
+    top = [(name, trace.category(name, origins.get(name, "")), t * scale) for name, t in slowest]
+    seconds = {kind: sum(s for _, k, s in top if k == kind) for kind in trace.CATEGORIES}
     idle = None if idle is None else idle * scale
     top = [(name[:80], kind, s) for name, kind, s in top[:12]]
     return {"seconds": seconds, "idle": idle, "unit": unit, "top": top}

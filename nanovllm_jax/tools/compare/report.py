@@ -14,7 +14,6 @@ from nanovllm_jax.tools.compare.adapters import ENGINES
 from nanovllm_jax.tools.compare.results import Failure, Results, number
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-PERCENTILES = (50, 90, 99)
 
 
 def render(results: Results) -> str:
@@ -31,8 +30,8 @@ def render(results: Results) -> str:
         engines=ENGINES,
         plots=plots.all_plots(results),
         figures={title: cells(results, title, row) for title, row in results.figures().items()},
-        percentiles=PERCENTILES,
-        arrivals=arrivals(results),
+        percents=(50, 90, 99),
+        percentiles=lambda values, percents: [*map(number, np.percentile(values, percents))],
         agreement=agreement(results),
         problems=problems.values(),
     )
@@ -50,17 +49,6 @@ def cells(
         is_best = medians[engine] == best and len(medians) > 1
         found[engine] = number(medians[engine]), spread, is_best
     return [found.get(engine) for engine in results.engines]
-
-
-def arrivals(results: Results) -> list[tuple[str, str, list[str], int]]:
-    """Return engine, what was timed, its percentiles in ms, and the number of requests."""
-    rows = []
-    for engine in results.engines:
-        for what, label in (("ttft_s", "time to first token"), ("tpot_s", "time per output token")):
-            if values := results.arrivals_ms(engine, what):
-                percentiles = np.percentile(values, PERCENTILES)
-                rows.append((engine, label, [*map(number, percentiles)], len(values)))
-    return rows
 
 
 def agreement(results: Results) -> list[str]:

@@ -22,10 +22,10 @@ from typing import Any
 from nanovllm_jax.tools.compare import machine, results
 from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
 from nanovllm_jax.tools.compare.job import Job, Wave, Workload
-from nanovllm_jax.tools.compare.profiling import torch_profile
 from nanovllm_jax.tools.compare.results import Absent, Check, Failure, Profile, Run, Skip, Start
 
 Emit = Callable[[results.Event], None]
+Done = tuple[Workload, float, float]  # a workload, seconds of its warm-up and of its slowest run
 
 
 class Unfair(Exception):
@@ -113,34 +113,26 @@ def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> R
     return Run(job.engine, job.round, workload.name, number, digest=digest, joules=joules, **times)
 
 
-class Clock:
-    """How much of the time limit is left, and whether a workload is likely to fit into it."""
+def reason_to_skip(workload: Workload, runs: int, left: float, done: Sequence[Done]) -> str:
+    """Say why a workload would not fit into the seconds that are left; empty if it would.
 
-    def __init__(self, seconds: float):
-        self.end = time.perf_counter() + seconds
-        self.rate, self.batch = 0.0, 1  # output tokens a second, at this many requests at a time
-        self.extra = 0.0  # seconds by which the slowest warm-up was slower than the runs after it
-
-    def learn(self, workload: Workload, warm_up: float, run: float) -> None:
-        """Take note of a workload that was run: one warm-up and its slowest run, in seconds."""
-        self.extra = max(self.extra, warm_up - run)
-        if workload.name.startswith("batch"):
-            self.rate, self.batch = workload.output_tokens / run, workload.batch
-
-    def reason_to_skip(self, workload: Workload, runs: int) -> str:
-        """Say why a workload would not fit; empty if it would. Rates grow with the batch."""
-        rate = self.rate * max(1.0, workload.batch / self.batch)
-        needed = self.extra + (workload.output_tokens * (runs + 1) / rate if rate else 0.0)
-        left = max(self.end - time.perf_counter(), 0.0)
-        if needed <= left:
-            return ""
-        told = f"would take about {needed:.0f} s or more (at {rate:,.0f} output tok/s)"
-        return f"{told}, and {left:.0f} s of the time limit were left"
+    Rates are taken to grow with the batch, and a warm-up to take as much longer than the runs
+    after it as the slowest so far.
+    """
+    rate, extra = 0.0, max([0.0, *(warm_up - run for _, warm_up, run in done)])
+    for batch, _, run in done:
+        if batch.name.startswith("batch"):
+            rate = batch.output_tokens / run * max(1.0, workload.batch / batch.batch)
+    needed = extra + (workload.output_tokens * (runs + 1) / rate if rate else 0.0)
+    if needed <= left:
+        return ""
+    told = f"would take about {needed:.0f} s or more (at {rate:,.0f} output tok/s)"
+    return f"{told}, and {left:.0f} s of the time limit were left"
 
 
 def work(job: Job, emit: Emit) -> None:
     """Start the engine, check it, and measure; `emit` takes the results one by one."""
-    spec, clock = ENGINES[job.engine], Clock(job.seconds)
+    spec, end = ENGINES[job.engine], time.perf_counter() + job.seconds
     if missing := [m for m in spec.needs if importlib.util.find_spec(m) is None]:
         emit(Absent(job.engine, job.round, missing, f"pip install {spec.install}"))
         return
@@ -152,37 +144,33 @@ def work(job: Job, emit: Emit) -> None:
     tokens = engine.generate(prompts, outputs, 0.0)
     check_completions(tokens, outputs, job.vocab_size)
     emit(Check(job.engine, job.round, [list(row) for row in tokens]))
-    measure_all(engine, job, clock, emit)
+    measure_all(engine, job, end, emit)
 
 
-def measure_all(engine: Adapter, job: Job, clock: Clock, emit: Emit) -> None:
+def measure_all(engine: Adapter, job: Job, end: float, emit: Emit) -> None:
     """Time every workload of the job, then profile: profilers may leave something behind."""
+    done: list[Done] = []
     for timed, warm_up in job.cases:
+        reason = reason_to_skip(timed, job.runs, max(end - time.perf_counter(), 0.0), done)
+        if timed.arrivals and not hasattr(engine, "step"):
+            reason = "it takes whole batches only, no arriving requests"
+        if reason:
+            emit(Skip(job.engine, job.round, timed.name, reason))
+            continue
         with _failures(job, timed.name, emit):
-            _time(engine, timed, warm_up, job, clock, emit)
+            warm_up_s, slowest = measure(engine, warm_up, job).total_s, 0.0
+            for number in range(job.runs):
+                emit(run := measure(engine, timed, job, number))
+                slowest = max(slowest, run.total_s)
+            done.append((timed, warm_up_s, slowest))
     if (timed := job.profiled) and job.round == 0:
+        from nanovllm_jax.tools.compare.profiling import torch_profile  # imports JAX
+
         with _failures(job, timed.name, emit):
             empty_cache(engine)
             profile = getattr(engine, "profile", torch_profile)
             found = profile(lambda: _generate(engine, timed.main, job), timed.batch)
             emit(Profile(job.engine, job.round, timed.name, **found))
-
-
-def _time(
-    engine: Adapter, timed: Workload, warm_up: Workload, job: Job, clock: Clock, emit: Emit
-) -> None:
-    """Warm up for one workload and time it."""
-    reason = clock.reason_to_skip(timed, job.runs)
-    if timed.arrivals and not hasattr(engine, "step"):
-        reason = "it takes whole batches only, no arriving requests"
-    if reason:
-        emit(Skip(job.engine, job.round, timed.name, reason))
-        return
-    warm_up_s, slowest = measure(engine, warm_up, job).total_s, 0.0
-    for number in range(job.runs):
-        emit(run := measure(engine, timed, job, number))
-        slowest = max(slowest, run.total_s)
-    clock.learn(timed, warm_up_s, slowest)
 
 
 @contextlib.contextmanager

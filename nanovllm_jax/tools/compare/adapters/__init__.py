@@ -35,23 +35,21 @@ class Limits:
     sizes: dict[str, int]  # options that engines with continuous batching have in common
 
 
+Tokens = list[list[int]]  # token ids of each request
+
+
 class Adapter(Protocol):
     """Drives one engine, made by `Adapter(model, limits)`.
 
     `model` is a directory with config.json, safetensors and tokenizer, `limits` are Limits. An
     engine that takes whole batches only has no `add_request` and no `step`; then the stream of
-    arrivals is not measured.
+    arrivals is not measured. Without `profile`, PyTorch's profiler is used.
     """
 
     note: str  # what a reader must know of the way it works; may be empty
 
-    def generate(
-        self, prompts: list[list[int]], outputs: list[int], temperature: float
-    ) -> list[list[int]]:
-        """Complete prompt i with exactly outputs[i] tokens, ends of sequence ignored.
-
-        Returns the completions alone, as token ids, in the order of the prompts.
-        """
+    def generate(self, prompts: Tokens, outputs: list[int], temperature: float) -> Tokens:
+        """Return completions in order, i of exactly outputs[i] tokens; no token ends one."""
         ...
 
     def reset_prefix_cache(self) -> Any:
@@ -68,5 +66,5 @@ class Adapter(Protocol):
         ...
 
     def profile(self, run: Callable[[], Any], batch: int) -> dict[str, Any]:
-        """Profile `run`, which decodes `batch` requests; without it `torch_profile` does."""
+        """Profile `run`, which decodes `batch` requests, with a function of profiling.py."""
         ...
