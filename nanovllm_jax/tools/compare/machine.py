@@ -32,10 +32,10 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def energy() -> float | None:
-    """Return the joules that the first GPU has used since its driver was loaded, if known."""
-    if (visible := _visible()) is None:
-        return None
+def energy() -> float:
+    """Return the joules that the first GPU has used since its driver was loaded; 0 if unknown."""
+    if not (visible := _visible()):
+        return 0.0
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  # in nvidia-ml-py
 
@@ -43,7 +43,7 @@ def energy() -> float | None:
         handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
     except Exception:  # no such module, driver, GPU or counter: NVMLError is not there to name
-        return None
+        return 0.0
 
 
 def _visible() -> str | None:

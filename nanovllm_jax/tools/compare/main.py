@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     model("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
     model("--random-weights", choices=shapes.QWEN3, metavar="SIZE", help=", ".join(shapes.QWEN3))
     add("--weights-folder", type=Path, metavar="DIR", default=folder,
-        help="where random weights are written, once (default: in the system's temporary folder)")
+        help="where random weights are written, once (default: a temporary folder)")
     add("--engines", metavar="NAME[,NAME...]", default=",".join(ENGINES), help="default: all")
     add("--workloads", metavar="NAME[,NAME...]", default=names, help=f"default: {names}")
     add("--scale", choices=workloads.SCALES, help="lengths (default: by the device)")
@@ -59,10 +59,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="NAME.jsonl and NAME.html are written (default: compare)")
     add("--add", action="store_true", help="keep the results of NAME.jsonl, of the same work on "
         "a machine of the same description, and add the engines named by --engines")
-    add("--from", dest="source", type=Path, metavar="FILE.jsonl",
-        help="run nothing, make FILE.html of results")
-    add("--picture", type=Path, metavar="FILE.png",
-        help="with --from: write the plot of throughput instead")
+    add("--from", dest="source", type=Path, metavar="FILE.jsonl", help="only make FILE.html of it")
+    add("--picture", type=Path, metavar="FILE.png", help="with --from: only plot the throughput")
     # fmt: on
     args = parser.parse_args(argv)
     args.engines = _names("--engines", args.engines, tuple(ENGINES))
@@ -109,11 +107,9 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record],
     config = config if here.gpu else replace(config, dtype="float32")
     scale = workloads.SCALES[args.scale or device]
     scale = replace(scale, rate=args.rate or scale.rate)
-    if scale.max_model_len > config.max_position_embeddings:
-        raise UsageError(
-            f"--scale {args.scale or device} needs {scale.max_model_len} positions and {model} "
-            f"has {config.max_position_embeddings}: choose --scale cpu or another model"
-        )
+    if (most := config.max_position_embeddings) < scale.max_model_len:
+        needed = f"--scale {args.scale or device} needs {scale.max_model_len} positions"
+        raise UsageError(f"{needed} and {model} has {most}: choose --scale cpu or another model")
     sizes = {name: n for name, n in asdict(scale).items() if name.startswith("max_")}
     weights = parameters(config)
     costs = roofline.CostModel(config, weights)
@@ -178,10 +174,9 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
         env = {"OMP_NUM_THREADS": cores, **env, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "nanovllm_jax.tools.compare.worker", str(path)]
     process = subprocess.Popen(command, env=env, start_new_session=True)
-    reason = None
     try:
-        if code := process.wait(job.seconds + GRACE_S):
-            reason = f"the process ended with {code}; see {job.log.name}"
+        code = process.wait(job.seconds + GRACE_S)
+        reason = f"the process ended with {code}; see {job.log.name}" if code else ""
     except subprocess.TimeoutExpired:
         reason = f"stopped after its time limit, {job.seconds:.0f} s in this round"
     finally:
@@ -208,10 +203,7 @@ def check_added(file: Path, header: list[results.Record], engines: Sequence[str]
     there = {comparable(record) for record in old}  # as in a file, where tuples are lists
     if other := next((record for record in header if comparable(record) not in there), None):
         what = other.name if isinstance(other, Task) else type(other).__name__.lower()
-        raise UsageError(
-            f"--add: the {what} of {file} differs from this call's: give the same model and "
-            "options on such a machine"
-        )
+        raise UsageError(f"--add: the {what} of {file} differs: give the same model and options")
 
 
 def main(argv: Sequence[str]) -> int:

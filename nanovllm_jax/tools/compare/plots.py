@@ -10,7 +10,6 @@ from nanovllm_jax.tools.compare.results import Results, number
 from nanovllm_jax.tools.options import UsageError
 
 STYLE = Path(__file__).with_name("report.mplstyle")
-KINDS = ("#d55e00", "#56b4e9", "#0072b2", "#f0e442", "#009e73", "#bbbbbb", "#cc79a7")
 WIDTH = 10.4  # inches
 
 
@@ -57,8 +56,7 @@ def throughput(results: Results) -> Any:
     figure, axes = _subplots(results, len(names), 3.0)
     for ax, name in zip(axes, names, strict=True):
         metric = "output tok/s" if name in outputs else "input tok/s"
-        _columns(ax, results, [name], metric)
-        ax.set_xlabel(metric)
+        _columns(ax, results, [name], metric, xlabel=metric)
     machine, settings = results.machine, results.settings
     title = f"{settings.model}, {settings.dtype}, {machine.gpu or machine.cpu} (more is better)"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
@@ -111,8 +109,7 @@ def prefix(results: Results) -> Any:
         return None
     figure, axes = _subplots(results, 2, 3.0, sharey=True)
     for ax, metric in zip(axes, ("s behind one prefix", "s with a prefix each"), strict=True):
-        _columns(ax, results, ["prefix"], metric)
-        ax.set_xlabel(f"{metric} (less is better)")
+        _columns(ax, results, ["prefix"], metric, xlabel=f"{metric} (less is better)")
     return figure
 
 
@@ -126,9 +123,9 @@ def limits(results: Results) -> Any:
         return None
     figure, axes = _subplots(results, len(rates), 3.8)
     for ax, (metric, rate) in zip(axes, rates.items(), strict=True):
-        _columns(ax, results, names, metric, scale=100 / rate)
-        title = "Memory" if metric == "TB/s" else "Compute"
-        ax.set(title=f"{title}: {rate:.3g} {metric}", ylabel="% of the limit (more is better)")
+        title = f"{'Memory' if metric == 'TB/s' else 'Compute'}: {rate:.3g} {metric}"
+        label = "% of the limit (more is better)"
+        _columns(ax, results, names, metric, 100 / rate, title=title, ylabel=label)
     return figure
 
 
@@ -137,16 +134,14 @@ def profiles(results: Results) -> Any:
     if not (found := list(results.profiles.values())):
         return None
     on_gpu = results.settings.device == "gpu"
-    kinds = dict.fromkeys(k for p in found for k, s in p.seconds.items() if s)
-    colors = {kind: KINDS[i] for i, kind in enumerate(kinds)}
-    if on_gpu:
-        colors["GPU idle"] = "#ffffff"
+    kinds = list(dict.fromkeys(k for p in found for k, s in p.seconds.items() if s))
     times = [profile.seconds | {"GPU idle": profile.idle or 0.0} for profile in found]
     scales = [1e3 if on_gpu else 100 / sum(row.values()) for row in times]
     rows, left = range(len(found)), [0.0] * len(found)
     figure, ax = pyplot().subplots(figsize=(WIDTH, 2.0 + 0.55 * len(found)), layout="constrained")
-    for kind, color in colors.items():
+    for kind in [*kinds, "GPU idle"] if on_gpu else kinds:
         widths = [s * row.get(kind, 0.0) for s, row in zip(scales, times, strict=True)]
+        color = "white" if kind == "GPU idle" else None  # the style's next one
         ax.barh(rows, widths, left=left, color=color, ec="#666666", lw=0.5, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     ax.set_yticks(rows, [ENGINES[name].label for name in results.profiles])
@@ -169,7 +164,9 @@ def _subplots(results: Results, columns: int, height: float, **options: Any) -> 
     return figure, axes
 
 
-def _columns(ax: Any, results: Results, names: list[str], metric: str, scale: float = 1.0) -> None:
+def _columns(
+    ax: Any, results: Results, names: list[str], metric: str, scale: float = 1.0, **labels: str
+) -> None:
     """Draw a group of bars for each workload: each engine's median, with the range as a line.
 
     The bars of a single workload have numbers in place of a scale.
@@ -186,7 +183,7 @@ def _columns(ax: Any, results: Results, names: list[str], metric: str, scale: fl
                     ax.annotate(text, (place, max(found)), (0, 2), fontsize=7.5, ha="center",
                                 textcoords="offset points")  # fmt: skip
     ax.set_xticks(range(len(names)), names)
-    ax.set_xlim(-0.5, len(names) - 0.5)
+    ax.set(xlim=(-0.5, len(names) - 0.5), **labels)
     if numbered:
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm_jax.models import ModelConfig
@@ -22,15 +22,14 @@ def write(folder: Path, config: ModelConfig) -> Path:
 
     A folder that holds the same model already is left as it is. Returns `folder`.
     """
-    stamp, done = repr(config), folder / "complete"  # says that the model is whole, and which
-    if done.is_file() and done.read_text() == stamp:
+    file = folder / "config.json"  # which is written last
+    if file.is_file() and ModelConfig.from_directory(folder) == config:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)
-    write_config(config, folder)
+    file.unlink(missing_ok=True)
     _write_tokenizer(folder, config)
     _write_tensors(folder, tensor_shapes(config))
-    done.write_text(stamp)
+    write_config(config, folder)
     return folder
 
 
@@ -62,6 +61,5 @@ def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
     """Write a tokenizer of made-up words, for the engines that want one; no workload uses it."""
     words = {f"t{i}": i for i in range(config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     end = f"t{config.eos_token_ids[0]}"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanovllm_jax.tools.compare import plots
 from nanovllm_jax.tools.compare.adapters import ENGINES
-from nanovllm_jax.tools.compare.results import Failure, Results, number
+from nanovllm_jax.tools.compare.results import Results, number
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -21,10 +21,7 @@ def render(results: Results) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    problems = {
-        (p.engine, p.workload, p.reason): (p, "failed" if isinstance(p, Failure) else "not run")
-        for p in results.problems
-    }
+    problems = {(p.engine, p.workload, p.reason): p for p in results.problems}
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
         engines=ENGINES,

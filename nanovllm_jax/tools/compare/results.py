@@ -113,11 +113,6 @@ class Run(Event):
         """Seconds of the main part."""
         return next(iter(self.seconds.values()))
 
-    @property
-    def total_s(self) -> float:
-        """Seconds of all parts."""
-        return sum(self.seconds.values())
-
 
 @dataclass(frozen=True)
 class Profile(Event):
@@ -134,12 +129,15 @@ class Profile(Event):
 class Skip(Event):
     """A workload that an engine was not given."""
 
+    verdict = "not run"
     workload: str | None
     reason: str
 
 
 class Failure(Skip):
     """A workload that failed; with None the engine."""
+
+    verdict = "failed"
 
 
 KINDS = {
@@ -192,7 +190,7 @@ METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "median ms to the first token": lambda run, task: 1e3 * median(run.ttft_s),
     "median ms a token": lambda run, task: 1e3 * median(run.tpot_s) if run.tpot_s else None,
     "joules an output token": lambda run, task: (  # the energy of short runs is not known well
-        run.joules / task.output_tokens if run.joules and run.total_s >= 0.5 else None
+        run.joules / task.output_tokens if run.joules and sum(run.seconds.values()) >= 0.5 else None
     ),
 }
 BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")

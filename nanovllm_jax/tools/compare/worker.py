@@ -16,12 +16,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nanovllm_jax.tools.compare import machine, results
-from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter
-from nanovllm_jax.tools.compare.job import Job, Wave, Workload
+from nanovllm_jax.tools.compare.adapters import ENGINES, Adapter, Tokens
+from nanovllm_jax.tools.compare.job import Job, Workload
 from nanovllm_jax.tools.compare.results import Absent, Check, Failure, Profile, Run, Skip, Start
 
 Emit = Callable[[results.Event], None]
@@ -32,9 +33,7 @@ class Unfair(Exception):
     """An engine did other work than it was given; the message says which."""
 
 
-def check_completions(
-    completions: Sequence[Sequence[int]], outputs: Sequence[int], vocab_size: int
-) -> None:
+def check_completions(completions: Tokens, outputs: list[int], vocab_size: int) -> None:
     """Raise Unfair unless completion i has exactly outputs[i] tokens of the vocabulary."""
     if len(completions) != len(outputs):
         raise Unfair(f"{len(completions)} completions of {len(outputs)} requests")
@@ -57,15 +56,11 @@ def run_batch(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
     for part, waves in workload.parts.items():
         empty_cache(engine)
         start = time.perf_counter()
-        done = _generate(engine, waves, job)
+        done = [engine.generate(prompts, outputs, job.temperature) for prompts, outputs in waves]
         seconds[part] = time.perf_counter() - start
         for completions, (_, outputs) in zip(done, waves, strict=True):
             check_completions(completions, outputs, job.vocab_size)
     return {"seconds": seconds}
-
-
-def _generate(engine: Adapter, waves: list[Wave], job: Job) -> list[list[list[int]]]:
-    return [engine.generate(prompts, outputs, job.temperature) for prompts, outputs in waves]
 
 
 def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
@@ -106,10 +101,9 @@ def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> R
     """Run a workload once, with the energy that it took and the digest of what it was."""
     digest, before = workload.digest, machine.energy()
     times = (run_stream if workload.arrivals else run_batch)(engine, workload, job)
-    after = machine.energy()
+    joules = machine.energy() - before or None
     if workload.digest != digest:
         raise Unfair("the engine changed the prompts that it was given")
-    joules = None if before is None or after is None else after - before
     return Run(job.engine, job.round, workload.name, number, digest=digest, joules=joules, **times)
 
 
@@ -138,7 +132,7 @@ def work(job: Job, emit: Emit) -> None:
         return
     adapter = importlib.import_module(f"nanovllm_jax.tools.compare.adapters.{job.engine}")
     engine = adapter.Adapter(job.model, job.limits)
-    start_s, versions = time.time() - job.started, machine.versions(spec.needs)
+    start_s, versions = round(time.time() - job.started, 2), machine.versions(spec.needs)
     emit(Start(job.engine, job.round, start_s, versions, engine.note))
     prompts, outputs = job.check
     tokens = engine.generate(prompts, outputs, 0.0)
@@ -158,18 +152,18 @@ def measure_all(engine: Adapter, job: Job, end: float, emit: Emit) -> None:
             emit(Skip(job.engine, job.round, timed.name, reason))
             continue
         with _failures(job, timed.name, emit):
-            warm_up_s, slowest = measure(engine, warm_up, job).total_s, 0.0
+            first, slowest = measure(engine, warm_up, job), 0.0
             for number in range(job.runs):
                 emit(run := measure(engine, timed, job, number))
-                slowest = max(slowest, run.total_s)
-            done.append((timed, warm_up_s, slowest))
+                slowest = max(slowest, sum(run.seconds.values()))
+            done.append((timed, sum(first.seconds.values()), slowest))
     if (timed := job.profiled) and job.round == 0:
-        from nanovllm_jax.tools.compare.profiling import torch_profile  # imports JAX
-
         with _failures(job, timed.name, emit):
-            empty_cache(engine)
+            from nanovllm_jax.tools.compare.profiling import torch_profile  # imports JAX
+
+            work = replace(timed, parts={"main": timed.main})
             profile = getattr(engine, "profile", torch_profile)
-            found = profile(lambda: _generate(engine, timed.main, job), timed.batch)
+            found = profile(lambda: run_batch(engine, work, job), timed.batch)
             emit(Profile(job.engine, job.round, timed.name, **found))
 
 
@@ -184,16 +178,6 @@ def _failures(job: Job, workload: str | None, emit: Emit) -> Iterator[None]:
         emit(Failure(job.engine, job.round, workload, f"{type(error).__name__}: {text}"))
 
 
-def describe(event: results.Event) -> str:
-    """Describe a result in a line of progress."""
-    told = [vars(event).get(name) for name in ("workload", "reason", "install")]
-    if isinstance(event, Run):
-        told += [f"{part} {seconds:.3f} s" for part, seconds in event.seconds.items()]
-    elif isinstance(event, Start):
-        told.append(f"{event.start_s:.1f} s")
-    return " ".join([type(event).__name__.lower(), *filter(None, told)])
-
-
 def main(path: str) -> None:
     """Do the job of a file. Standard output shows progress; all else goes to the job's log."""
     job: Job = pickle.loads(Path(path).read_bytes())
@@ -204,7 +188,10 @@ def main(path: str) -> None:
 
     def emit(event: results.Event) -> None:
         results.append(job.results, event)
-        print(f"  {describe(event)}", file=progress, flush=True)
+        told = [vars(event).get(name) for name in ("workload", "reason", "missing", "start_s")]
+        if isinstance(event, Run):
+            told += [f"{part} {seconds:.3f} s" for part, seconds in event.seconds.items()]
+        print(" ", type(event).__name__.lower(), *filter(None, told), file=progress, flush=True)
 
     with _failures(job, None, emit):
         work(job, emit)

@@ -50,7 +50,6 @@ class Adapter(Protocol):
 
     def generate(self, prompts: Tokens, outputs: list[int], temperature: float) -> Tokens:
         """Return completions in order, i of exactly outputs[i] tokens; no token ends one."""
-        ...
 
     def reset_prefix_cache(self) -> Any:
         """Forget cached prefixes; return False if that failed."""
@@ -63,8 +62,6 @@ class Adapter(Protocol):
 
         A finished request is reported with all its tokens by the step that finishes it.
         """
-        ...
 
     def profile(self, run: Callable[[], Any], batch: int) -> dict[str, Any]:
         """Profile `run`, which decodes `batch` requests, with a function of profiling.py."""
-        ...
