@@ -202,7 +202,7 @@ def job(*names):
     return Job(
         model="", limits=adapters.Limits("cpu", "float32", {"max_num_seqs": 2}), vocab_size=300,
         temperature=0.6, runs=2, check=([], []), cases=[(made(n), made(n)) for n in names],
-        results=Path("r.jsonl"), engine="vllm",
+        results=Path("r.jsonl"), engine="vllm", seconds=math.inf,
     )  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_a_workload_that_cannot_fit_the_time_limit_is_not_started():
 def test_a_failing_workload_is_recorded_and_the_next_one_run():
     records, work = [], job("batch1", "prefill")
     work.cases[0][0].main[0][1][0] = -1
-    worker.measure_all(Engine(), work, math.inf, records.append)
+    worker.measure_all(Engine(), work, records.append)
     assert [(type(r), r.workload) for r in records] == [
         (Failure, "batch1"), (Run, "prefill"), (Run, "prefill")
     ]  # fmt: skip
@@ -267,7 +267,7 @@ def test_an_engine_without_steps_skips_the_arrivals():
         generate, reset_prefix_cache = Engine.generate, Engine.reset_prefix_cache
 
     records = []
-    worker.measure_all(Batches(), job("stream"), math.inf, records.append)
+    worker.measure_all(Batches(), job("stream"), records.append)
     reason = "it takes whole batches only, no arriving requests"
     assert records == [Skip("vllm", 0, "stream", reason)]
 

@@ -18,9 +18,8 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise UsageError(
-            'the report needs matplotlib: install it with `pip install "nanovllm-jax[compare]"`'
-        ) from None
+        hint = 'pip install "nanovllm-jax[compare]"'
+        raise UsageError(f"the report needs matplotlib: {hint}") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -158,19 +157,15 @@ def _subplots(results: Results, columns: int, height: float, **options: Any) -> 
     figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
     [axes] = figure.subplots(1, columns, squeeze=False, **options)
     engines = [ENGINES[name] for name in results.engines]
-    handles = [plt.Rectangle((0, 0), 1, 1, color=engine.color) for engine in engines]
-    labels = [engine.label for engine in engines]
-    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside lower center")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=e.color, label=e.label) for e in engines]
+    figure.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
     return figure, axes
 
 
 def _columns(
     ax: Any, results: Results, names: list[str], metric: str, scale: float = 1.0, **labels: str
 ) -> None:
-    """Draw a group of bars for each workload: each engine's median, with the range as a line.
-
-    The bars of a single workload have numbers in place of a scale.
-    """
+    """Draw each workload's bars, medians with the range as a line; with numbers if it is one."""
     width, numbered = 0.8 / len(results.engines), len(names) == 1
     for i, engine in enumerate(results.engines):
         for x, name in enumerate(names):

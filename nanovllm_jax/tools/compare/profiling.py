@@ -27,7 +27,7 @@ def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
 
 
 def torch_profile(run: Callable[[], Any], batch: int) -> dict[str, Any]:
-    """Profile `run` in this process alone; `batch` makes no difference."""
+    """Profile `run` in this process alone, whatever the batch."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

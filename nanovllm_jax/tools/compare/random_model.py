@@ -18,16 +18,16 @@ from nanovllm_jax.tools.shapes import write_config
 
 
 def write(folder: Path, config: ModelConfig) -> Path:
-    """Write config.json, bfloat16 weights of standard deviation 0.02 and a tokenizer to `folder`.
-
-    A folder that holds the same model already is left as it is. Returns `folder`.
-    """
+    """Write config, tokenizer and bfloat16 weights to `folder`, unless they are there; return it."""
     file = folder / "config.json"  # which is written last
     if file.is_file() and ModelConfig.from_directory(folder) == config:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    _write_tokenizer(folder, config)
+    # The tokenizer has made-up words: some engines want one, but no workload uses it.
+    words, end = {f"t{i}": i for i in range(config.vocab_size)}, f"t{config.eos_token_ids[0]}"
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
     _write_tensors(folder, tensor_shapes(config))
     write_config(config, folder)
     return folder
@@ -55,11 +55,3 @@ def _draw(shape: tuple[int, ...], seed: int) -> np.ndarray:
         return np.ones(shape, ml_dtypes.bfloat16)
     normal = np.random.default_rng(seed).standard_normal(shape, np.float32)
     return (normal * 0.02).astype(ml_dtypes.bfloat16)
-
-
-def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Write a tokenizer of made-up words, for the engines that want one; no workload uses it."""
-    words = {f"t{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    end = f"t{config.eos_token_ids[0]}"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)

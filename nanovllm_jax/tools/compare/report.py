@@ -26,7 +26,7 @@ def render(results: Results) -> str:
         results=results,
         engines=ENGINES,
         plots=plots.all_plots(results),
-        figures={title: cells(results, title, row) for title, row in results.figures().items()},
+        figures={title: cells(title, row) for title, row in results.figures().items()},
         percents=(50, 90, 99),
         percentiles=lambda values, percents: [*map(number, np.percentile(values, percents))],
         agreement=agreement(results),
@@ -34,9 +34,7 @@ def render(results: Results) -> str:
     )
 
 
-def cells(
-    results: Results, title: str, row: dict[str, list[float]]
-) -> list[tuple[str, str, bool] | None]:
+def cells(title: str, row: dict[str, list[float]]) -> dict[str, tuple[str, str, bool]]:
     """Return each engine's median and range in a row of figures, and whether it is the best."""
     medians = {engine: median(values) for engine, values in row.items()}
     best = (max if title.endswith("tok/s") else min)(medians.values())
@@ -45,7 +43,7 @@ def cells(
         spread = f"{number(min(values))} to {number(max(values))}" if len(values) > 1 else "1 run"
         is_best = medians[engine] == best and len(medians) > 1
         found[engine] = number(medians[engine]), spread, is_best
-    return [found.get(engine) for engine in results.engines]
+    return found
 
 
 def agreement(results: Results) -> list[str]:

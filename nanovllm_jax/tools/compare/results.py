@@ -234,9 +234,8 @@ class Results:
 
     def values(self, engine: str, workload: str, metric: str) -> list[float]:
         """Return a metric of each run for which it is known."""
-        runs = self.of(engine, workload)
-        found = (METRICS[metric](run, self.tasks[workload]) for run in runs)
-        return [value for value in found if value is not None]
+        runs, task = self.of(engine, workload), self.tasks[workload]
+        return [v for run in runs if (v := METRICS[metric](run, task)) is not None]
 
     def measured(self, *workloads: str) -> list[str]:
         """Return those workloads that an engine was timed on."""
@@ -247,10 +246,7 @@ class Results:
         return [1e3 * s for run in self.of(engine, "stream") for s in getattr(run, what)]
 
     def figures(self) -> dict[str, dict[str, list[float]]]:
-        """Return the figures: title of a row -> engine -> one value a run; no row is empty.
-
-        More is better in the rows whose titles end with "tok/s".
-        """
+        """Return title of a row -> engine -> a value of each run; in tok/s more is better."""
         found: dict[str, dict[str, list[float]]] = defaultdict(dict)
         for name in self.tasks:
             for metric in FIGURES.get(name, BATCH_METRICS):

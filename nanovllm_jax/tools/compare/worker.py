@@ -1,7 +1,5 @@
 """Run one engine in its own process: read a job, keep the rules of fairness, append results.
 
-    python -m nanovllm_jax.tools.compare.worker JOB.pickle
-
 A rule that is broken ends the workload with an error: every completion has exactly its length and
 lies in the vocabulary; the prompts stay those of the job; each part of a timed run starts with an
 empty prefix cache, after one whole warm-up run with other prompts.
@@ -110,8 +108,7 @@ def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> R
 def reason_to_skip(workload: Workload, runs: int, left: float, done: Sequence[Done]) -> str:
     """Say why a workload would not fit into the seconds that are left; empty if it would.
 
-    Rates are taken to grow with the batch, and a warm-up to take as much longer than the runs
-    after it as the slowest so far.
+    Rates are taken to grow with the batch, and warm-ups to be as slow as the slowest so far.
     """
     rate, extra = 0.0, max([0.0, *(warm_up - run for _, warm_up, run in done)])
     for batch, _, run in done:
@@ -126,7 +123,7 @@ def reason_to_skip(workload: Workload, runs: int, left: float, done: Sequence[Do
 
 def work(job: Job, emit: Emit) -> None:
     """Start the engine, check it, and measure; `emit` takes the results one by one."""
-    spec, end = ENGINES[job.engine], time.perf_counter() + job.seconds
+    spec = ENGINES[job.engine]
     if missing := [m for m in spec.needs if importlib.util.find_spec(m) is None]:
         emit(Absent(job.engine, job.round, missing, f"pip install {spec.install}"))
         return
@@ -138,14 +135,15 @@ def work(job: Job, emit: Emit) -> None:
     tokens = engine.generate(prompts, outputs, 0.0)
     check_completions(tokens, outputs, job.vocab_size)
     emit(Check(job.engine, job.round, [list(row) for row in tokens]))
-    measure_all(engine, job, end, emit)
+    measure_all(engine, job, emit)
 
 
-def measure_all(engine: Adapter, job: Job, end: float, emit: Emit) -> None:
+def measure_all(engine: Adapter, job: Job, emit: Emit) -> None:
     """Time every workload of the job, then profile: profilers may leave something behind."""
     done: list[Done] = []
     for timed, warm_up in job.cases:
-        reason = reason_to_skip(timed, job.runs, max(end - time.perf_counter(), 0.0), done)
+        left = max(job.started + job.seconds - time.time(), 0.0)
+        reason = reason_to_skip(timed, job.runs, left, done)
         if timed.arrivals and not hasattr(engine, "step"):
             reason = "it takes whole batches only, no arriving requests"
         if reason:
@@ -161,9 +159,9 @@ def measure_all(engine: Adapter, job: Job, end: float, emit: Emit) -> None:
         with _failures(job, timed.name, emit):
             from nanovllm_jax.tools.compare.profiling import torch_profile  # imports JAX
 
-            work = replace(timed, parts={"main": timed.main})
+            whole = replace(timed, parts={"whole": timed.main})
             profile = getattr(engine, "profile", torch_profile)
-            found = profile(lambda: run_batch(engine, work, job), timed.batch)
+            found = profile(lambda: run_batch(engine, whole, job), timed.batch)
             emit(Profile(job.engine, job.round, timed.name, **found))
 
 
@@ -196,7 +194,6 @@ def main(path: str) -> None:
     with _failures(job, None, emit):
         work(job, emit)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)  # some engines' threads would keep the process
 
 

@@ -53,10 +53,8 @@ def make(name: str, scale: Scale, seed: int, vocab_size: int) -> Workload:
     if name == "bench":  # at full size seed 0 is nano-vLLM's bench.py, token for token
         work = bench.random_workload(seed, *scale.bench, vocab_size)
         scaled = "" if scale.bench == bench.STANDARD[:2] else ", scaled down"
-        title = (
-            f"nano-vLLM's bench.py{scaled}: {len(work.prompts)} requests, "
-            f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
-        )
+        size = f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
+        title = f"nano-vLLM's bench.py{scaled}: {len(work.prompts)} requests, {size}"
     elif name == "prefill":
         count, length = scale.prefill
         work = bench.fixed_workload(rng, count, length, 1, vocab_size)
@@ -93,10 +91,8 @@ def _stream(rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
     prompts = [[rng.randint(0, top) for _ in range(length)] for length in lengths]
     outputs = [rng.randint(output // 4, output) for _ in range(count)]
     arrivals = itertools.accumulate(rng.expovariate(scale.rate) for _ in range(count))
-    title = (
-        f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), up to {prompt} prompt and "
-        f"{output} output tokens"
-    )
+    size = f"up to {prompt} prompt and {output} output tokens"
+    title = f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), {size}"
     return Workload("stream", title, {"whole": [(prompts, outputs)]}, list(arrivals))
 
 
@@ -112,13 +108,11 @@ def describe(workload: Workload, scale: Scale, costs: CostModel) -> Task:
     lengths = [len(p) + n - 1 for p, n in zip(prompts, outputs, strict=True)]
     shared = scale.prefix[1] if workload.name == "prefix" else 0
     saved = shared * (len(prompts) - 1)  # tokens
+    pairs = sum(n * (n + 1) / 2 for n in lengths) - saved * (shared + 1) / 2
     least = costs.least(
-        steps=max(outputs) - 1,
-        tokens=sum(lengths) - saved,
-        rows=work.output_tokens,
-        context=work.context_tokens,
-        pairs=sum(n * (n + 1) / 2 for n in lengths) - saved * (shared + 1) / 2,
-    )
+        steps=max(outputs) - 1, tokens=sum(lengths) - saved, rows=work.output_tokens,
+        context=work.context_tokens, pairs=pairs,
+    )  # fmt: skip
     return Task(
         name=workload.name, title=workload.title, requests=len(prompts),
         longest_output=max(outputs), prompt_tokens=work.prompt_tokens,
