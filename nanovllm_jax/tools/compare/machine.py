@@ -56,10 +56,9 @@ def _visible() -> str | None:
 def _gpu() -> tuple[str | None, str | None]:
     """Return name and driver of the first visible GPU."""
     if visible := _visible():
-        command = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader -i"
+        command = f"nvidia-smi -i {visible} --query-gpu=name,driver_version --format=csv,noheader"
         with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
-            command = [*command.split(), visible]
-            answer = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True)
+            answer = subprocess.check_output(command.split(), stderr=subprocess.DEVNULL, text=True)
             name, driver = answer.splitlines()[0].rsplit(", ", 1)
             return name, driver
     return None, None

@@ -151,10 +151,11 @@ def run_all(args: argparse.Namespace, shared: Job) -> None:
     left = {name: args.limit.get(name, default) for name in args.engines}
     with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
         for number in range(args.rounds):
-            for name in [*left] if number % 2 == 0 else [*left][::-1]:  # nobody is always first
+            for name in list(left) if number % 2 == 0 else list(left)[::-1]:
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
-                own = {"engine": name, "seconds": left[name], "started": time.time()}
-                job = replace(shared, round=number, **own)
+                job = replace(
+                    shared, engine=name, round=number, seconds=left[name], started=time.time()
+                )
                 run_worker(job, Path(folder), args.python_path.get(name))
                 left[name] -= time.time() - job.started
                 absent = Results(results.read(job.results)).absent

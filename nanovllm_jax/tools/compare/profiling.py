@@ -23,7 +23,7 @@ def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
     on_gpu = jax.default_backend() == "gpu"
     unit = "kernels" if on_gpu else "operators, overlapping threads counted once"
     origins = trace.origins(program.as_text() or "")
-    return _summary(times, gaps.total() if on_gpu else None, unit, 1e-9, origins)
+    return _summary(times, gaps.total() * 1e-9 if on_gpu else None, unit, 1e-9, origins)
 
 
 def torch_profile(run: Callable[[], Any], batch: int) -> dict[str, Any]:
@@ -43,18 +43,17 @@ def torch_profile(run: Callable[[], Any], batch: int) -> dict[str, Any]:
     events = [e for e in profiler.events() or [] if "CUDA" in str(e.device_type)]
     kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
     times, gaps = trace.busy_times(kernels)
-    return _summary(times, gaps.total(), "kernels", 1e-6, {})
+    return _summary(times, gaps.total() * 1e-6, "kernels", 1e-6, {})
 
 
 def _summary(
     times: Mapping[str, float], idle: float | None, unit: str, scale: float, origins: dict[str, str]
 ) -> dict[str, Any]:
-    """Sum times by category; `scale` is their unit in seconds."""
+    """Sum times by category; `scale` is their unit in seconds, in which `idle` is."""
     if not times:
         raise RuntimeError("the profiler saw nothing of this process")
     slowest = sorted(times.items(), key=lambda item: -item[1])
     top = [(name, trace.category(name, origins.get(name, "")), t * scale) for name, t in slowest]
     seconds = {kind: sum(s for _, k, s in top if k == kind) for kind in trace.CATEGORIES}
-    idle = None if idle is None else idle * scale
     top = [(name[:80], kind, s) for name, kind, s in top[:12]]
     return {"seconds": seconds, "idle": idle, "unit": unit, "top": top}

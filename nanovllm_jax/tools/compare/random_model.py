@@ -18,7 +18,7 @@ from nanovllm_jax.tools.shapes import write_config
 
 
 def write(folder: Path, config: ModelConfig) -> Path:
-    """Write config, tokenizer and bfloat16 weights to `folder`, unless they are there; return it."""
+    """Write a model of random bfloat16 weights to `folder`, unless it is there; return `folder`."""
     file = folder / "config.json"  # which is written last
     if file.is_file() and ModelConfig.from_directory(folder) == config:
         return folder

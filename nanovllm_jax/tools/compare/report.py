@@ -1,7 +1,4 @@
-"""Make one self-contained HTML page of the results of a comparison.
-
-The page and its text are `report.html.j2`; this file computes what is not in the results as such.
-"""
+"""Compute the tables of a report; the page around them is the template `report.html.j2`."""
 
 from pathlib import Path
 from statistics import median
@@ -53,8 +50,6 @@ def agreement(results: Results) -> list[str]:
     for engine in others:
         pairs = list(zip(results.checks[engine], results.checks[first], strict=True))
         begin, whole = sum(a[0] == b[0] for a, b in pairs), sum(a == b for a, b in pairs)
-        texts.append(
-            f"{ENGINES[engine].label}: first token {begin} of {len(pairs)}, "
-            f"all {len(pairs[0][0])} tokens {whole} of {len(pairs)}"
-        )
+        told = f"first token {begin} of {len(pairs)}, all {len(pairs[0][0])} tokens {whole}"
+        texts.append(f"{ENGINES[engine].label}: {told} of {len(pairs)}")
     return texts

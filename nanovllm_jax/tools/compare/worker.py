@@ -90,8 +90,7 @@ def run_stream(engine: Adapter, workload: Workload, job: Job) -> dict[str, Any]:
                 first[i] = first[i] if counts[i] else now
                 counts[i], last[i] = count, now
     ttft = [t - arrival for t, arrival in zip(first, arrivals, strict=True)]
-    steps = zip(first, last, outputs, strict=True)
-    tpot = [(end - begin) / (n - 1) for begin, end, n in steps if n > 1]
+    tpot = [(b - a) / (n - 1) for a, b, n in zip(first, last, outputs, strict=True) if n > 1]
     return {"seconds": {"whole": max(last)}, "ttft_s": ttft, "tpot_s": tpot}
 
 
@@ -99,7 +98,8 @@ def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> R
     """Run a workload once, with the energy that it took and the digest of what it was."""
     digest, before = workload.digest, machine.energy()
     times = (run_stream if workload.arrivals else run_batch)(engine, workload, job)
-    joules = machine.energy() - before or None
+    after = machine.energy()
+    joules = after - before if before and after else None
     if workload.digest != digest:
         raise Unfair("the engine changed the prompts that it was given")
     return Run(job.engine, job.round, workload.name, number, digest=digest, joules=joules, **times)
@@ -108,17 +108,15 @@ def measure(engine: Adapter, workload: Workload, job: Job, number: int = 0) -> R
 def reason_to_skip(workload: Workload, runs: int, left: float, done: Sequence[Done]) -> str:
     """Say why a workload would not fit into the seconds that are left; empty if it would.
 
-    Rates are taken to grow with the batch, and warm-ups to be as slow as the slowest so far.
+    A rate is taken to grow with the batch, a warm-up to lose as much time as the worst so far.
     """
     rate, extra = 0.0, max([0.0, *(warm_up - run for _, warm_up, run in done)])
     for batch, _, run in done:
         if batch.name.startswith("batch"):
             rate = batch.output_tokens / run * max(1.0, workload.batch / batch.batch)
     needed = extra + (workload.output_tokens * (runs + 1) / rate if rate else 0.0)
-    if needed <= left:
-        return ""
     told = f"would take about {needed:.0f} s or more (at {rate:,.0f} output tok/s)"
-    return f"{told}, and {left:.0f} s of the time limit were left"
+    return f"{told}, and {left:.0f} s of the time limit were left" if needed > left else ""
 
 
 def work(job: Job, emit: Emit) -> None:
