@@ -28,12 +28,11 @@ def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
 
 def torch_profile(run: Callable[[], Any], batch: int) -> dict[str, Any]:
     """Profile `run` in this process alone, whatever the batch."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+    import torch.profiler
 
     on_gpu = torch.cuda.is_available()
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    activity = getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")
+    with torch.profiler.profile(activities=[activity]) as profiler:
         run()
         if on_gpu:
             torch.cuda.synchronize()
