@@ -1,11 +1,11 @@
-"""What the command hands to a worker: an engine, its limits, and the work to time.
+"""The work that the command hands to an engine's process.
 
 Neither this file nor the worker imports JAX: in another engine's process it has no business.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanovllm_jax.tools.compare.adapters import Limits
@@ -24,7 +24,6 @@ class Workload:
     title: str
     parts: dict[str, list[Wave]]
     arrivals: list[float] = field(default_factory=list)  # seconds from the start, ascending
-    rate: float = 0.0  # requests a second
 
     @property
     def main(self) -> list[Wave]:
@@ -49,17 +48,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A workload to time, one of the same kind to warm up with, and whether to profile it too."""
-
-    timed: Workload
-    warm_up: Workload
-    profile: bool = False
-
-
-@dataclass(frozen=True)
 class Job:
-    """The work of one process: what all processes share, and below what is its own."""
+    """The work of one process, which reads it pickled: what all share, then what is its own."""
 
     model: str
     limits: Limits
@@ -67,25 +57,15 @@ class Job:
     temperature: float
     runs: int
     check: Wave  # what the engines' greedy tokens are compared on
-    cases: list[Case]
+    cases: list[tuple[Workload, Workload]]  # what is timed, and the same kind to warm up with
+    results: Path  # file that records are appended to
+    profiled: Workload | None = None  # is run once more, the first round under a profiler
     engine: str = ""
     round: int = 0
     started: float = 0.0  # time.time() when the process was started
     seconds: float = 0.0  # the time that it has
-    results: str = ""  # file that records are appended to
-    log: str = ""  # file for what the engine prints
 
-    def write(self, path: Path) -> None:
-        """Write the job as JSON."""
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> "Job":
-        """Read a job that `write` wrote."""
-        fields = json.loads(path.read_text())
-        fields["limits"] = Limits(**fields["limits"])
-        fields["cases"] = [
-            Case(Workload(**case["timed"]), Workload(**case["warm_up"]), case["profile"])
-            for case in fields["cases"]
-        ]
-        return cls(**fields)
+    @property
+    def log(self) -> Path:
+        """The file for what the engine prints."""
+        return self.results.with_suffix(f".{self.engine}.log")

@@ -4,52 +4,46 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 from nanovllm_jax.tools.compare.results import Machine
 
-BENEATH = {"jax": ("jaxlib",), "torch": ("triton",)}  # what carries the speed of these
+BENEATH = {"jax": "jaxlib", "torch": "triton"}  # packages that carry the speed of these
 
 
 def describe() -> Machine:
     """Describe the machine without initializing a framework's GPU."""
     gpu, driver = _gpu()
     return Machine(
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        gpu=gpu,
+        system=f"{platform.system()} {platform.machine()}", python=platform.python_version(),
+        cpu=_cpu_name(), cores=len(os.sched_getaffinity(0)), gpu=gpu, driver=driver,
         load_at_the_start=round(os.getloadavg()[0], 1),
-        driver=driver,
-    )
+    )  # fmt: skip
 
 
 def versions(modules: tuple[str, ...]) -> dict[str, str]:
     """Return the versions of those distributions of modules that are installed."""
     found = {}
-    for name in (*modules, *(n for m in modules for n in BENEATH.get(m, ()))):
+    for name in (*modules, *(BENEATH[m] for m in modules if m in BENEATH)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
 
 
-def energy() -> float | None:
-    """Return the joules that the first GPU has used since its driver was loaded, if known."""
-    if (visible := _visible()) is None:
-        return None
+def energy() -> float:
+    """Return the joules that the first GPU has used since its driver was loaded; 0 if unknown."""
+    if not (visible := _visible()):
+        return 0.0
     try:
         import pynvml  # pyright: ignore[reportMissingImports]  # in nvidia-ml-py
 
-        pynvml.nvmlInit()
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-        finally:
-            pynvml.nvmlShutdown()
+        pynvml.nvmlInit()  # does nothing but the first time
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
     except Exception:  # no such module, driver, GPU or counter: NVMLError is not there to name
-        return None
+        return 0.0
 
 
 def _visible() -> str | None:
@@ -61,21 +55,17 @@ def _visible() -> str | None:
 
 def _gpu() -> tuple[str | None, str | None]:
     """Return name and driver of the first visible GPU."""
-    if (visible := _visible()) is not None:
-        command = ["nvidia-smi", "-i", visible, "--query-gpu=name,driver_version"]
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            answer = subprocess.run(
-                [*command, "--format=csv,noheader"], capture_output=True, text=True, check=True
-            )
-            if lines := answer.stdout.splitlines():
-                name, driver = lines[0].rsplit(", ", 1)
-                return name, driver
+    if visible := _visible():
+        command = f"nvidia-smi -i {visible} --query-gpu=name,driver_version --format=csv,noheader"
+        with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+            answer = subprocess.check_output(command.split(), stderr=subprocess.DEVNULL, text=True)
+            name, driver = answer.splitlines()[0].rsplit(", ", 1)
+            return name, driver
     return None, None
 
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1].strip()
     return platform.processor() or "unknown"

@@ -1,15 +1,10 @@
-"""The command `nanovllm-jax compare`: engines in turn, one process each, then the report.
-
-nanovllm-jax compare                          # the demo model, a report in compare.html
-nanovllm-jax compare --random-weights 0.6B --output h100
-nanovllm-jax compare --random-weights 0.6B --output h100 --add --engines vllm
-nanovllm-jax compare --from h100.jsonl        # the report again
-"""
+"""The command `nanovllm-jax compare`: engines in turn, one process each, then the report."""
 
 import argparse
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -19,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,8 +23,8 @@ from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.tools import roofline, shapes
 from nanovllm_jax.tools.compare import machine, plots, random_model, report, results, workloads
 from nanovllm_jax.tools.compare.adapters import ENGINES, Limits
-from nanovllm_jax.tools.compare.job import Case, Job
-from nanovllm_jax.tools.compare.results import Absent, Added, Failure, Results, Run, Settings, Task
+from nanovllm_jax.tools.compare.job import Job
+from nanovllm_jax.tools.compare.results import Added, Failure, Results, Run, Settings, Task
 from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
 LIMIT_S = {"cpu": 50.0, "cuda": 600.0}  # seconds for each engine, over all rounds
@@ -37,18 +33,15 @@ GRACE_S = 2.0  # seconds beyond the limit before a worker is killed
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; raises UsageError."""
-    parser = Parser(
-        prog="nanovllm-jax compare",
-        description="Run the same work on every engine that is installed, and write one report.",
-    )
+    parser = Parser("nanovllm-jax compare", description="Run the same work on several engines.")
     add, names = parser.add_argument, ",".join(workloads.NAMES)
     folder = Path(tempfile.gettempdir()) / "nanovllm_jax-compare"
     # fmt: off
-    add("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
-    add("--random-weights", choices=shapes.QWEN3, metavar="SIZE",
-        help=f"instead: {', '.join(shapes.QWEN3)}")
+    model = parser.add_mutually_exclusive_group().add_argument
+    model("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
+    model("--random-weights", choices=shapes.QWEN3, metavar="SIZE", help=", ".join(shapes.QWEN3))
     add("--weights-folder", type=Path, metavar="DIR", default=folder,
-        help="where random weights are written, once (default: in the system's temporary folder)")
+        help="where random weights are written, once (default: a temporary folder)")
     add("--engines", metavar="NAME[,NAME...]", default=",".join(ENGINES), help="default: all")
     add("--workloads", metavar="NAME[,NAME...]", default=names, help=f"default: {names}")
     add("--scale", choices=workloads.SCALES, help="lengths (default: by the device)")
@@ -66,19 +59,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="NAME.jsonl and NAME.html are written (default: compare)")
     add("--add", action="store_true", help="keep the results of NAME.jsonl, of the same work on "
         "a machine of the same description, and add the engines named by --engines")
-    add("--from", dest="source", type=Path, metavar="FILE.jsonl",
-        help="run nothing, make FILE.html of results")
-    add("--picture", type=Path, metavar="FILE.png",
-        help="with --from: write the plot of throughput instead")
+    add("--from", dest="source", type=Path, metavar="FILE.jsonl", help="only make FILE.html of it")
+    add("--picture", type=Path, metavar="FILE.png", help="with --from: only plot the throughput")
     # fmt: on
     args = parser.parse_args(argv)
     args.engines = _names("--engines", args.engines, tuple(ENGINES))
     args.workloads = _names("--workloads", args.workloads, workloads.NAMES)
     args.limit, args.python_path = dict(args.limit), dict(args.python_path)
-    if args.model and args.random_weights:
-        raise UsageError("give either --model or --random-weights, not both")
     if args.picture and not args.source:
         raise UsageError("--picture is drawn of results: name them with --from FILE.jsonl")
+    if args.source and not args.source.is_file():
+        raise UsageError(f"--from {args.source} is not there: give a file of results")
     check_positive(args, "rounds", "runs", "rate", "bandwidth", "peak")
     check_positive(args, "temperature", at_least=0)
     return args
@@ -86,19 +77,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _names(option: str, text: str, known: Sequence[str]) -> list[str]:
     """Read a list of names into the order of those that are known."""
-    names = [name for name in text.split(",") if name]
-    wrong = next((name for name in names if name not in known), None)
-    if wrong or not names:
-        what = f"{wrong} is not known" if wrong else "is empty"
-        raise UsageError(f"{option} {what}: choose from {', '.join(known)}")
+    names = text.split(",")
+    if wrong := [name for name in names if name not in known]:
+        raise UsageError(f"{option} {wrong[0]!r} is not known: choose from {', '.join(known)}")
     return [name for name in known if name in names]
 
 
 def _limit(text: str) -> tuple[str, float]:
     engine, _, seconds = text.rpartition("=")
     if engine not in ("", *ENGINES) or not re.fullmatch(r"\d*\.?\d+", seconds):
-        known = ", ".join(ENGINES)
-        raise argparse.ArgumentTypeError(f"{text} is not SECONDS or ENGINE=SECONDS of {known}")
+        raise argparse.ArgumentTypeError(f"{text} is not [ENGINE=]SECONDS of {', '.join(ENGINES)}")
     return engine, float(seconds)
 
 
@@ -109,109 +97,75 @@ def _python_path(text: str) -> tuple[str, str]:
     return engine, str(Path(folder).resolve())
 
 
-Header = list[Settings | results.Machine | Task]
-
-
-def prepare(args: argparse.Namespace) -> tuple[Header, Job]:
-    """Choose model, scale and workloads: the first lines of the results, and every job's part.
-
-    Raises:
-        UsageError: the model is none, or too small for the scale.
-    """
+def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record], Job]:
+    """Choose model, scale and workloads: the first lines of the results, and every job's part."""
     here = machine.describe()
-    if args.random_weights:
-        title = f"Qwen3-{args.random_weights}, random weights"
-        model = args.weights_folder / f"qwen3-random-{args.random_weights}"
-        print(f"{title}, in {model}")
-        random_model.write(model, shapes.QWEN3[args.random_weights])
-    else:
-        model = (args.model or DEMO_MODEL).resolve()
-        title = model.name if args.model else "the demo model"
-    if not (model / "config.json").is_file():
-        raise UsageError(f"{model} is no model directory: it has no config.json")
-    with refusals(ValueError):
+    device = "gpu" if here.gpu else "cpu"
+    title, model = _model(args)
+    with refusals(ValueError, OSError):
         config = ModelConfig.from_directory(model)
     config = config if here.gpu else replace(config, dtype="float32")
-    name = args.scale or ("gpu" if here.gpu else "cpu")
-    scale = workloads.SCALES[name]
+    scale = workloads.SCALES[args.scale or device]
     scale = replace(scale, rate=args.rate or scale.rate)
-    if scale.max_model_len > config.max_position_embeddings:
-        raise UsageError(
-            f"--scale {name} needs {scale.max_model_len} positions and {model} has "
-            f"{config.max_position_embeddings}: choose --scale cpu or another model"
-        )
+    if (most := config.max_position_embeddings) < scale.max_model_len:
+        needed = f"--scale {args.scale or device} needs {scale.max_model_len} positions"
+        raise UsageError(f"{needed} and {model} has {most}: choose --scale cpu or another model")
+    sizes = {name: n for name, n in asdict(scale).items() if name.startswith("max_")}
     weights = parameters(config)
     costs = roofline.CostModel(config, weights)
-    profiled = "batch16" if "batch16" in args.workloads else args.workloads[0]
-    cases, tasks = [], []
-    for name in args.workloads:
-        timed, warm_up = (
-            workloads.make(name, scale, seed, config.vocab_size)
-            for seed in (workloads.SEED, workloads.WARM_UP_SEED)
-        )
-        cases.append(Case(timed, warm_up, name == profiled))
-        tasks.append(workloads.describe(timed, costs, scale.prefix[1] if name == "prefix" else 0))
+    make = partial(workloads.make, scale=scale, vocab_size=config.vocab_size)
+    timed = {name: make(name, seed=workloads.SEED) for name in args.workloads}
     # A CPU's limits are unknown: for one thing, a small model's weights stay in its caches.
     rates = roofline.find_hardware(here.gpu or "")
     settings = Settings(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=title,
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)),
-        dtype=config.dtype,
-        device="gpu" if here.gpu else "cpu",
-        engines=args.engines,
-        rounds=args.rounds,
-        runs=args.runs,
-        temperature=args.temperature,
+        date=datetime.now(UTC).isoformat(timespec="seconds"), model=title,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(weights)), dtype=config.dtype,
+        device=device, engines=args.engines, rounds=args.rounds, runs=args.runs,
+        temperature=args.temperature, scale=asdict(scale),
         bandwidth_tb_s=args.bandwidth or (rates and rates.memory / 1e12),
         peak_tflop_s=args.peak or (rates and rates.flops / 1e12),
-        scale=asdict(scale),
-    )
+    )  # fmt: skip
     job = Job(
-        model=str(model),
-        limits=Limits("cuda" if here.gpu else "cpu", config.dtype, scale.sizes),
-        vocab_size=config.vocab_size,
-        temperature=args.temperature,
-        runs=args.runs,
-        check=workloads.make("batch16", scale, workloads.CHECK_SEED, config.vocab_size).main[0],
-        cases=cases,
-    )
-    return [settings, here, *tasks], job
+        model=str(model), limits=Limits("cuda" if here.gpu else "cpu", config.dtype, sizes),
+        vocab_size=config.vocab_size, temperature=args.temperature, runs=args.runs,
+        check=make("batch16", seed=workloads.CHECK_SEED).main[0],
+        cases=[(work, make(name, seed=workloads.WARM_UP_SEED)) for name, work in timed.items()],
+        profiled=timed.get("batch16", timed[args.workloads[0]]), results=file.resolve(),
+    )  # fmt: skip
+    return [settings, here, *(workloads.describe(w, scale, costs) for w in timed.values())], job
 
 
-def order(engines: Sequence[str], round_number: int) -> list[str]:
-    """Return the engines in a round's order: forward in even rounds, backward in odd ones."""
-    return list(engines) if round_number % 2 == 0 else list(engines)[::-1]
+def _model(args: argparse.Namespace) -> tuple[str, Path]:
+    """Return the model's title and directory; random weights are written if they are not there."""
+    if size := args.random_weights:
+        title, model = f"Qwen3-{size}, random weights", args.weights_folder / f"qwen3-random-{size}"
+        print(f"{title}, in {model}")
+        return title, random_model.write(model, shapes.QWEN3[size])
+    model = (args.model or DEMO_MODEL).resolve()
+    return model.name if args.model else "the demo model", model
 
 
-def run_all(args: argparse.Namespace, shared: Job, file: Path) -> None:
+def run_all(args: argparse.Namespace, shared: Job) -> None:
     """Run every engine in every round, within its time limit; the results grow as they come."""
     default = args.limit.get("", LIMIT_S[shared.limits.device])
     left = {name: args.limit.get(name, default) for name in args.engines}
     with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
         for number in range(args.rounds):
-            for name in order([*left], number):
+            for name in list(left) if number % 2 == 0 else list(left)[::-1]:
                 print(f"round {number + 1}, {name} ({left[name]:.0f} s of its limit left)")
-                start = time.perf_counter()
                 job = replace(
-                    shared,
-                    engine=name,
-                    round=number,
-                    seconds=left[name],
-                    cases=[replace(c, profile=c.profile and number == 0) for c in shared.cases],
-                    results=str(file.resolve()),
-                    log=str(file.with_suffix(f".{name}.log").resolve()),
+                    shared, engine=name, round=number, seconds=left[name], started=time.time()
                 )
                 run_worker(job, Path(folder), args.python_path.get(name))
-                left[name] -= time.perf_counter() - start
-                absent = any(type(r) is Absent and r.engine == name for r in results.read(file))
-                if absent or left[name] < GRACE_S:
+                left[name] -= time.time() - job.started
+                absent = Results(results.read(job.results)).absent
+                if name in absent or left[name] < GRACE_S:
                     del left[name]
 
 
 def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
     """Run one engine in a process of its own, which is killed after its time limit."""
-    replace(job, started=time.time()).write(path := folder / "job.json")
+    (path := folder / "job.pickle").write_bytes(pickle.dumps(job))
     # The cache is this comparison's alone: a process that is killed may leave a damaged file in it.
     env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **os.environ}
     if python_path:
@@ -221,10 +175,9 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
         env = {"OMP_NUM_THREADS": cores, **env, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "nanovllm_jax.tools.compare.worker", str(path)]
     process = subprocess.Popen(command, env=env, start_new_session=True)
-    reason = None
     try:
-        if code := process.wait(job.seconds + GRACE_S):
-            reason = f"the process ended with {code}; see {Path(job.log).name}"
+        code = process.wait(job.seconds + GRACE_S)
+        reason = f"the process ended with {code}; see {job.log.name}" if code else ""
     except subprocess.TimeoutExpired:
         reason = f"stopped after its time limit, {job.seconds:.0f} s in this round"
     finally:
@@ -233,38 +186,31 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
             process.wait()
     if reason:
         print(f"  failure: {reason}")
-        results.append(Path(job.results), Failure(job.engine, job.round, None, reason))
+        results.append(job.results, Failure(job.engine, job.round, None, reason))
 
 
-def check_added(file: Path, header: Header, engines: Sequence[str]) -> None:
+def check_added(file: Path, header: list[results.Record], engines: Sequence[str]) -> None:
     """Raise UsageError unless results are of the same work and machine, without these engines."""
     if not file.is_file():
         raise UsageError(f"--add: {file} is not there: leave --add out for a new report")
     old = results.read(file)
     if again := {r.engine for r in old if isinstance(r, Run)} & {*engines}:
         raise UsageError(f"--add: {file} has results of {', '.join(sorted(again))} already")
-    there = [_comparable(record) for record in old]
-    for record in header:
-        if _comparable(record) not in there:
-            what = record.name if isinstance(record, Task) else type(record).__name__.lower()
-            raise UsageError(
-                f"--add: the {what} of {file} differs from this call's: give the same model "
-                "and options on such a machine"
-            )
 
+    def comparable(record: results.Record) -> str:
+        varies = ("date", "engines", "rounds", "runs", "load_at_the_start")
+        return json.dumps({name: x for name, x in asdict(record).items() if name not in varies})
 
-def _comparable(record: results.Record) -> str:
-    """Return a record's fields, as they are in a file, without those that vary between calls."""
-    varies = ("date", "engines", "rounds", "runs", "load_at_the_start")
-    return json.dumps({name: x for name, x in asdict(record).items() if name not in varies})
+    there = {comparable(record) for record in old}  # as in a file, where tuples are lists
+    if other := next((record for record in header if comparable(record) not in there), None):
+        what = other.name if isinstance(other, Task) else type(other).__name__.lower()
+        raise UsageError(f"--add: the {what} of {file} differs: give the same model and options")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what the command line asks for, write the report, and return 0; raises UsageError."""
     args = parse(argv)
     if args.source:
-        if not args.source.is_file():
-            raise UsageError(f"--from {args.source} is not there: give a file of results")
         found = Results(results.read(args.source))
         if args.picture:
             plots.write_picture(found, args.picture)
@@ -273,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     plots.pyplot()  # if it is missing, that is said before the work, not after it
     file, page = (Path(f"{args.output}.{suffix}") for suffix in ("jsonl", "html"))
-    header, job = prepare(args)
+    header, job = prepare(args, file)
     if args.add:
         check_added(file, header, args.engines)
         results.append(file, Added(**vars(header[0])))
@@ -283,7 +229,7 @@ def main(argv: Sequence[str]) -> int:
         results.append(file, *header)
     start = time.perf_counter()
     try:
-        run_all(args, job, file)
+        run_all(args, job)
     finally:  # interrupted or not: what there is
         page.write_text(report.render(Results(results.read(file))))
         print(f"{page} and {file} written after {time.perf_counter() - start:.0f} s")

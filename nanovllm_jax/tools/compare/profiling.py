@@ -9,58 +9,50 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from nanovllm_jax.tools import trace
+
 
 def jax_profile(run: Callable[[], Any], program: Any) -> dict[str, Any]:
     """Profile `run`. `program` is the compiled step: it says what XLA's kernels were made from."""
-    import jax
-
-    from nanovllm_jax.tools import trace
-
     with tempfile.TemporaryDirectory() as folder:
         with trace.tracing(Path(folder)):
             run()
         times, gaps = trace.busy_times(trace.read_events(Path(folder)))
+    on_gpu = jax.default_backend() == "gpu"
+    unit = "kernels" if on_gpu else "operators, overlapping threads counted once"
     origins = trace.origins(program.as_text() or "")
-    if jax.default_backend() == "gpu":
-        return _summary(times, gaps.total(), "kernels", 1e-9, origins)
-    return _summary(times, None, "operators, overlapping threads counted once", 1e-9, origins)
+    return _summary(times, gaps.total() * 1e-9 if on_gpu else None, unit, 1e-9, origins)
 
 
-def torch_profile(run: Callable[[], Any]) -> dict[str, Any]:
-    """Profile `run` in this process alone."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    from nanovllm_jax.tools import trace
+def torch_profile(run: Callable[[], Any], batch: int) -> dict[str, Any]:
+    """Profile `run` in this process alone, whatever the batch."""
+    import torch.profiler
 
     on_gpu = torch.cuda.is_available()
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    activity = getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")
+    with torch.profiler.profile(activities=[activity]) as profiler:
         run()
         if on_gpu:
             torch.cuda.synchronize()
     if not on_gpu:
         operators = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
-        return _summary(operators, None, "operators, calling thread", 1e-6)
+        return _summary(operators, None, "operators, calling thread", 1e-6, {})
     events = [e for e in profiler.events() or [] if "CUDA" in str(e.device_type)]
     kernels = sorted((e.time_range.start, e.time_range.end, e.name) for e in events)
     times, gaps = trace.busy_times(kernels)
-    return _summary(times, gaps.total(), "kernels", 1e-6)
+    return _summary(times, gaps.total() * 1e-6, "kernels", 1e-6, {})
 
 
 def _summary(
-    times: Mapping[str, float], idle: float | None, unit: str, scale: float,
-    origins: Mapping[str, str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Sum times by category; `scale` is their unit in seconds."""
-    from nanovllm_jax.tools.trace import CATEGORIES, category
-
+    times: Mapping[str, float], idle: float | None, unit: str, scale: float, origins: dict[str, str]
+) -> dict[str, Any]:
+    """Sum times by category; `scale` is their unit in seconds, in which `idle` is."""
     if not times:
         raise RuntimeError("the profiler saw nothing of this process")
-    seconds, top = dict.fromkeys(CATEGORIES, 0.0), []
-    for name, time in sorted(times.items(), key=lambda item: -item[1]):
-        kind = category(name, (origins or {}).get(name, ""))
-        seconds[kind] += time * scale
-        top.append((name[:80], kind, time * scale))
-    idle = None if idle is None else idle * scale
-    return {"seconds": seconds, "idle": idle, "unit": unit, "top": top[:12]}
+    slowest = sorted(times.items(), key=lambda item: -item[1])
+    top = [(name, trace.category(name, origins.get(name, "")), t * scale) for name, t in slowest]
+    seconds = {kind: sum(s for _, k, s in top if k == kind) for kind in trace.CATEGORIES}
+    top = [(name[:80], kind, s) for name, kind, s in top[:12]]
+    return {"seconds": seconds, "idle": idle, "unit": unit, "top": top}

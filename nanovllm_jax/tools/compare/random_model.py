@@ -9,49 +9,40 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.models.checkpoint import tensor_shapes
 from nanovllm_jax.tools.shapes import write_config
 
-DONE = "complete"  # file that says that a folder holds a whole model, and which
-
 
 def write(folder: Path, config: ModelConfig) -> Path:
-    """Write config.json, bfloat16 weights of standard deviation 0.02 and a tokenizer to `folder`.
-
-    A folder that holds the same model already is left as it is. Returns `folder`.
-    """
-    stamp = repr(config)
-    if (folder / DONE).is_file() and (folder / DONE).read_text() == stamp:
+    """Write a model of random bfloat16 weights to `folder`, unless it is there; return `folder`."""
+    file = folder / "config.json"  # which is written last
+    if file.is_file() and ModelConfig.from_directory(folder) == config:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DONE).unlink(missing_ok=True)
-    write_config(config, folder)
-    _write_tokenizer(folder, config)
+    file.unlink(missing_ok=True)
+    # The tokenizer has made-up words: some engines want one, but no workload uses it.
+    words, end = {f"t{i}": i for i in range(config.vocab_size)}, f"t{config.eos_token_ids[0]}"
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
     _write_tensors(folder, tensor_shapes(config))
-    (folder / DONE).write_text(stamp)
+    write_config(config, folder)
     return folder
 
 
 def _write_tensors(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     """Write one safetensors file a layer, and their index; few layers are in memory at a time."""
-    files: dict[str, list[str]] = defaultdict(list)
-    for name in tensors:
+    files: dict[str, dict[str, int]] = defaultdict(dict)  # of each tensor its seed
+    for seed, name in enumerate(tensors):
         layer = name.split(".")[2] if ".layers." in name else "rest"
-        files[f"model-{layer}.safetensors"].append(name)
-    seeds = {name: i for i, name in enumerate(tensors)}
-
-    def draw(name: str) -> np.ndarray:
-        shape = tensors[name]
-        if len(shape) == 1:
-            return np.ones(shape, ml_dtypes.bfloat16)
-        normal = np.random.default_rng(seeds[name]).standard_normal(shape, np.float32)
-        return (normal * 0.02).astype(ml_dtypes.bfloat16)
+        files[f"model-{layer}.safetensors"][name] = seed
 
     def write_file(file: str) -> None:
-        save_file({name: draw(name) for name in files[file]}, folder / file, {"format": "pt"})
+        drawn = {name: _draw(tensors[name], seed) for name, seed in files[file].items()}
+        save_file(drawn, folder / file, {"format": "pt"})
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # numpy lets threads run
         list(pool.map(write_file, files))
@@ -59,12 +50,8 @@ def _write_tensors(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
-    """Write a tokenizer of made-up words, for the engines that want one; no workload uses it."""
-    words = {f"t{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tokenizer.save(str(folder / "tokenizer.json"))
-    end = f"t{config.eos_token_ids[0]}"
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+def _draw(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    if len(shape) == 1:
+        return np.ones(shape, ml_dtypes.bfloat16)
+    normal = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return (normal * 0.02).astype(ml_dtypes.bfloat16)

@@ -1,7 +1,8 @@
 """The results of a comparison: typed records, one JSON line each, and what they add up to."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -112,11 +113,6 @@ class Run(Event):
         """Seconds of the main part."""
         return next(iter(self.seconds.values()))
 
-    @property
-    def after_first_s(self) -> float:
-        """Seconds of a batch after its first tokens."""
-        return self.seconds["whole"] - self.seconds["first"]
-
 
 @dataclass(frozen=True)
 class Profile(Event):
@@ -133,16 +129,15 @@ class Profile(Event):
 class Skip(Event):
     """A workload that an engine was not given."""
 
-    workload: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Failure(Event):
-    """A workload that failed; with None the engine."""
-
+    verdict = "not run"
     workload: str | None
     reason: str
+
+
+class Failure(Skip):
+    """A workload that failed; with None the engine."""
+
+    verdict = "failed"
 
 
 KINDS = {
@@ -161,11 +156,7 @@ def append(path: Path, *records: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Read the records of a file, one a line.
-
-    Raises:
-        UsageError: a line is no record; the message names it.
-    """
+    """Read the records of a file; raises UsageError, which names the line that is none."""
     records = []
     for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -184,36 +175,26 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def percentile(values: Iterable[float], p: float) -> float:
-    """Return the p-th percentile, linear between the values around it."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * p / 100
-    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(ordered) - 1)]
-    return low + (high - low) * (place % 1)
-
-
-def _joules(run: Run, task: Task) -> float | None:
-    """Return the joules an output token; the energy of a short run is not known well."""
-    if run.joules is None or sum(run.seconds.values()) < 0.5:
-        return None
-    return run.joules / task.output_tokens
-
-
-# What is told of a run; None if it is not known.
+# Functions that compute a figure from a run; None if it is not known.
 METRICS: dict[str, Callable[[Run, Task], float | None]] = {
     "output tok/s": lambda run, task: task.output_tokens / run.main_s,
     "input tok/s": lambda run, task: task.prompt_tokens / run.main_s,
-    "seconds": lambda run, task: run.main_s,
-    "ms a token": lambda run, task: 1e3 * run.after_first_s / (task.longest_output - 1),
+    "TB/s": lambda run, task: task.bytes / run.main_s / 1e12,
+    "TFLOP/s": lambda run, task: task.operations / run.main_s / 1e12,
+    "ms a token": lambda run, task: (
+        1e3 * (run.seconds["whole"] - run.seconds["first"]) / (task.longest_output - 1)
+    ),
     "ms to the first token": lambda run, task: 1e3 * run.seconds["first"],
     "s behind one prefix": lambda run, task: run.seconds["shared"],
     "s with a prefix each": lambda run, task: run.seconds["own"],
     "median ms to the first token": lambda run, task: 1e3 * median(run.ttft_s),
     "median ms a token": lambda run, task: 1e3 * median(run.tpot_s) if run.tpot_s else None,
-    "joules an output token": _joules,
+    "joules an output token": lambda run, task: (  # the energy of short runs is not known well
+        run.joules / task.output_tokens if run.joules and sum(run.seconds.values()) >= 0.5 else None
+    ),
 }
 BATCH_METRICS = ("output tok/s", "ms a token", "ms to the first token", "joules an output token")
-FIGURES = {  # the metrics of each workload that is no batch
+FIGURES = {  # metrics of each workload that is no batch
     "prefill": ("input tok/s",),
     "prefix": ("s behind one prefix", "s with a prefix each"),
     "stream": ("median ms to the first token", "median ms a token"),
@@ -221,21 +202,8 @@ FIGURES = {  # the metrics of each workload that is no batch
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table of figures: one value a run, of the engines that have any."""
-
-    title: str
-    more_is_better: bool
-    values: dict[str, list[float]]
-
-
 class Results:
-    """The records of one comparison, by what they are.
-
-    Raises:
-        UsageError: the records are not of one comparison, or of unequal work.
-    """
+    """The records of one comparison, by what they are; raises UsageError if they are not of one."""
 
     def __init__(self, records: Sequence[Record]):
         def all_of(kind: type[T]) -> list[T]:
@@ -243,8 +211,7 @@ class Results:
 
         for kind in (Settings, Machine):
             if (count := len(all_of(kind))) != 1:
-                name = kind.__name__.lower()
-                raise UsageError(f"the results have {count} lines of {name!r}, not one")
+                raise UsageError(f"the results have {count} lines of {kind.__name__}, not one")
         [self.settings], [self.machine] = all_of(Settings), all_of(Machine)
         self.added = all_of(Added)
         self.tasks = {task.name: task for task in all_of(Task)}
@@ -252,9 +219,10 @@ class Results:
         self.starts = {name: [s for s in all_of(Start) if s.engine == name] for name in ENGINES}
         self.engines = [name for name in ENGINES if self.starts[name]]
         self.absent = {a.engine: a for a in all_of(Absent) if a.engine not in self.engines}
-        self.problems: list[Skip | Failure] = [*all_of(Skip), *all_of(Failure)]
+        self.problems: list[Skip] = [*all_of(Skip), *all_of(Failure)]
         self.profiles = {p.engine: p for p in all_of(Profile)}
-        self.checks = {c.engine: c.tokens for c in reversed(all_of(Check))}
+        checks = {c.engine: c.tokens for c in reversed(all_of(Check))}
+        self.checks = {name: checks[name] for name in self.engines if name in checks}
         self._runs = all_of(Run)
         for name in self.tasks:
             if len({run.digest for run in self._runs if run.workload == name}) > 1:
@@ -266,9 +234,8 @@ class Results:
 
     def values(self, engine: str, workload: str, metric: str) -> list[float]:
         """Return a metric of each run for which it is known."""
-        runs = self.of(engine, workload)
-        found = (METRICS[metric](run, self.tasks[workload]) for run in runs)
-        return [value for value in found if value is not None]
+        runs, task = self.of(engine, workload), self.tasks[workload]
+        return [v for run in runs if (v := METRICS[metric](run, task)) is not None]
 
     def measured(self, *workloads: str) -> list[str]:
         """Return those workloads that an engine was timed on."""
@@ -278,16 +245,14 @@ class Results:
         """Return `ttft_s` or `tpot_s` of all requests of all runs, in milliseconds."""
         return [1e3 * s for run in self.of(engine, "stream") for s in getattr(run, what)]
 
-    def figures(self) -> list[Row]:
-        """Return the rows of the table of figures that have values."""
-        rows = [
-            Row(
-                f"{name}, {metric}",
-                metric.endswith("tok/s"),
-                {e: found for e in self.engines if (found := self.values(e, name, metric))},
-            )
-            for name in self.tasks
-            for metric in FIGURES.get(name, BATCH_METRICS)
-        ]
-        starts = {e: [start.start_s for start in self.starts[e]] for e in self.engines}
-        return [row for row in (*rows, Row("start with imports, s", False, starts)) if row.values]
+    def figures(self) -> dict[str, dict[str, list[float]]]:
+        """Return title of a row -> engine -> a value of each run; in tok/s more is better."""
+        found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+        for name in self.tasks:
+            for metric in FIGURES.get(name, BATCH_METRICS):
+                for engine in self.engines:
+                    if values := self.values(engine, name, metric):
+                        found[f"{name}, {metric}"][engine] = values
+        for engine in self.engines:
+            found["start with imports, s"][engine] = [s.start_s for s in self.starts[engine]]
+        return found

@@ -5,9 +5,9 @@ import random
 from dataclasses import dataclass
 
 from nanovllm_jax.tools import bench
-from nanovllm_jax.tools.compare.job import Wave, Workload
+from nanovllm_jax.tools.compare.job import Workload
 from nanovllm_jax.tools.compare.results import Task
-from nanovllm_jax.tools.roofline import CostModel, Work
+from nanovllm_jax.tools.roofline import CostModel
 
 NAMES = ("batch1", "batch16", "batch64", "prefill", "prefix", "stream", "bench")
 SEED, WARM_UP_SEED, CHECK_SEED = 0, 12345, 7
@@ -15,7 +15,7 @@ SEED, WARM_UP_SEED, CHECK_SEED = 0, 12345, 7
 
 @dataclass(frozen=True)
 class Scale:
-    """How long the workloads are; every length in tokens."""
+    """How long the workloads are, in tokens, and the options that every engine gets."""
 
     prompt: int  # each prompt of the batches
     output: int
@@ -27,12 +27,6 @@ class Scale:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The engines' options, named as most of them name these."""
-        names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-        return {name: getattr(self, name) for name in names}
 
 
 SCALES = {
@@ -51,44 +45,31 @@ SCALES = {
 
 def make(name: str, scale: Scale, seed: int, vocab_size: int) -> Workload:
     """Make a workload; another seed gives other token ids of the same lengths or distribution."""
-    rng, arrivals = random.Random(f"{name} {seed}"), []
+    rng = random.Random(f"{name} {seed}")
     if name == "prefix":
-        title, parts = _prefix(rng, scale, vocab_size)
-        return Workload(name, title, parts)
+        return _prefix(rng, scale, vocab_size)
+    if name == "stream":
+        return _stream(rng, scale, vocab_size)
     if name == "bench":  # at full size seed 0 is nano-vLLM's bench.py, token for token
         work = bench.random_workload(seed, *scale.bench, vocab_size)
         scaled = "" if scale.bench == bench.STANDARD[:2] else ", scaled down"
-        title = (
-            f"nano-vLLM's bench.py{scaled}: {len(work.prompts)} requests, "
-            f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
-        )
-    elif name == "stream":
-        count, prompt, output = scale.stream
-        top = min(bench.MAX_TOKEN_ID, vocab_size - 1)
-        lengths = [rng.randint(prompt // 4, prompt) for _ in range(count)]
-        prompts = [[rng.randint(0, top) for _ in range(length)] for length in lengths]
-        outputs = [rng.randint(output // 4, output) for _ in range(count)]
-        work = bench.Workload(prompts, outputs)
-        arrivals = list(itertools.accumulate(rng.expovariate(scale.rate) for _ in range(count)))
-        title = (
-            f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), up to {prompt} prompt and "
-            f"{output} output tokens"
-        )
+        size = f"{work.prompt_tokens:,} prompt and {work.output_tokens:,} output tokens"
+        title = f"nano-vLLM's bench.py{scaled}: {len(work.prompts)} requests, {size}"
     elif name == "prefill":
-        prompts, length = scale.prefill
-        work = bench.fixed_workload(rng, prompts, length, 1, vocab_size)
-        title = f"prefill: {prompts} x {length} tokens"
+        count, length = scale.prefill
+        work = bench.fixed_workload(rng, count, length, 1, vocab_size)
+        title = f"prefill: {count} x {length} tokens"
     else:
-        batch = int(name.removeprefix("batch"))
-        work = bench.fixed_workload(rng, batch, scale.prompt, scale.output, vocab_size)
-        title = f"batch {batch}: {scale.prompt} prompt + {scale.output} output tokens each"
+        count = int(name.removeprefix("batch"))
+        work = bench.fixed_workload(rng, count, scale.prompt, scale.output, vocab_size)
+        title = f"batch {count}: {scale.prompt} prompt + {scale.output} output tokens each"
     parts = {"whole": [(work.prompts, work.outputs)]}
     if name.startswith("batch"):  # once more for the first tokens alone
         parts["first"] = [(work.prompts, [1] * len(work.prompts))]
-    return Workload(name, title, parts, arrivals, scale.rate if arrivals else 0.0)
+    return Workload(name, title, parts)
 
 
-def _prefix(rng: random.Random, scale: Scale, vocab_size: int) -> tuple[str, dict[str, list[Wave]]]:
+def _prefix(rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
     """Make prompts behind one prefix, the first of them ahead; then as many that share nothing."""
     count, shared, rest, output = scale.prefix
     own = bench.fixed_workload(rng, 2 * count, shared + rest, output, vocab_size).prompts
@@ -99,42 +80,42 @@ def _prefix(rng: random.Random, scale: Scale, vocab_size: int) -> tuple[str, dic
         for label, prompts in (("shared", behind_one), ("own", own[count:]))
     }
     title = f"{count} prompts of {shared} shared + {rest} own tokens, {output} output"
-    return f"shared prefix: {title}", parts
+    return Workload("prefix", f"shared prefix: {title}", parts)
 
 
-def requests(workload: Workload) -> bench.Workload:
-    """Return the requests of the main part, all waves together."""
-    prompts, outputs = zip(*workload.main, strict=True)
-    return bench.Workload(list(itertools.chain(*prompts)), list(itertools.chain(*outputs)))
+def _stream(rng: random.Random, scale: Scale, vocab_size: int) -> Workload:
+    """Make requests that arrive one by one, at random times."""
+    count, prompt, output = scale.stream
+    top = min(bench.MAX_TOKEN_ID, vocab_size - 1)
+    lengths = [rng.randint(prompt // 4, prompt) for _ in range(count)]
+    prompts = [[rng.randint(0, top) for _ in range(length)] for length in lengths]
+    outputs = [rng.randint(output // 4, output) for _ in range(count)]
+    arrivals = itertools.accumulate(rng.expovariate(scale.rate) for _ in range(count))
+    size = f"up to {prompt} prompt and {output} output tokens"
+    title = f"arrivals: {count} requests at {scale.rate:g}/s (Poisson), {size}"
+    return Workload("stream", title, {"whole": [(prompts, outputs)]}, list(arrivals))
 
 
-def describe(workload: Workload, costs: CostModel, shared: int = 0) -> Task:
-    """Describe a workload for the report; see `least_work`."""
-    work = requests(workload)
-    least = least_work(work, costs, shared)
-    return Task(
-        workload.name, workload.title, len(work.prompts), max(work.outputs), work.prompt_tokens,
-        work.output_tokens, workload.rate, least.bytes, least.flops,
-    )  # fmt: skip
-
-
-def least_work(work: bench.Workload, costs: CostModel, shared: int = 0) -> Work:
-    """Count what requests must move and compute at the very least.
+def describe(workload: Workload, scale: Scale, costs: CostModel) -> Task:
+    """Describe a workload's main part, with what it must move and compute at the very least.
 
     Decoding reads every weight once a step, in as few steps as the longest output needs if all
     requests run at once, and the keys and values of each sequence once a token. Of a prefill only
-    the operations count.
-
-    Args:
-        shared: tokens of a prefix that is computed once for all prompts.
+    the operations count; a shared prefix is computed once.
     """
-    lengths = list(zip(map(len, work.prompts), work.outputs, strict=True))
-    others = len(lengths) - 1
-    return costs.least(
-        steps=max(work.outputs) - 1,
-        tokens=sum(p + n - 1 for p, n in lengths) - others * shared,
-        rows=work.output_tokens,
-        context=work.context_tokens,
-        pairs=sum((p + n - 1) * (p + n) / 2 for p, n in lengths)
-        - others * shared * (shared + 1) / 2,
-    )
+    prompts, outputs = (list(itertools.chain(*lists)) for lists in zip(*workload.main, strict=True))
+    work = bench.Workload(prompts, outputs)
+    lengths = [len(p) + n - 1 for p, n in zip(prompts, outputs, strict=True)]
+    shared = scale.prefix[1] if workload.name == "prefix" else 0
+    saved = shared * (len(prompts) - 1)  # tokens
+    pairs = sum(n * (n + 1) / 2 for n in lengths) - saved * (shared + 1) / 2
+    least = costs.least(
+        steps=max(outputs) - 1, tokens=sum(lengths) - saved, rows=work.output_tokens,
+        context=work.context_tokens, pairs=pairs,
+    )  # fmt: skip
+    return Task(
+        name=workload.name, title=workload.title, requests=len(prompts),
+        longest_output=max(outputs), prompt_tokens=work.prompt_tokens,
+        output_tokens=work.output_tokens, rate=scale.rate if workload.arrivals else 0.0,
+        bytes=least.bytes, operations=least.flops,
+    )  # fmt: skip

@@ -1,7 +1,5 @@
 """nano-vLLM, whose interface this repository's engine has. Not run yet: it needs flash-attn."""
 
-from nanovllm_jax.tools.compare.profiling import torch_profile
-
 
 class Adapter:
     note = "continuous batching; CUDA graphs for decoding; it always decodes its output to text"
@@ -29,6 +27,3 @@ class Adapter:
         finished, _ = self.llm.step()
         running = [(seq.seq_id, seq.num_completion_tokens) for seq in self.llm.scheduler.running]
         return running + [(seq_id, len(token_ids)) for seq_id, token_ids in finished]
-
-    def profile(self, run, batch):
-        return torch_profile(run)

@@ -3,8 +3,6 @@
 import torch
 import transformers
 
-from nanovllm_jax.tools.compare.profiling import torch_profile
-
 BATCH = 64  # prompts of one call at most: generate keeps the whole cache of all of them
 
 
@@ -35,6 +33,3 @@ class Adapter:
 
     def reset_prefix_cache(self):
         pass  # nothing is kept from one call to the next
-
-    def profile(self, run, batch):
-        return torch_profile(run)

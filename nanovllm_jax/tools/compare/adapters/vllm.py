@@ -3,8 +3,6 @@
 import os
 from itertools import count
 
-from nanovllm_jax.tools.compare.profiling import torch_profile
-
 
 class Adapter:
     note = "continuous batching; its default compilation and CUDA graphs, engine in process"
@@ -35,6 +33,3 @@ class Adapter:
 
     def step(self):
         return [(r.request_id, len(r.outputs[0].token_ids)) for r in self.llm.llm_engine.step()]
-
-    def profile(self, run, batch):
-        return torch_profile(run)
