@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -18,12 +19,13 @@ from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
 
-# First words that mean a tool, not a prompt; `nanovllm-jax -- WORD` makes one a prompt again.
+# First words that mean a tool, not a prompt, with the tool's module and what it does;
+# `nanovllm-jax -- WORD` makes one a prompt again.
 TOOLS = {
-    "bench": "measure throughput and latency with nano-vLLM's benchmark",
-    "compare": "run the same work on other engines and report",
-    "profile": "show where a step's time goes",
-    "sharding": "report what a sharding costs",
+    "bench": ("bench", "measure throughput and latency with nano-vLLM's benchmark"),
+    "compare": ("compare.main", "run the same work on other engines and report"),
+    "profile": ("profile", "show where a step's time goes"),
+    "sharding": ("sharding", "report what a sharding costs"),
 }
 
 
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _log_to_standard_error():
             if argv and argv[0] in TOOLS:
-                return _run_tool(argv[0], argv[1:])
+                module, _ = TOOLS[argv[0]]  # the other tools are not imported
+                return importlib.import_module(f"nanovllm_jax.tools.{module}").main(argv[1:])
             return generate(argv)
     except UsageError as error:
         print(f"nanovllm-jax: error: {error}", file=sys.stderr)
@@ -51,19 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _run_tool(name: str, argv: Sequence[str]) -> int:
-    """Run a tool; the others are not imported."""
-    if name == "bench":
-        from nanovllm_jax.tools.bench import main
-    elif name == "compare":
-        from nanovllm_jax.tools.compare.main import main
-    elif name == "profile":
-        from nanovllm_jax.tools.profile import main
-    else:
-        from nanovllm_jax.tools.sharding import main
-    return main(argv)
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -86,7 +76,7 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    tools = "\n".join(f"  {name:10} {text}" for name, text in TOOLS.items())
+    tools = "\n".join(f"  {name:10} {text}" for name, (_, text) in TOOLS.items())
     parser = options.Parser(
         prog="nanovllm-jax",
         usage="%(prog)s [options] PROMPT [PROMPT ...]\n       %(prog)s TOOL [options]",
@@ -131,11 +121,9 @@ def _load(model: Path, num_prompts: int, given: dict[str, Any]) -> LLM:
     with refusals(*options.ENGINE_ERRORS):
         longest = ModelConfig.from_directory(model).max_position_embeddings
         longest = max(1, min(given.get("max_model_len", 4096), longest))
-        defaults: dict[str, Any] = {
-            "max_num_seqs": min(num_prompts, 512),
-            "max_num_batched_tokens": longest,
-        }
-        return LLM(str(model), **defaults | given)
+        steps: dict[str, Any] = {"max_num_seqs": min(num_prompts, 512)}
+        steps["max_num_batched_tokens"] = longest
+        return LLM(str(model), **steps | given)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
@@ -95,11 +96,6 @@ class Phase:
     tokens: int = 0
     steps: int = 0
 
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
 
 class Run(NamedTuple):
     """What one pass over a workload took."""
@@ -113,10 +109,8 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
     """Drive the engine over `work` step by step; every output has exactly its forced length."""
     began = time.perf_counter()
     for prompt, length in zip(work.prompts, work.outputs, strict=True):
-        params = SamplingParams(
-            temperature=temperature, ignore_eos=True, max_tokens=length, detokenize=detokenize
-        )
-        llm.add_request(prompt, params)
+        sampling = {"temperature": temperature, "max_tokens": length, "ignore_eos": True}
+        llm.add_request(prompt, SamplingParams(**sampling, detokenize=detokenize))
     lengths, prefill, decode = [], Phase(), Phase()
     now = time.perf_counter()
     while not llm.is_finished():
@@ -134,15 +128,8 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
     return Run(time.perf_counter() - began, prefill, decode)
 
 
-def throughput(
-    llm: LLM, args: argparse.Namespace, costs: CostModel, bandwidth: float | None
-) -> dict[str, Any]:
-    """Time nano-vLLM's workload; medians over the runs, the slowest and the fastest.
-
-    Args:
-        costs: the model's costs on all devices together.
-        bandwidth: bytes per second of all devices together, if known.
-    """
+def throughput(llm: LLM, args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
+    """Time nano-vLLM's workload; medians over the runs, the slowest and the fastest."""
 
     def one_run(seed: int) -> tuple[Workload, Run]:
         llm.reset_prefix_cache()
@@ -162,24 +149,22 @@ def throughput(
         "output_tok_s_range": [min(rates), max(rates)],
         "seconds": middle.seconds,
     }
-    say(
-        f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
+    say(f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
         f"{work.output_tokens:,} output tokens{', detokenized' * args.detokenize}, "
         f"{args.runs} runs\n  output      {result['output_tok_s']:,.0f} tok/s "
-        f"({min(rates):,.0f} to {max(rates):,.0f}), {middle.seconds:.2f} s"
-    )
+        f"({min(rates):,.0f} to {max(rates):,.0f}), {middle.seconds:.2f} s")  # fmt: skip
     for name, phase in (("prefill", middle.prefill), ("decode", middle.decode)):
         result |= {f"{name}_{key}": value for key, value in asdict(phase).items()}
-        result[f"{name}_tok_s"] = phase.rate
-        say(f"  {name:11} {phase.rate:,.0f} tok/s, {phase.seconds:.2f} s in {phase.steps} steps")
-    if bandwidth:
-        result |= memory_share(middle, work, costs, bandwidth)
-        say(
-            f"  memory      {result['decode_bytes'] / TB:.4g} TB must be read: "
-            f"{result['limit_tok_s']:,.0f} tok/s at {bandwidth / TB:g} TB/s is the limit\n"
-            f"              {result['share_of_limit']:.1%} of it reached over the run, "
-            f"{result['decode_share_of_limit']:.1%} in the decode steps"
-        )
+        result[f"{name}_tok_s"] = rate = phase.tokens / (phase.seconds or math.inf)
+        say(f"  {name:11} {rate:,.0f} tok/s, {phase.seconds:.2f} s in {phase.steps} steps")
+    hardware = find_hardware(about["device"])
+    if each := args.bandwidth * TB if args.bandwidth else hardware and hardware.memory:
+        result |= memory_share(middle, work, cost_model(llm), each * about["devices"])
+        say("  memory      {:.4g} TB must be read: {limit_tok_s:,.0f} tok/s at "
+            "{bandwidth_tb_s:g} TB/s is the limit\n"
+            "              {share_of_limit:.1%} of it reached over the run, "
+            "{decode_share_of_limit:.1%} in the decode steps"
+            .format(result["decode_bytes"] / TB, **result))  # fmt: skip
     return result
 
 
@@ -188,7 +173,8 @@ def memory_share(
 ) -> dict[str, float]:
     """Return how near `result` comes to reading at `bandwidth` what decoding must read.
 
-    That is every weight once a step, and the keys and values of each context once a token.
+    That is every weight once a step, and the keys and values of each context once a token. Costs
+    and bandwidth are those of all devices together.
     """
     # Steps that also prefill decode some tokens, which their num_tokens does not tell apart.
     decoded = work.output_tokens - len(work.outputs)
@@ -219,10 +205,8 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             "output_tok_s": batch * tokens / whole,
             "ttft_ms": first * 1e3,
         }
-        say(
-            f"  batch {batch:<5} {row['ms_per_token']:.2f} ms per token, "
-            f"{row['output_tok_s']:,.0f} output tok/s, first token after {row['ttft_ms']:.1f} ms"
-        )
+        say("  batch {:<5} {ms_per_token:.2f} ms per token, {output_tok_s:,.0f} output tok/s, "
+            "first token after {ttft_ms:.1f} ms".format(batch, **row))  # fmt: skip
     return results
 
 
@@ -230,27 +214,44 @@ def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time prompts of the longest length with one output token each."""
     times = _seconds(llm, args, random.Random(98), PREFILL_PROMPTS, args.max_len, 1)
     rates = [PREFILL_PROMPTS * args.max_len / seconds for seconds in times]
-    say(
-        f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
-        f"  input       {statistics.median(rates):,.0f} tok/s "
-        f"({min(rates):,.0f} to {max(rates):,.0f}), {statistics.median(times):.3f} s"
-    )
-    return {
-        "prompts": PREFILL_PROMPTS,
-        "prompt_len": args.max_len,
-        "input_tok_s": statistics.median(rates),
-        "input_tok_s_range": [min(rates), max(rates)],
-    }
+    middle, extremes = statistics.median(rates), [min(rates), max(rates)]
+    say(f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
+        "  input       {:,.0f} tok/s ({:,.0f} to {:,.0f}), {:.3f} s"
+        .format(middle, *extremes, statistics.median(times)))  # fmt: skip
+    return {"prompts": PREFILL_PROMPTS, "prompt_len": args.max_len,
+            "input_tok_s": middle, "input_tok_s_range": extremes}  # fmt: skip
 
 
 def _seconds(
     llm: LLM, args: argparse.Namespace, rng: random.Random, batch: int, prompt: int, output: int
 ) -> list[float]:
     """Time equally long requests, once in each run; another run ahead of them warms up."""
-    works = (
-        fixed_workload(rng, batch, prompt, output, llm.vocab_size) for _ in range(1 + args.runs)
-    )
+    sizes = (batch, prompt, output, llm.vocab_size)
+    works = (fixed_workload(rng, *sizes) for _ in range(1 + args.runs))
     return [run(llm, work, args.temperature).seconds for work in works][1:]
+
+
+def describe(llm: LLM, name: str) -> dict[str, Any]:
+    """Print and return which model is measured, on which devices."""
+    assert llm.runner
+    programs = llm.runner.programs
+    mesh = programs.sharding.mesh
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": name, "dtype": programs.model_config.dtype,
+        "device": mesh.devices.flat[0].device_kind, "devices": mesh.size, "jax": jax.__version__,
+    }  # fmt: skip
+    say("{model} on {devices} x {device}, {dtype}, jax {jax}".format(**about))
+    return about
+
+
+def cost_model(llm: LLM, sharding: Sharding | None = None) -> CostModel:
+    """Return the costs of an engine's model on all devices together, or on one of a mesh."""
+    assert llm.runner
+    p = llm.runner.programs
+    return CostModel(
+        p.model_config, p.weights, kv_itemsize=p.cache_dtype.itemsize, sharding=sharding
+    )
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -301,24 +302,11 @@ def main(argv: Sequence[str]) -> int:
     with llm:
         if args.detokenize and llm.tokenizer is None:
             raise UsageError(f"--detokenize needs a tokenizer, and {args.model} has none")
-        assert llm.runner
-        programs = llm.runner.programs
-        model, mesh = programs.model_config, programs.sharding.mesh
-        kind, name = mesh.devices.flat[0].device_kind, args.random_weights or str(args.model)
-        say(f"{name} on {mesh.size} x {kind}, {model.dtype}, jax {jax.__version__}\n"
-            f"start-up of the engine: {start:.1f} s")  # fmt: skip
-        result: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": name, "dtype": model.dtype, "device": kind, "devices": mesh.size,
-            "jax": jax.__version__, "python": platform.python_version(),
-            "options": given, "engine_start_s": start,
-        }  # fmt: skip
+        result = describe(llm, args.random_weights or str(args.model))
+        say(f"start-up of the engine: {start:.1f} s")
+        result |= {"python": platform.python_version(), "options": given, "engine_start_s": start}
         if args.all or not (args.latency or args.prefill):
-            itemsize = programs.cache_dtype.itemsize
-            costs = CostModel(model, programs.weights, kv_itemsize=itemsize)
-            hardware = find_hardware(kind)
-            each = args.bandwidth * TB if args.bandwidth else hardware and hardware.memory
-            result["throughput"] = throughput(llm, args, costs, each and each * mesh.size)
+            result["throughput"] = throughput(llm, args, result)
         if args.all or args.latency:
             result["latency"] = latency(llm, args)
         if args.all or args.prefill:
