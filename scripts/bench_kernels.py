@@ -71,11 +71,6 @@ def normal(key: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape, dtype)
 
 
-def integers(values: Sequence[int] | np.ndarray) -> jax.Array:
-    """Put integers on the device."""
-    return jnp.asarray(values, jnp.int32)
-
-
 def attention_case(
     name: str, heads: int, scale: Scale, contexts: Sequence[int], chunks: Sequence[int] = ()
 ) -> Case:
@@ -98,13 +93,11 @@ def attention_case(
 
     def make():
         # A table of pages from the whole pool for each call; a page may serve two sequences.
-        rng, shape = (
-            np.random.default_rng(rows),
-            (len(contexts), -(-max(contexts) // scale.page_size)),
-        )
-        tables = [integers(np.resize(rng.permutation(scale.pages), shape)) for _ in range(calls)]
-        starts = [integers(np.cumsum([0, *chunks]))] if chunks else []
-        return normal(0, rows, heads, HEAD_DIM), tables, *starts, integers(contexts)
+        rng = np.random.default_rng(len(contexts))
+        shape = (len(contexts), -(-max(contexts) // scale.page_size))
+        tables = [jnp.int32(np.resize(rng.permutation(scale.pages), shape)) for _ in range(calls)]
+        starts = [jnp.int32(np.cumsum([0, *chunks]))] if chunks else []
+        return normal(0, rows, heads, HEAD_DIM), tables, *starts, jnp.int32(contexts)
 
     if chunks:
         pairs = sum(n * c - n * (n - 1) // 2 for n, c in zip(chunks, contexts, strict=True))
@@ -128,7 +121,7 @@ def write_case(heads: int, scale: Scale, tokens: int) -> Case:
         slots = np.random.default_rng(tokens).permutation(scale.pages * scale.page_size)[:tokens]
         qkv = normal(0, tokens, KV_HEADS, heads // KV_HEADS + 2, HEAD_DIM)
         cos = normal(1, tokens, HEAD_DIM // 2, dtype=jnp.float32)
-        return qkv, jnp.ones(HEAD_DIM, jnp.bfloat16), cos, integers(slots)
+        return qkv, jnp.ones(HEAD_DIM, jnp.bfloat16), cos, jnp.int32(slots)
 
     qkv, cos = (heads + 2 * KV_HEADS) * HEAD_DIM * 2, HEAD_DIM // 2 * 4  # bytes of a token
     # All of qkv is written, to q or to the caches; sines are read like cosines.
@@ -140,7 +133,7 @@ def linear_case(name: str, scale: Scale, width: int, outputs: int) -> Case:
 
     def run(k_cache, v_cache, x, weight, norm):
         gated = name == "gate and up"
-        layers = integers(np.arange(scale.calls) % scale.layers)
+        layers = (jnp.int32(i % scale.layers) for i in range(scale.calls))
         outs = [fused_linear(x, weight, i, norm, eps=1e-6, gated=gated) for i in layers]
         return k_cache, v_cache, jnp.concatenate(outs)
 

@@ -31,9 +31,6 @@ NO_JAX = [f"nanovllm_jax.{name}" for name in (*NO_JAX, "sampling_params", "outpu
 JAX = {"jax", "jaxlib", "flax", "optax", "pallas_kernels"}
 
 
-not_yet = pytest.mark.xfail(reason="scripts/bench_kernels.py still sets it", strict=False)
-
-
 def modules(*folders):
     """Every module of these folders of the repository: {dotted name: its syntax tree}."""
     found = {}
@@ -175,7 +172,6 @@ def test_nothing_imports_the_entry():
     assert not [name for name in EVERYTHING if "nanovllm_jax.__main__" in IMPORTS[name]]
 
 
-@not_yet
 def test_nothing_touches_the_path_of_imports():
     touched = [
         f"{name}:{node.lineno}"

@@ -141,14 +141,11 @@ def throughput(llm: LLM, args: argparse.Namespace, about: dict[str, Any]) -> dic
     work, middle = runs[len(runs) // 2]
     rates = [work.output_tokens / run.seconds for _, run in runs]
     result: dict[str, Any] = {
-        "requests": args.requests,
-        "prompt_tokens": work.prompt_tokens,
-        "output_tokens": work.output_tokens,
-        "detokenize": args.detokenize,
-        "output_tok_s": statistics.median(rates),
-        "output_tok_s_range": [min(rates), max(rates)],
+        "requests": args.requests, "prompt_tokens": work.prompt_tokens,
+        "output_tokens": work.output_tokens, "detokenize": args.detokenize,
+        "output_tok_s": statistics.median(rates), "output_tok_s_range": [min(rates), max(rates)],
         "seconds": middle.seconds,
-    }
+    }  # fmt: skip
     say(f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
         f"{work.output_tokens:,} output tokens{', detokenized' * args.detokenize}, "
         f"{args.runs} runs\n  output      {result['output_tok_s']:,.0f} tok/s "
@@ -286,15 +283,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure what the command line asks for, print it, and return 0.
-
-    Raises:
-        UsageError: the options are wrong; the message is one line.
-    """
+    """Measure what the command line asks for, print it, and return 0; raises UsageError."""
     args = parse(argv)
     given = {"max_model_len": 4096, **options.engine_options(args)}
-    if args.random_weights:
-        given["load_format"] = "dummy"
     began = time.perf_counter()
     with model_directory(args) as path, options.refusals(*options.ENGINE_ERRORS):
         llm = LLM(str(path), **given)

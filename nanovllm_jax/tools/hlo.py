@@ -103,13 +103,11 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 def _calls(opcode: str, rest: str) -> tuple[list[str], int, str]:
     """Return the computations that an instruction runs, how often, and why that is not exact."""
     values = re.findall(rf"\b(?:{CALLS[opcode]})=(\{{[^}}]*\}}|%?[\w.\-]+)", rest)
-    trips, note = 1, "in one branch of a condition" if opcode == "conditional" else ""
-    if opcode == "while":
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
-            trips = int(known[1])
-        else:
-            note = "in a loop of unknown length, counted once"
-    return re.findall(r"[\w.\-]+", " ".join(values)), trips, note
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+    note = "in one branch of a condition" if opcode == "conditional" else ""
+    if opcode == "while" and not trips:
+        note = "in a loop of unknown length, counted once"
+    return re.findall(r"[\w.\-]+", " ".join(values)), int(trips[1]) if trips else 1, note
 
 
 def _collective(

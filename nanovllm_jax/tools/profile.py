@@ -43,15 +43,6 @@ FULL = {"batch": [1, 16, 64, 256], "context": 384, "prefill": [16, 1024]}
 DEMO = {"batch": [4], "context": 64, "prefill": [2, 128], "max_model_len": 256}
 
 
-# Columns of the printed table: key, header, width, format, and the unit that is printed.
-COLUMNS = (
-    ("calls", "calls", 6, ",.0f", 1), ("us", "us", 10, ",.1f", 1),
-    ("us_layer", "us/layer", 9, ",.2f", 1), ("bytes", "MB", 9, ",.2f", 1e6),
-    ("flops", "GFLOP", 9, ",.3f", 1e9), ("limit_us", "limit us", 9, ",.1f", 1),
-    ("share_of_limit", "share", 6, ".0%", 1),
-)  # fmt: skip
-
-
 class Case(NamedTuple):
     """A step to profile: `prompts` sequences of `length` tokens are prefilled, or decode on."""
 
@@ -68,10 +59,7 @@ Rates = tuple[float | None, float | None]  # bytes and operations per second, if
 def measure(
     llm: LLM, case: Case, args: argparse.Namespace, costs: CostModel, rates: Rates, folder: Path
 ) -> tuple[dict[str, Any], str]:
-    """Time and trace one step; the trace goes into `folder`.
-
-    Returns:
-        The step's times, kernels and categories, and its compiled program.
+    """Time a step and trace it into `folder`; return its table and its compiled program.
 
     Raises:
         UsageError: the sequences do not fit into the cache together, or nothing was traced.
@@ -117,10 +105,8 @@ def measure(
 def time_loop(llm: LLM, case: Case, timed: int, traced: int, folder: Path) -> tuple[float, list]:
     """Run the engine's loop, with half of the timed steps before the traced ones, half behind.
 
-    Both see the same contexts on average.
-
-    Returns:
-        Seconds of a timed step, and the ids of requests that are ready for one more.
+    Both see the same contexts on average. Returns the seconds of a timed step, and the ids of
+    requests that are ready for one more.
     """
     work = fixed_workload(random.Random(0), case.prompts, case.length, 1, llm.vocab_size)
     params = SamplingParams(temperature=0.6, max_tokens=case.output, ignore_eos=True)
@@ -205,7 +191,7 @@ def tabulate(
             "limit_us": limit, "share_of_limit": limit / us if limit and us else None,
         }  # fmt: skip
 
-    limits = {n: w.seconds(*rates) for n, w in costs.items() if n != "communication"}
+    limits = {c: w.seconds(*rates) for c, w in costs.items() if c != "communication"}
     whole = Work(sum(w.bytes for w in costs.values()), sum(w.flops for w in costs.values()))
     limit = None if None in limits.values() else sum(filter(None, limits.values()))
     found = {k["category"] for k in kernels} | {*costs}
@@ -226,27 +212,26 @@ def show(name: str, table: Mapping[str, Any], layers: int, top: int) -> None:
     context = table["context_tokens"] / table["rows"]
     print(f"\n{name}: {table['rows']} rows, {table['tokens']} tokens, context {context:,.0f}")
     busy, loop, alone = table["busy_us"], table["loop_us"], table["alone_us"]
-    for text, us in (
-        ("engine's loop, without the profiler", loop),
-        ("compiled step alone, back to back", alone),
-    ):
+    texts = ("engine's loop, without the profiler", "compiled step alone, back to back")
+    for text, us in zip(texts, (loop, alone), strict=True):
         print(f"  {text:40} {us:10,.1f} us, device idle {max(0, 1 - busy / us):.1%}")
     note = ", slowed down by the profiler" if busy > min(loop, alone) else ""
     print(f"  {'kernels, in the trace':40} {busy:10,.1f} us{note}\n")
 
-    headers = (f"{header:>{width}}" for _, header, width, *_ in COLUMNS)
-    print(f"  {'a step':28} {' '.join(headers)}")
+    columns = (
+        ("calls", "calls", 6, ",.0f", 1), ("us", "us", 10, ",.1f", 1),
+        ("us/layer", "us_layer", 9, ",.2f", 1), ("MB", "bytes", 9, ",.2f", 1e6),
+        ("GFLOP", "flops", 9, ",.3f", 1e9), ("limit us", "limit_us", 9, ",.1f", 1),
+        ("share", "share_of_limit", 6, ".0%", 1),
+    )  # fmt: skip
+    print(f"  {'a step':28}", *(f"{header:>{width}}" for header, _, width, _, _ in columns))
+    for label, row in {**table["categories"], "kernels in all": table["total"]}.items():
+        cells = (("-" if row[key] is None else format(row[key] / unit, spec)).rjust(width)
+                 for _, key, width, spec, unit in columns)  # fmt: skip
+        print(f"  {label:28}", *cells)
     within, between = table["gaps_within_us"], table["gaps_between_us"]
-    rows = {**table["categories"], "kernels in all": table["total"],
-            "gaps within a step": {"us": within, "us_layer": within / layers},
-            "gaps between steps (traced)": {"us": between}}  # fmt: skip
-    for label, row in rows.items():
-        cells = []
-        for key, _, width, spec, unit in COLUMNS:
-            value = row.get(key, "")
-            text = "-" if value is None else value and format(value / unit, spec)
-            cells.append(f"{text:>{width}}")
-        print(f"  {label:28} {' '.join(cells)}".rstrip())
+    print(f"  {'gaps within a step':28} {'':6} {within:10,.1f} {within / layers:9,.2f}")
+    print(f"  {'gaps between steps (traced)':28} {'':6} {between:10,.1f}")
     for kernel in table["kernels"][:top]:
         each = kernel["us"] / kernel["calls"]
         print(f"    {kernel['calls']:6.1f} x {each:9.2f} us  {kernel['name'][:44]:44} "
@@ -295,7 +280,7 @@ def options_for(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
     """Return the engine's options: the user's, and for the others room for the steps.
 
     Raises:
-        UsageError: the steps do not fit into what the user gave; the message has the option.
+        UsageError: the steps do not fit into what the user gave.
     """
     tokens = args.prefill[0] * args.prefill[1]
     needs = {
@@ -313,15 +298,11 @@ def options_for(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
                 f"the steps need {name} of {needed}, it is {given[name]}: raise it "
                 f"({options.flag(name)}), or lower --batch, --context, --prefill or --timed-steps"
             )
-    return given | ({"load_format": "dummy"} if args.random_weights else {})
+    return given
 
 
 def main(argv: Sequence[str]) -> int:
-    """Profile what the command line asks for, print it, and return 0.
-
-    Raises:
-        UsageError: it cannot be done; the message is one line.
-    """
+    """Profile what the command line asks for, print it, and return 0; raises UsageError."""
     args = parse(argv)
     with model_directory(args) as path:
         with options.refusals(*options.ENGINE_ERRORS):

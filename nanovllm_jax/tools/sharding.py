@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket, prefill_buckets
@@ -28,7 +27,8 @@ from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.models.config import read_json
 from nanovllm_jax.sharding import Rule, make_sharding
-from nanovllm_jax.tools.hlo import collectives
+from nanovllm_jax.tools import roofline
+from nanovllm_jax.tools.hlo import Collective, collectives
 from nanovllm_jax.tools.options import Parser, UsageError, check_positive, refusals
 from nanovllm_jax.tools.roofline import HARDWARE, CostModel, Hardware, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
@@ -43,12 +43,7 @@ def layouts(programs: Programs, num_blocks: int) -> list[dict[str, Any]]:
     dimension is cut over; the bytes of the whole array and those of one device; and `copies`, the
     devices that hold each part.
     """
-    arrays = []
-    is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
-    for path, param in jax.tree.leaves_with_path(programs.weights, is_leaf=is_param):
-        name = ".".join(str(key.key) for key in path)
-        stacked = ("layers",) if name.startswith("layers.") else ()
-        arrays.append((name, (*stacked, *param.get_metadata()["axes"]), param.get_value()))
+    arrays = list(roofline.named_parameters(programs.weights))
     cache = programs.abstract_state(num_blocks).cache
     arrays += [(f"cache.{name}", KVCache.AXES, x) for name, x in cache._asdict().items()]
     rows = []
@@ -70,6 +65,7 @@ class Step(NamedTuple):
 
     name: str
     bucket: Bucket
+    starts: tuple[int, ...]  # first position of each sequence in this step
     lengths: tuple[int, ...]  # tokens of each sequence in this step
 
 
@@ -86,30 +82,25 @@ def make_steps(programs: Programs, args: argparse.Namespace) -> list[Step]:
                 f"do not fit into the step's {num_rows} rows; raise --context or --batch"
             )
         name = f"prefill of {args.prefill} tokens"
-        steps.append(Step(name, Bucket(tokens, num_rows), lengths))
-    for batch in args.batch:
-        rows = -(-batch // shards)
-        steps.append(Step(f"decode of batch {batch}", Bucket(0, rows), (1,) * rows))
+        steps.append(Step(name, Bucket(tokens, num_rows), (0,) * len(lengths), lengths))
+    for batch, rows in ((batch, -(-batch // shards)) for batch in args.batch):
+        starts = (args.context - 1,) * rows
+        steps.append(Step(f"decode of batch {batch}", Bucket(0, rows), starts, (1,) * rows))
     return steps
 
 
-def predict(
-    costs: CostModel, step: Step, context: int, hardware: Hardware, collectives_s: float
-) -> dict[str, float]:
-    """Predict the seconds of a step: the slower of memory and products, then collectives.
+def predict(costs: CostModel, step: Step, hardware: Hardware, talk: float) -> dict[str, float]:
+    """Predict the seconds of a step: the slower of memory and products, then collectives (`talk`).
 
     Overlap and launches are left out, so this is a limit, apart from the latency of collectives,
     which is measured.
     """
     tokens, rows = sum(step.lengths), step.bucket.num_rows
-    cached = pairs = rows * context
-    if not step.bucket.is_decode:  # a prefill's tokens attend to those before them
-        cached, pairs = tokens, sum(n * (n + 1) / 2 for n in step.lengths)
-    least = costs.least(steps=1, tokens=tokens, rows=rows, context=cached, pairs=pairs)
+    context, pairs = roofline.attended(step.starts, step.lengths)
+    least = costs.least(steps=1, tokens=tokens, rows=rows, context=context, pairs=pairs)
     memory, compute = least.bytes / hardware.memory, least.flops / hardware.flops
-    total = max(memory, compute) + collectives_s
-    return {"memory_s": memory, "compute_s": compute, "collectives_s": collectives_s,
-            "total_s": total}  # fmt: skip
+    return {"memory_s": memory, "compute_s": compute, "collectives_s": talk,
+            "total_s": max(memory, compute) + talk}  # fmt: skip
 
 
 # --- The command ---
@@ -245,12 +236,12 @@ def main(argv: Sequence[str]) -> int:
     costs = CostModel(programs.model_config, weights, kv_itemsize=itemsize, sharding=sharding)
     for step, program in zip(steps, compiled, strict=True):
         found = collectives(program.as_text() or "", sharding.mesh.shape)
-        seconds = [c.seconds(hardware) for c in found]
-        total = sum(c.count * each for c, each in zip(found, seconds, strict=True))
-        predicted = predict(costs, step, args.context, hardware, total)
-        row = {"step": step.name, "collectives": [*map(asdict, found)], "predicted": predicted}
-        report["steps"].append(row)
-        print_step(row, seconds, hardware.name)
+        talk = sum(c.count * c.seconds(hardware) for c in found)
+        predicted = predict(costs, step, hardware, talk)
+        print_step(step.name, found, predicted, hardware)
+        report["steps"].append(
+            {"step": step.name, "collectives": [*map(asdict, found)], "predicted": predicted}
+        )
     if args.out:
         args.out.write_text(json.dumps(report, indent=1))
     return 0
@@ -276,19 +267,21 @@ def print_layouts(report: Mapping[str, Any]) -> None:
         print(f"{part}: {_size(held[part])} a device, {_size(whole[part])} in all without copies")
 
 
-def print_step(row: Mapping[str, Any], seconds: Sequence[float], hardware: str) -> None:
-    """Print a step's collectives, with the seconds of each, and its predicted times."""
-    print(f"\n{row['step']}")
+def print_step(
+    name: str, found: Sequence[Collective], predicted: Mapping[str, float], hardware: Hardware
+) -> None:
+    """Print a step's collectives and times."""
+    print(f"\n{name}")
     print(f"  {'count':>5}  {'collective':18} {'bytes':>10}  {'over':12} {'us each':>8}  made from")
-    for c, each in zip(row["collectives"], seconds, strict=True):
-        axes = "no mesh axis" if c["axes"] is None else "+".join(c["axes"])
-        origin, note = c["origin"].removeprefix("jit(run)/"), f"  ({c['note']})" * bool(c["note"])
-        print(f"  {c['count']:5}  {c['kind']:18} {_size(c['num_bytes']):>10}  {axes:12} "
-              f"{each * 1e6:8.1f}  {origin} {c['dtype']}{note}")  # fmt: skip
-    if not seconds:
+    for c in found:
+        axes = "no mesh axis" if c.axes is None else "+".join(c.axes)
+        origin, note = c.origin.removeprefix("jit(run)/"), f"  ({c.note})" * bool(c.note)
+        print(f"  {c.count:5}  {c.kind:18} {_size(c.num_bytes):>10}  {axes:12} "
+              f"{c.seconds(hardware) * 1e6:8.1f}  {origin} {c.dtype}{note}")  # fmt: skip
+    if not found:
         print("      0  collectives")
-    memory, compute, talk, total = (s * 1e3 for s in row["predicted"].values())
-    print(f"  predicted on {hardware}s: {total:.3f} ms = max(memory {memory:.3f}, products "
+    memory, compute, talk, total = (seconds * 1e3 for seconds in predicted.values())
+    print(f"  predicted on {hardware.name}s: {total:.3f} ms = max(memory {memory:.3f}, products "
           f"{compute:.3f}) + collectives {talk:.3f}")  # fmt: skip
 
 
