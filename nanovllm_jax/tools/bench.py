@@ -16,7 +16,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +25,14 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.sharding import Sharding
+from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
 
 MAX_TOKEN_ID = 10_000  # largest token id of the prompts
-STANDARD = (256, 1024, 142_827, 133_966)  # requests, longest length, prompt and output tokens
+STANDARD = (256, 1024)  # requests and longest length of nano-vLLM's bench.py
 BATCHES = (1, 16, 64)  # requests of the latency runs
 LATENCY_PROMPT = 128  # tokens
 PREFILL_PROMPTS = 64
@@ -73,10 +73,7 @@ def random_workload(seed: int, requests: int, max_len: int, vocab_size: int) -> 
     prompts = [
         [rng.randint(0, top) for _ in range(rng.randint(low, max_len))] for _ in range(requests)
     ]
-    work = Workload(prompts, [rng.randint(low, max_len) for _ in range(requests)])
-    if (seed, top, requests, max_len) == (0, MAX_TOKEN_ID, *STANDARD[:2]):
-        assert (work.prompt_tokens, work.output_tokens) == STANDARD[2:], "not nano-vLLM's workload"
-    return work
+    return Workload(prompts, [rng.randint(low, max_len) for _ in range(requests)])
 
 
 def fixed_workload(
@@ -128,7 +125,9 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
     return Run(time.perf_counter() - began, prefill, decode)
 
 
-def throughput(llm: LLM, args: argparse.Namespace, about: dict[str, Any]) -> dict[str, Any]:
+def throughput(
+    llm: LLM, args: argparse.Namespace, costs: CostModel, about: Mapping[str, Any]
+) -> dict[str, Any]:
     """Time nano-vLLM's workload; medians over the runs, the slowest and the fastest."""
 
     def one_run(seed: int) -> tuple[Workload, Run]:
@@ -156,7 +155,7 @@ def throughput(llm: LLM, args: argparse.Namespace, about: dict[str, Any]) -> dic
         say(f"  {name:11} {rate:,.0f} tok/s, {phase.seconds:.2f} s in {phase.steps} steps")
     hardware = find_hardware(about["device"])
     if each := args.bandwidth * TB if args.bandwidth else hardware and hardware.memory:
-        result |= memory_share(middle, work, cost_model(llm), each * about["devices"])
+        result |= memory_share(middle, work, costs, each * about["devices"])
         say("  memory      {:.4g} TB must be read: {limit_tok_s:,.0f} tok/s at "
             "{bandwidth_tb_s:g} TB/s is the limit\n"
             "              {share_of_limit:.1%} of it reached over the run, "
@@ -199,9 +198,8 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         first = statistics.median(_seconds(llm, args, rng, batch, LATENCY_PROMPT, 1))
         results[f"batch_{batch}"] = row = {
             "ms_per_token": (whole - first) / (tokens - 1) * 1e3,
-            "output_tok_s": batch * tokens / whole,
-            "ttft_ms": first * 1e3,
-        }
+            "output_tok_s": batch * tokens / whole, "ttft_ms": first * 1e3,
+        }  # fmt: skip
         say("  batch {:<5} {ms_per_token:.2f} ms per token, {output_tok_s:,.0f} output tok/s, "
             "first token after {ttft_ms:.1f} ms".format(batch, **row))  # fmt: skip
     return results
@@ -219,17 +217,14 @@ def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             "input_tok_s": middle, "input_tok_s_range": extremes}  # fmt: skip
 
 
-def _seconds(
-    llm: LLM, args: argparse.Namespace, rng: random.Random, batch: int, prompt: int, output: int
-) -> list[float]:
-    """Time equally long requests, once in each run; another run ahead of them warms up."""
-    sizes = (batch, prompt, output, llm.vocab_size)
-    works = (fixed_workload(rng, *sizes) for _ in range(1 + args.runs))
+def _seconds(llm: LLM, args: argparse.Namespace, rng: random.Random, *sizes: int) -> list[float]:
+    """Time a `fixed_workload` of these sizes in each run; another run ahead of them warms up."""
+    works = (fixed_workload(rng, *sizes, vocab_size=llm.vocab_size) for _ in range(1 + args.runs))
     return [run(llm, work, args.temperature).seconds for work in works][1:]
 
 
-def describe(llm: LLM, name: str) -> dict[str, Any]:
-    """Print and return which model is measured, on which devices."""
+def describe(llm: LLM, name: str) -> tuple[Programs, dict[str, Any]]:
+    """Print and return which model is measured on which devices, behind its programs."""
     assert llm.runner
     programs = llm.runner.programs
     mesh = programs.sharding.mesh
@@ -239,16 +234,7 @@ def describe(llm: LLM, name: str) -> dict[str, Any]:
         "device": mesh.devices.flat[0].device_kind, "devices": mesh.size, "jax": jax.__version__,
     }  # fmt: skip
     say("{model} on {devices} x {device}, {dtype}, jax {jax}".format(**about))
-    return about
-
-
-def cost_model(llm: LLM, sharding: Sharding | None = None) -> CostModel:
-    """Return the costs of an engine's model on all devices together, or on one of a mesh."""
-    assert llm.runner
-    p = llm.runner.programs
-    return CostModel(
-        p.model_config, p.weights, kv_itemsize=p.cache_dtype.itemsize, sharding=sharding
-    )
+    return programs, about
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -261,8 +247,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prefill", action="store_true", help="64 long prompts instead of the throughput")
     add("--all", action="store_true", help="all three")
     add("--runs", type=int, default=3, help="timed runs of each measurement (default: 3)")
-    add("--requests", type=int, default=256, help="requests of the throughput run (default: 256)")
-    add("--max-len", type=int, default=1024, help="longest prompt and output (default: 1024)")
+    add(
+        "--requests",
+        type=int,
+        default=STANDARD[0],
+        help="requests of the throughput run (default: 256)",
+    )
+    add(
+        "--max-len", type=int, default=STANDARD[1], help="longest prompt and output (default: 1024)"
+    )
     add("--latency-tokens", type=int, default=256, help="output tokens of --latency (default: 256)")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--detokenize", action="store_true", help="decode the throughput run's output to text")
@@ -293,11 +286,11 @@ def main(argv: Sequence[str]) -> int:
     with llm:
         if args.detokenize and llm.tokenizer is None:
             raise UsageError(f"--detokenize needs a tokenizer, and {args.model} has none")
-        result = describe(llm, args.random_weights or str(args.model))
+        programs, result = describe(llm, args.random_weights or str(args.model))
         say(f"start-up of the engine: {start:.1f} s")
         result |= {"python": platform.python_version(), "options": given, "engine_start_s": start}
         if args.all or not (args.latency or args.prefill):
-            result["throughput"] = throughput(llm, args, result)
+            result["throughput"] = throughput(llm, args, CostModel.of(programs), result)
         if args.all or args.latency:
             result["latency"] = latency(llm, args)
         if args.all or args.prefill:

@@ -75,13 +75,8 @@ def check_positive(args: argparse.Namespace, *names: str, at_least: int | None =
 
 @contextlib.contextmanager
 def refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of these kinds, raised inside, into UsageError."""
+    """Turn exceptions of these kinds, raised inside, into UsageError with their text in a line."""
     try:
         yield
     except kinds as error:
-        raise usage_error(error) from error
-
-
-def usage_error(error: Exception) -> UsageError:
-    """Return the UsageError that says in one line what `error` says."""
-    return UsageError(" ".join(str(error).split()) or type(error).__name__)
+        raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -29,7 +29,7 @@ from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools import options, trace
-from nanovllm_jax.tools.bench import cost_model, describe, fixed_workload
+from nanovllm_jax.tools.bench import describe, fixed_workload
 from nanovllm_jax.tools.options import UsageError
 from nanovllm_jax.tools.roofline import TB, CostModel, Work, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
@@ -53,11 +53,8 @@ class Case(NamedTuple):
     output: int  # tokens that each may decode
 
 
-Rates = tuple[float | None, float | None]  # bytes and operations per second, if known
-
-
 def measure(
-    llm: LLM, case: Case, args: argparse.Namespace, costs: CostModel, rates: Rates, folder: Path
+    llm: LLM, case: Case, args: argparse.Namespace, costs: CostModel, rates: Sequence, folder: Path
 ) -> tuple[dict[str, Any], str]:
     """Time a step and trace it into `folder`; return its table and its compiled program.
 
@@ -158,7 +155,7 @@ def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Bucket, f
 
 def tabulate(
     events: Sequence[trace.Event], steps: int, last: str, origins: dict[str, str],
-    costs: dict[str, Work], rates: Rates, layers: int,
+    costs: dict[str, Work], rates: Sequence[float | None], layers: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a step's kernels, and its categories with their work and limits; times in us.
 
@@ -169,6 +166,7 @@ def tabulate(
         last: the kernel that ends a step, or "".
         origins: the model's operation that a kernel was made from.
         costs: the work of the step by category.
+        rates: bytes and operations per second, if known.
     """
     times, gaps = trace.busy_times(events)
     counts = collections.Counter(name for start, end, name in events if end > start)
@@ -318,9 +316,12 @@ def main(argv: Sequence[str]) -> int:
 
 def profile(llm: LLM, args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Measure and show all steps; return what profile.json has."""
-    assert llm.runner
-    programs, report = llm.runner.programs, describe(llm, name)
-    costs, kind, dtype = cost_model(llm, programs.sharding), report["device"], report["dtype"]
+    programs, report = describe(llm, name)
+    costs, kind, dtype = (
+        CostModel.of(programs, programs.sharding),
+        report["device"],
+        report["dtype"],
+    )
     hardware = find_hardware(kind)
     memory = args.bandwidth * TB if args.bandwidth else hardware and hardware.memory
     flops = args.flops and args.flops * TB
@@ -336,16 +337,12 @@ def profile(llm: LLM, args: argparse.Namespace, name: str) -> dict[str, Any]:
             found = Path(folder) / "trace"
             table, hlo = measure(llm, case, args, costs, (memory, flops), found)
             if args.out:
-                _keep(found, hlo, args.out / case.name)
+                kept = args.out / case.name
+                shutil.rmtree(kept, ignore_errors=True)
+                shutil.move(found, kept)
+                [perfetto] = kept.glob("**/perfetto_trace.json.gz")
+                perfetto.replace(kept / "perfetto.json.gz")
+                (kept / "hlo.txt").write_text(hlo)
         show(case.name, table, costs.config.num_layers, args.top)
         report["steps"][case.name] = table
     return report
-
-
-def _keep(found: Path, hlo: str, folder: Path) -> None:
-    """Move a step's trace, and write its program, into `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.move(found, folder)
-    [perfetto] = folder.glob("**/perfetto_trace.json.gz")
-    perfetto.replace(folder / "perfetto.json.gz")
-    (folder / "hlo.txt").write_text(hlo)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import Sharding
 
@@ -119,6 +120,12 @@ class CostModel:
                 self._sent += layers * hidden * _ring(math.prod(map(self._shards, axes[2:])))
         self.kv_bytes = 2 * self._heads(c.num_kv_heads) * (kv_itemsize or self._itemsize)
 
+    @classmethod
+    def of(cls, programs: Programs, sharding: Sharding | None = None) -> "CostModel":
+        """Return the costs of an engine's model on all devices together, or on one of a mesh."""
+        p, itemsize = programs, programs.cache_dtype.itemsize
+        return cls(p.model_config, p.weights, kv_itemsize=itemsize, sharding=sharding)
+
     def least(
         self, *, steps: float, tokens: float, rows: float, context: float, pairs: float
     ) -> Work:
@@ -142,7 +149,8 @@ class CostModel:
         values of each context read once. A kernel that fuses operations needs less, one that reads
         an array twice needs more.
 
-        Args: as of `attended`.
+        Args:
+            starts, lengths: as for `attended`.
         """
         c, size = self.config, self._itemsize
         tokens, rows = sum(lengths), len(lengths)

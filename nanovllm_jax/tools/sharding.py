@@ -151,17 +151,15 @@ def _mesh(text: str) -> dict[str, int]:
 
 def _rules(file: str) -> dict[str, Rule]:
     """Read a file of rules; `merge_rules` checks their names."""
-    try:
+    with refusals(OSError, ValueError):
         rules = read_json(Path(file))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(rules, dict):
-        raise argparse.ArgumentTypeError(f"{file} holds no JSON object {{logical axis: mesh axis}}")
+        raise UsageError(f"--rules: {file} holds no JSON object {{logical axis: mesh axis}}")
     for axis, rule in rules.items():
-        names = rule if isinstance(rule, list) else [rule]
-        if rule is not None and not all(isinstance(name, str) for name in names):
-            message = f"{axis!r} is {rule!r}; give a mesh axis, a list of them, or null"
-            raise argparse.ArgumentTypeError(message)
+        names = rule if isinstance(rule, list) else [rule or ""]
+        if not all(isinstance(name, str) for name in names):
+            message = f"--rules: {axis!r} is {rule!r}; give a mesh axis, a list of them, or null"
+            raise UsageError(message)
     return rules
 
 
@@ -194,13 +192,12 @@ def find_devices(target: str, count: int) -> list:
 def make_config(args: argparse.Namespace) -> EngineConfig:
     """Check the options and return the engine's; raises UsageError."""
     longest = args.context + 1
-    options = {"dtype": args.dtype} if args.dtype else {}
     with model_directory(args) as path, refusals(AssertionError, TypeError, ValueError):
         config = EngineConfig.resolve(
             path, platform="gpu", mesh_shape=args.mesh, sharding_rules=args.rules,
             max_model_len=longest, max_num_seqs=max(args.batch),
             max_num_batched_tokens=max(args.prefill, longest),
-            kv_cache_dtype=args.kv_cache_dtype, **options,
+            dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,
         )  # fmt: skip
     if config.max_model_len < longest:
         most = config.max_model_len - 1
@@ -232,8 +229,7 @@ def main(argv: Sequence[str]) -> int:
         "arrays": arrays, "steps": [],
     }  # fmt: skip
     print_layouts(report)
-    itemsize, weights = programs.cache_dtype.itemsize, programs.weights
-    costs = CostModel(programs.model_config, weights, kv_itemsize=itemsize, sharding=sharding)
+    costs = CostModel.of(programs, sharding)
     for step, program in zip(steps, compiled, strict=True):
         found = collectives(program.as_text() or "", sharding.mesh.shape)
         talk = sum(c.count * c.seconds(hardware) for c in found)
