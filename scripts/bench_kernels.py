@@ -8,11 +8,11 @@ Each case is a chain of calls in one compiled function, so that launches do not 
 reads other pages and another layer, so that the second-level cache does not answer.
 """
 
-import argparse
 import statistics
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -30,28 +30,14 @@ KV_HEADS, HEAD_DIM = 8, 128
 MODELS = {"0.6B": (16, 1024, 3072), "8B": (32, 4096, 12288)}
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The sizes of the cases, and the kernels' implementation."""
-
-    implementation: str = "triton"
-    layers: int = 8
-    pages: int = 1280
-    page_size: int = 256
-    calls: int = 16
-    repeats: int = 9
-    batches: tuple[int, ...] = (1, 16, 64, 256)
-    contexts: tuple[int, ...] = (256, 1024)
-    mixed_contexts: tuple[int, int] = (100, 2048)
-    prompts: tuple[int, int] = (16, 1024)
-    write_tokens: tuple[int, ...] = (1, 256, 16384)
-    widths_over: int = 1  # divides hidden size and width of the MLP
-
-
-TINY = Scale(
-    layers=2, pages=8, page_size=16, calls=2, repeats=1, batches=(3,), contexts=(),
-    mixed_contexts=(3, 40), prompts=(2, 24), write_tokens=(8,), widths_over=8,
-)  # fmt: skip
+# The sizes of the cases, at full scale and for --tiny.
+SIZES = {
+    "layers": (8, 2), "pages": (1280, 8), "page_size": (256, 16), "calls": (16, 2),
+    "repeats": (9, 1), "batches": ((1, 16, 64, 256), (3,)), "contexts": ((256, 1024), ()),
+    "mixed_contexts": ((100, 2048), (3, 40)), "prompts": ((16, 1024), (2, 24)),
+    "write_tokens": ((1, 256, 16384), (8,)),
+    "widths_over": (1, 8),  # divides hidden size and width of the MLP
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +58,7 @@ def normal(key: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
 
 
 def attention_case(
-    name: str, heads: int, scale: Scale, contexts: Sequence[int], chunks: Sequence[int] = ()
+    name: str, heads: int, scale: Namespace, contexts: Sequence[int], chunks: Sequence[int] = ()
 ) -> Case:
     """Make a case of attention: a prefill of `chunks`, one for each sequence, or a decode step.
 
@@ -84,11 +70,10 @@ def attention_case(
     rows = sum(chunks) or len(contexts)
 
     def run(k_cache, v_cache, q, tables, *lengths):
+        options = {"scale": HEAD_DIM**-0.5, "implementation": scale.implementation}
         for i, table in enumerate(tables):
-            q = kernel(
-                q, k_cache, v_cache, table, *lengths, jnp.int32(i % scale.layers),
-                scale=HEAD_DIM**-0.5, implementation=scale.implementation,
-            )  # fmt: skip
+            layer = jnp.int32(i % scale.layers)
+            q = kernel(q, k_cache, v_cache, table, *lengths, layer, **options)
         return k_cache, v_cache, q
 
     def make():
@@ -106,7 +91,7 @@ def attention_case(
     return Case(f"decode {name}", run, make, calls, num_bytes, "TB/s")
 
 
-def write_case(heads: int, scale: Scale, tokens: int) -> Case:
+def write_case(heads: int, scale: Namespace, tokens: int) -> Case:
     """Make a case of norm, rotation and cache write: its work is the bytes read and written."""
 
     def run(k_cache, v_cache, qkv, norm, cos, slot_mapping):
@@ -128,7 +113,7 @@ def write_case(heads: int, scale: Scale, tokens: int) -> Case:
     return Case(f"write {tokens} tokens", run, make, scale.calls, 2 * tokens * (qkv + cos), "TB/s")
 
 
-def linear_case(name: str, scale: Scale, width: int, outputs: int) -> Case:
+def linear_case(name: str, scale: Namespace, width: int, outputs: int) -> Case:
     """Make a case of a normed linear layer of one row: its work is the bytes of its weight."""
 
     def run(k_cache, v_cache, x, weight, norm):
@@ -144,7 +129,7 @@ def linear_case(name: str, scale: Scale, width: int, outputs: int) -> Case:
     return Case(f"linear {name}", run, make, scale.calls, 2 * outputs * width, "TB/s")
 
 
-def cases(model: str, scale: Scale) -> Iterator[Case]:
+def cases(model: str, scale: Namespace) -> Iterator[Case]:
     """Yield the cases of one model; their arrays are made when their turn comes."""
     rng = np.random.default_rng(0)
     heads, hidden, ffn = MODELS[model]
@@ -182,7 +167,7 @@ def measure(case: Case, caches: Sequence[jax.Array], repeats: int):
 
 def main():
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description="Time the kernels.")
+    parser = ArgumentParser(description="Time the kernels.")
     add = parser.add_argument
     add("--tiny", action="store_true", help="small shapes, for a CPU")
     add("--implementation", default="triton", choices=["triton", "mosaic", "xla"])
@@ -191,7 +176,8 @@ def main():
     options = parser.parse_args()
 
     began = time.perf_counter()
-    scale = replace(TINY if options.tiny else Scale(), implementation=options.implementation)
+    sizes = {name: tiny if options.tiny else full for name, (full, tiny) in SIZES.items()}
+    scale = Namespace(**sizes, implementation=options.implementation)
     stack = jax.jit(lambda x: jnp.repeat(x[None], scale.layers, axis=0))
     caches = [stack(normal(k, scale.pages, scale.page_size, KV_HEADS, HEAD_DIM)) for k in (1, 2)]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.implementation}")

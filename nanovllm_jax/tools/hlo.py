@@ -93,8 +93,8 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
                 current[one] += 1
             if opcode in CALLS:
                 callees, trips, note = _calls(opcode, rest)
-                for one, count in ((o, n) for c in callees for o, n in counts.get(c, {}).items()):
-                    current[replace(one, note=one.note or note)] += count * trips
+                for inner, count in (item for c in callees for item in counts.get(c, {}).items()):
+                    current[replace(inner, note=inner.note or note)] += count * trips
     if entry is None:
         raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
     return [replace(one, count=count) for one, count in entry.items()]
