@@ -1,12 +1,12 @@
 """The command line: `nanovllm-jax "PROMPT" ...`, and the tools by their names."""
 
 import argparse
-import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
 
-# First words that mean a tool, not a prompt; `nanovllm-jax -- WORD` makes one a prompt again.
+# First words that mean a tool, not a prompt, with the tool's module and what it does;
+# `nanovllm-jax -- WORD` makes one a prompt again.
 TOOLS = {
-    "bench": "measure throughput and latency with nano-vLLM's benchmark",
-    "compare": "run the same work on other engines and report",
-    "profile": "show where a step's time goes",
-    "sharding": "report what a sharding costs",
+    "bench": ("bench", "measure throughput and latency with nano-vLLM's benchmark"),
+    "compare": ("compare.main", "run the same work on other engines and report"),
+    "profile": ("profile", "show where a step's time goes"),
+    "sharding": ("sharding", "report what a sharding costs"),
 }
 
 
@@ -37,11 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; default: those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
+    logger, handler = logging.getLogger("nanovllm_jax"), logging.StreamHandler()
+    logger.addHandler(handler)  # the engine's messages go to standard error
     try:
-        with _log_to_standard_error():
-            if argv and argv[0] in TOOLS:
-                return _run_tool(argv[0], argv[1:])
-            return generate(argv)
+        if argv and argv[0] in TOOLS:
+            module, _ = TOOLS[argv[0]]  # the other tools are not imported
+            return importlib.import_module(f"nanovllm_jax.tools.{module}").main(argv[1:])
+        return generate(argv)
     except UsageError as error:
         print(f"nanovllm-jax: error: {error}", file=sys.stderr)
         return 2
@@ -51,19 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _run_tool(name: str, argv: Sequence[str]) -> int:
-    """Run a tool; the others are not imported."""
-    if name == "bench":
-        from nanovllm_jax.tools.bench import main
-    elif name == "compare":
-        from nanovllm_jax.tools.compare.main import main
-    elif name == "profile":
-        from nanovllm_jax.tools.profile import main
-    else:
-        from nanovllm_jax.tools.sharding import main
-    return main(argv)
+    finally:
+        logger.removeHandler(handler)
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -71,7 +63,9 @@ def generate(argv: Sequence[str]) -> int:
     args = _parser().parse_intermixed_args(argv)
     if args.prompts.count("-") > 1:
         raise UsageError("only one prompt can be '-': there is one standard input")
-    sampling = _sampling_params(args)
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in args]
+    with refusals(TypeError, ValueError):
+        sampling = SamplingParams(**{name: getattr(args, name) for name in names})
     prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in args.prompts]
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[attr-defined]
@@ -86,7 +80,7 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    tools = "\n".join(f"  {name:10} {text}" for name, text in TOOLS.items())
+    tools = "\n".join(f"  {name:10} {text}" for name, (_, text) in TOOLS.items())
     parser = options.Parser(
         prog="nanovllm-jax",
         usage="%(prog)s [options] PROMPT [PROMPT ...]\n       %(prog)s TOOL [options]",
@@ -94,16 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"tools, each with its own --help:\n{tools}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="'-' reads standard input")
-    parser.add_argument(
-        "--model", type=Path, default=options.DEMO_MODEL, metavar="DIR",
-        help="Hugging Face style model directory (default: the small demo model shipped here)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--chat", action="store_true", help="put each prompt into the model's chat template"
-    )
-    sampling = parser.add_argument_group("sampling")
-    add = sampling.add_argument
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="'-' reads standard input")
+    model = "Hugging Face style model directory (default: the small demo model shipped here)"
+    add("--model", type=Path, default=options.DEMO_MODEL, metavar="DIR", help=model)
+    add("--chat", action="store_true", help="put each prompt into the model's chat template")
+    add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     add("--max-tokens", type=int, default=256, help="most tokens per prompt (default: 256)")
     add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
@@ -116,12 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sampling_params(args: argparse.Namespace) -> SamplingParams:
-    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in args]
-    with refusals(TypeError, ValueError):
-        return SamplingParams(**{name: getattr(args, name) for name in names})
-
-
 def _load(model: Path, num_prompts: int, given: dict[str, Any]) -> LLM:
     """Load the engine with steps no larger than the prompts need: they take less time to compile.
 
@@ -131,11 +115,8 @@ def _load(model: Path, num_prompts: int, given: dict[str, Any]) -> LLM:
     with refusals(*options.ENGINE_ERRORS):
         longest = ModelConfig.from_directory(model).max_position_embeddings
         longest = max(1, min(given.get("max_model_len", 4096), longest))
-        defaults: dict[str, Any] = {
-            "max_num_seqs": min(num_prompts, 512),
-            "max_num_batched_tokens": longest,
-        }
-        return LLM(str(model), **defaults | given)
+        given = {"max_num_seqs": min(num_prompts, 512), "max_num_batched_tokens": longest, **given}
+        return LLM(str(model), **given)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -172,17 +153,6 @@ def _print_all(
             print(f"nanovllm-jax: {name!r} failed: {error}", file=sys.stderr)
             failed = 1
     return failed
-
-
-@contextlib.contextmanager
-def _log_to_standard_error() -> Iterator[None]:
-    """Show the engine's log messages on standard error."""
-    logger, handler = logging.getLogger("nanovllm_jax"), logging.StreamHandler()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

@@ -8,195 +8,157 @@ Each case is a chain of calls in one compiled function, so that launches do not 
 reads other pages and another layer, so that the second-level cache does not answer.
 """
 
-import argparse
-import dataclasses
-import functools
 import statistics
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanovllm_jax.tools.roofline import HARDWARE
+from nanovllm_jax.tools.roofline import HARDWARE, TB
 from pallas_kernels import fused_linear, norm_rope_write, paged_decode, paged_prefill
 
-BYTES_PER_SECOND, FLOPS_PER_SECOND = HARDWARE["H100"].memory, HARDWARE["H100"].flops
+# What an H100 reaches, by the unit of a case's work per second.
+CEILINGS = {"TB/s": HARDWARE["H100"].memory / TB, "TFLOP/s": HARDWARE["H100"].flops / TB}
 
 # KV heads and head dim, the same in Qwen3-0.6B and 8B.
 KV_HEADS, HEAD_DIM = 8, 128
-# Query heads by model.
-MODELS = {"0.6B": 16, "8B": 32}
-# Hidden size and width of the MLP by model.
-SIZES = {"0.6B": (1024, 3072), "8B": (4096, 12288)}
+# Query heads, hidden size and width of the MLP by model.
+MODELS = {"0.6B": (16, 1024, 3072), "8B": (32, 4096, 12288)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """The sizes of the cases."""
-
-    layers: int = 8
-    pages: int = 1280
-    page_size: int = 256
-    calls: int = 16
-    repeats: int = 9
-    batches: tuple[int, ...] = (1, 16, 64, 256)
-    contexts: tuple[int, ...] = (256, 1024)
-    mixed_contexts: tuple[int, int] = (100, 2048)
-    prompts: tuple[int, int] = (16, 1024)
-    write_tokens: tuple[int, ...] = (1, 256, 16384)
+# The sizes of the cases, at full scale and for --tiny.
+SIZES = {
+    "layers": (8, 2), "pages": (1280, 8), "page_size": (256, 16), "calls": (16, 2),
+    "repeats": (9, 1), "batches": ((1, 16, 64, 256), (3,)), "contexts": ((256, 1024), ()),
+    "mixed_contexts": ((100, 2048), (3, 40)), "prompts": ((16, 1024), (2, 24)),
+    "write_tokens": ((1, 256, 16384), (8,)),
+    "widths_over": (1, 8),  # divides hidden size and width of the MLP
+}  # fmt: skip
 
 
-TINY = Scale(
-    layers=2, pages=8, page_size=16, calls=2, repeats=1, batches=(3,), contexts=(),
-    mixed_contexts=(3, 40), prompts=(2, 24), write_tokens=(8,),
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
-    """A chain of kernel calls: `run(k_cache, v_cache, *args) -> (k_cache, v_cache, output)`."""
+    """A chain of kernel calls: `run(k_cache, v_cache, *make()) -> (k_cache, v_cache, output)`."""
 
     name: str
     run: Callable
-    args: tuple
+    make: Callable[[], tuple]
     calls: int
     work: float  # bytes moved or FLOPs per call
-    ceiling: float  # what an H100 reaches, in the same unit per second
+    unit: str  # of the work per second, in CEILINGS
 
 
-def block_tables(rng, contexts, scale: Scale):
-    """Draw a table of pages from the whole pool for each call; a page may serve two sequences."""
-    width = -(-max(contexts) // scale.page_size)
-    shape = (len(contexts), width)
-    return [
-        jnp.asarray(np.resize(rng.permutation(scale.pages), shape), jnp.int32)
-        for _ in range(scale.calls)
-    ]
-
-
-def normal(key: int, shape, dtype=jnp.bfloat16):
+def normal(key: int, *shape: int, dtype=jnp.bfloat16) -> jax.Array:
     """Draw random numbers on the device."""
     return jax.random.normal(jax.random.key(key), shape, dtype)
 
 
-def decode_case(name, contexts, heads, scale, options) -> Case:
-    """Make a case of decode attention: its work is the bytes of the keys and values it reads."""
-    rng = np.random.default_rng(len(contexts))
+def attention_case(
+    name: str, heads: int, scale: Namespace, contexts: Sequence[int], chunks: Sequence[int] = ()
+) -> Case:
+    """Make a case of attention: a prefill of `chunks`, one for each sequence, or a decode step.
 
-    def run(k_cache, v_cache, q, tables, lens):
+    Decode's work is the bytes of the keys and values that it reads, prefill's the FLOPs of its
+    products' causal half.
+    """
+    kernel = paged_prefill if chunks else paged_decode
+    calls = max(1, scale.calls // 4) if chunks else scale.calls
+    rows = sum(chunks) or len(contexts)
+
+    def run(k_cache, v_cache, q, tables, *lengths):
+        options = {"scale": HEAD_DIM**-0.5, "implementation": scale.implementation}
         for i, table in enumerate(tables):
             layer = jnp.int32(i % scale.layers)
-            q = paged_decode(
-                q, k_cache, v_cache, table, lens, layer, scale=HEAD_DIM**-0.5, **options
-            )
+            q = kernel(q, k_cache, v_cache, table, *lengths, layer, **options)
         return k_cache, v_cache, q
 
-    q = normal(0, (len(contexts), heads, HEAD_DIM))
-    args = (q, block_tables(rng, contexts, scale), jnp.asarray(contexts, jnp.int32))
-    bytes_moved = sum(contexts) * KV_HEADS * HEAD_DIM * 2 * 2 + 2 * q.nbytes
-    return Case(f"decode {name}", run, args, scale.calls, bytes_moved, BYTES_PER_SECOND)
+    def make():
+        # A table of pages from the whole pool for each call; a page may serve two sequences.
+        rng = np.random.default_rng(len(contexts))
+        shape = (len(contexts), -(-max(contexts) // scale.page_size))
+        tables = [jnp.int32(np.resize(rng.permutation(scale.pages), shape)) for _ in range(calls)]
+        starts = [jnp.int32(np.cumsum([0, *chunks]))] if chunks else []
+        return normal(0, rows, heads, HEAD_DIM), tables, *starts, jnp.int32(contexts)
+
+    if chunks:
+        pairs = sum(n * c - n * (n - 1) // 2 for n, c in zip(chunks, contexts, strict=True))
+        return Case(f"prefill {name}", run, make, calls, 4 * heads * HEAD_DIM * pairs, "TFLOP/s")
+    num_bytes = (2 * sum(contexts) * KV_HEADS + 2 * rows * heads) * HEAD_DIM * 2
+    return Case(f"decode {name}", run, make, calls, num_bytes, "TB/s")
 
 
-def prefill_case(name, lengths, contexts, heads, scale, options) -> Case:
-    """Make a case of prefill attention: its work is the FLOPs of its products' causal half."""
-    rng = np.random.default_rng(len(lengths))
-    starts = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
-    calls = max(1, scale.calls // 4)
-
-    def run(k_cache, v_cache, q, tables, starts, lens):
-        for i, table in enumerate(tables):
-            layer = jnp.int32(i % scale.layers)
-            q = paged_prefill(
-                q, k_cache, v_cache, table, starts, lens, layer, scale=HEAD_DIM**-0.5, **options
-            )
-        return k_cache, v_cache, q
-
-    q = normal(0, (sum(lengths), heads, HEAD_DIM))
-    tables = block_tables(rng, contexts, scale)[:calls]
-    pairs = sum(n * c - n * (n - 1) // 2 for n, c in zip(lengths, contexts, strict=True))
-    args = (q, tables, starts, jnp.asarray(contexts, jnp.int32))
-    return Case(f"prefill {name}", run, args, calls, 4 * heads * HEAD_DIM * pairs, FLOPS_PER_SECOND)
-
-
-def write_case(tokens, heads, scale, options) -> Case:
+def write_case(heads: int, scale: Namespace, tokens: int) -> Case:
     """Make a case of norm, rotation and cache write: its work is the bytes read and written."""
-    rng = np.random.default_rng(tokens)
 
     def run(k_cache, v_cache, qkv, norm, cos, slot_mapping):
         for i in range(scale.calls):
             q, k_cache, v_cache = norm_rope_write(
                 qkv, norm, norm, cos, cos, slot_mapping, k_cache, v_cache,
-                jnp.int32(i % scale.layers), eps=1e-6, **options,
+                jnp.int32(i % scale.layers), eps=1e-6, implementation=scale.implementation,
             )  # fmt: skip
         return k_cache, v_cache, q
 
-    qkv = normal(0, (tokens, KV_HEADS, heads // KV_HEADS + 2, HEAD_DIM))
-    cos = normal(1, (tokens, HEAD_DIM // 2), jnp.float32)
-    slot_mapping = rng.permutation(scale.pages * scale.page_size)[:tokens]
-    args = (qkv, jnp.ones(HEAD_DIM, jnp.bfloat16), cos, jnp.asarray(slot_mapping, jnp.int32))
-    bytes_moved = 2 * qkv.nbytes + 2 * cos.nbytes  # all of qkv is written: to q or to the caches
-    return Case(f"write {tokens} tokens", run, args, scale.calls, bytes_moved, BYTES_PER_SECOND)
+    def make():
+        slots = np.random.default_rng(tokens).permutation(scale.pages * scale.page_size)[:tokens]
+        qkv = normal(0, tokens, KV_HEADS, heads // KV_HEADS + 2, HEAD_DIM)
+        cos = normal(1, tokens, HEAD_DIM // 2, dtype=jnp.float32)
+        return qkv, jnp.ones(HEAD_DIM, jnp.bfloat16), cos, jnp.int32(slots)
+
+    qkv, cos = (heads + 2 * KV_HEADS) * HEAD_DIM * 2, HEAD_DIM // 2 * 4  # bytes of a token
+    # All of qkv is written, to q or to the caches; sines are read like cosines.
+    return Case(f"write {tokens} tokens", run, make, scale.calls, 2 * tokens * (qkv + cos), "TB/s")
 
 
-def linear_case(name, width, outputs, gated, scale) -> Case:
+def linear_case(name: str, scale: Namespace, width: int, outputs: int) -> Case:
     """Make a case of a normed linear layer of one row: its work is the bytes of its weight."""
-    layers = jnp.arange(scale.calls, dtype=jnp.int32) % scale.layers
 
     def run(k_cache, v_cache, x, weight, norm):
+        gated = name == "gate and up"
+        layers = (jnp.int32(i % scale.layers) for i in range(scale.calls))
         outs = [fused_linear(x, weight, i, norm, eps=1e-6, gated=gated) for i in layers]
         return k_cache, v_cache, jnp.concatenate(outs)
 
-    weight = normal(0, (scale.layers, outputs, width))
-    args = (normal(1, (1, width)), weight, jnp.ones((scale.layers, width), jnp.bfloat16))
-    bytes_moved = weight.nbytes / scale.layers
-    return Case(f"linear {name}", run, args, scale.calls, bytes_moved, BYTES_PER_SECOND)
+    def make():
+        weight = normal(0, scale.layers, outputs, width)
+        return normal(1, 1, width), weight, jnp.ones((scale.layers, width), jnp.bfloat16)
+
+    return Case(f"linear {name}", run, make, scale.calls, 2 * outputs * width, "TB/s")
 
 
-def cases(model: str, scale: Scale, options: dict):
-    """Yield the cases of one model; each is made when its turn comes."""
-    heads, rng = MODELS[model], np.random.default_rng(0)
+def cases(model: str, scale: Namespace) -> Iterator[Case]:
+    """Yield the cases of one model; their arrays are made when their turn comes."""
+    rng = np.random.default_rng(0)
+    heads, hidden, ffn = MODELS[model]
+    hidden, ffn = hidden // scale.widths_over, ffn // scale.widths_over
     for batch in scale.batches:
         for n in scale.contexts:
-            yield functools.partial(
-                decode_case, f"B={batch} context {n}", [n] * batch, heads, scale, options
-            )
+            yield attention_case(f"B={batch} context {n}", heads, scale, [n] * batch)
         low, high = scale.mixed_contexts
-        mixed = [int(n) for n in rng.integers(low, high + 1, batch)]
-        yield functools.partial(
-            decode_case, f"B={batch} context {low}-{high}", mixed, heads, scale, options
-        )
+        mixed = rng.integers(low, high + 1, batch).tolist()
+        yield attention_case(f"B={batch} context {low}-{high}", heads, scale, mixed)
     count, length = scale.prompts
-    whole = [length] * count
-    yield functools.partial(prefill_case, f"{count}x{length}", whole, whole, heads, scale, options)
-    chunks = [int(n) for n in rng.integers(max(1, length // 10), length + 1, 2 * count)]
+    yield attention_case(f"{count}x{length}", heads, scale, [length] * count, [length] * count)
+    chunks = rng.integers(max(1, length // 10), length + 1, 2 * count).tolist()
     contexts = [n + (i % 3) * scale.page_size for i, n in enumerate(chunks)]
-    yield functools.partial(
-        prefill_case, f"{len(chunks)} mixed, cached prefixes", chunks, contexts, heads, scale,
-        options,
-    )  # fmt: skip
+    yield attention_case(f"{2 * count} mixed, cached prefixes", heads, scale, contexts, chunks)
     for tokens in scale.write_tokens:
-        yield functools.partial(write_case, tokens, heads, scale, options)
-    hidden, ffn = (size // (8 if scale is TINY else 1) for size in SIZES[model])
-    q_width = heads * HEAD_DIM
-    for name, width, outputs in (
-        ("qkv", hidden, q_width + 2 * KV_HEADS * HEAD_DIM),
-        ("o", q_width, hidden),
-        ("gate and up", hidden, 2 * ffn),
-        ("down", ffn, hidden),
-    ):
-        gated = name == "gate and up"
-        yield functools.partial(linear_case, name, width, outputs, gated, scale)
+        yield write_case(heads, scale, tokens)
+    yield linear_case("qkv", scale, hidden, (heads + 2 * KV_HEADS) * HEAD_DIM)
+    yield linear_case("o", scale, heads * HEAD_DIM, hidden)
+    yield linear_case("gate and up", scale, hidden, 2 * ffn)
+    yield linear_case("down", scale, ffn, hidden)
 
 
-def measure(case: Case, caches, repeats: int):
+def measure(case: Case, caches: Sequence[jax.Array], repeats: int):
     """Return the median seconds per call, and the caches, which every run consumes and returns."""
-    run = jax.jit(case.run, donate_argnums=(0, 1))
-    seconds = []
+    run, args, seconds = jax.jit(case.run, donate_argnums=(0, 1)), case.make(), []
     for _ in range(repeats + 2):  # the first compiles, the second warms up
         start = time.perf_counter()
-        *caches, out = jax.block_until_ready(run(*caches, *case.args))
+        *caches, out = jax.block_until_ready(run(*caches, *args))
         seconds.append(time.perf_counter() - start)
     if not bool(jnp.isfinite(out).all()):
         raise FloatingPointError(f"{case.name}: the output is not finite")
@@ -205,37 +167,31 @@ def measure(case: Case, caches, repeats: int):
 
 def main():
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description="Time the kernels.")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
-    parser.add_argument("--implementation", default="triton", choices=["triton", "mosaic", "xla"])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--budget", type=float, default=90, help="seconds; then skip the rest")
+    parser = ArgumentParser(description="Time the kernels.")
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="small shapes, for a CPU")
+    add("--implementation", default="triton", choices=["triton", "mosaic", "xla"])
+    add("--only", default="", help="cases whose name contains this")
+    add("--budget", type=float, default=90, help="seconds; then skip the rest")
     options = parser.parse_args()
 
     began = time.perf_counter()
-    scale = TINY if options.tiny else Scale()
-    shape = (scale.pages, scale.page_size, KV_HEADS, HEAD_DIM)
+    sizes = {name: tiny if options.tiny else full for name, (full, tiny) in SIZES.items()}
+    scale = Namespace(**sizes, implementation=options.implementation)
     stack = jax.jit(lambda x: jnp.repeat(x[None], scale.layers, axis=0))
-    caches = [stack(normal(key, shape)) for key in (1, 2)]
+    caches = [stack(normal(k, scale.pages, scale.page_size, KV_HEADS, HEAD_DIM)) for k in (1, 2)]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.implementation}")
     print(f"{'model':6}{'case':36}{'us':>9}{'reached':>14}{'of ceiling':>12}")
-    for model in MODELS:
-        for make in cases(model, scale, {"implementation": options.implementation}):
-            label = f"{make.func.__name__.removesuffix('_case')} {make.args[0]}"
-            if options.only not in label:
-                continue
-            if time.perf_counter() - began > options.budget:
-                print(f"{model:6}{label:36}  skipped: the budget is spent")
-                continue
-            case = make()
-            seconds, caches = measure(case, caches, scale.repeats)
-            rate = case.work / seconds
-            unit = "TB/s" if case.ceiling == BYTES_PER_SECOND else "TFLOP/s"
-            print(
-                f"{model:6}{case.name:36}{seconds * 1e6:9.1f}{rate / 1e12:8.2f} {unit:7}"
-                f"{rate / case.ceiling:8.0%}",
-                flush=True,
-            )
+    for model, case in ((m, case) for m in MODELS for case in cases(m, scale)):
+        if options.only not in case.name:
+            continue
+        if time.perf_counter() - began > options.budget:
+            print(f"{model:6}{case.name:36}  skipped: the budget is spent")
+            continue
+        seconds, caches = measure(case, caches, scale.repeats)
+        rate = case.work / seconds / 1e12
+        print(f"{model:6}{case.name:36}{seconds * 1e6:9.1f}{rate:8.2f} {case.unit:7}"
+              f"{rate / CEILINGS[case.unit]:8.0%}", flush=True)  # fmt: skip
     print(f"{time.perf_counter() - began:.0f} s")
 
 

@@ -16,7 +16,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
 
 MAX_TOKEN_ID = 10_000  # largest token id of the prompts
-STANDARD = (256, 1024, 142_827, 133_966)  # requests, longest length, prompt and output tokens
+STANDARD = (256, 1024)  # requests and longest length of nano-vLLM's bench.py
 BATCHES = (1, 16, 64)  # requests of the latency runs
 LATENCY_PROMPT = 128  # tokens
 PREFILL_PROMPTS = 64
@@ -72,10 +73,7 @@ def random_workload(seed: int, requests: int, max_len: int, vocab_size: int) -> 
     prompts = [
         [rng.randint(0, top) for _ in range(rng.randint(low, max_len))] for _ in range(requests)
     ]
-    work = Workload(prompts, [rng.randint(low, max_len) for _ in range(requests)])
-    if (seed, top, requests, max_len) == (0, MAX_TOKEN_ID, *STANDARD[:2]):
-        assert (work.prompt_tokens, work.output_tokens) == STANDARD[2:], "not nano-vLLM's workload"
-    return work
+    return Workload(prompts, [rng.randint(low, max_len) for _ in range(requests)])
 
 
 def fixed_workload(
@@ -95,11 +93,6 @@ class Phase:
     tokens: int = 0
     steps: int = 0
 
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
 
 class Run(NamedTuple):
     """What one pass over a workload took."""
@@ -113,10 +106,8 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
     """Drive the engine over `work` step by step; every output has exactly its forced length."""
     began = time.perf_counter()
     for prompt, length in zip(work.prompts, work.outputs, strict=True):
-        params = SamplingParams(
-            temperature=temperature, ignore_eos=True, max_tokens=length, detokenize=detokenize
-        )
-        llm.add_request(prompt, params)
+        sampling = {"temperature": temperature, "max_tokens": length, "ignore_eos": True}
+        llm.add_request(prompt, SamplingParams(**sampling, detokenize=detokenize))
     lengths, prefill, decode = [], Phase(), Phase()
     now = time.perf_counter()
     while not llm.is_finished():
@@ -135,14 +126,9 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
 
 
 def throughput(
-    llm: LLM, args: argparse.Namespace, costs: CostModel, bandwidth: float | None
+    llm: LLM, args: argparse.Namespace, costs: CostModel, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Time nano-vLLM's workload; medians over the runs, the slowest and the fastest.
-
-    Args:
-        costs: the model's costs on all devices together.
-        bandwidth: bytes per second of all devices together, if known.
-    """
+    """Time nano-vLLM's workload; medians over the runs, the slowest and the fastest."""
 
     def one_run(seed: int) -> tuple[Workload, Run]:
         llm.reset_prefix_cache()
@@ -154,32 +140,27 @@ def throughput(
     work, middle = runs[len(runs) // 2]
     rates = [work.output_tokens / run.seconds for _, run in runs]
     result: dict[str, Any] = {
-        "requests": args.requests,
-        "prompt_tokens": work.prompt_tokens,
-        "output_tokens": work.output_tokens,
-        "detokenize": args.detokenize,
-        "output_tok_s": statistics.median(rates),
-        "output_tok_s_range": [min(rates), max(rates)],
+        "requests": args.requests, "prompt_tokens": work.prompt_tokens,
+        "output_tokens": work.output_tokens, "detokenize": args.detokenize,
+        "output_tok_s": statistics.median(rates), "output_tok_s_range": [min(rates), max(rates)],
         "seconds": middle.seconds,
-    }
-    say(
-        f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
+    }  # fmt: skip
+    say(f"throughput: {args.requests} requests, {work.prompt_tokens:,} prompt and "
         f"{work.output_tokens:,} output tokens{', detokenized' * args.detokenize}, "
         f"{args.runs} runs\n  output      {result['output_tok_s']:,.0f} tok/s "
-        f"({min(rates):,.0f} to {max(rates):,.0f}), {middle.seconds:.2f} s"
-    )
+        f"({min(rates):,.0f} to {max(rates):,.0f}), {middle.seconds:.2f} s")  # fmt: skip
     for name, phase in (("prefill", middle.prefill), ("decode", middle.decode)):
         result |= {f"{name}_{key}": value for key, value in asdict(phase).items()}
-        result[f"{name}_tok_s"] = phase.rate
-        say(f"  {name:11} {phase.rate:,.0f} tok/s, {phase.seconds:.2f} s in {phase.steps} steps")
-    if bandwidth:
-        result |= memory_share(middle, work, costs, bandwidth)
-        say(
-            f"  memory      {result['decode_bytes'] / TB:.4g} TB must be read: "
-            f"{result['limit_tok_s']:,.0f} tok/s at {bandwidth / TB:g} TB/s is the limit\n"
-            f"              {result['share_of_limit']:.1%} of it reached over the run, "
-            f"{result['decode_share_of_limit']:.1%} in the decode steps"
-        )
+        result[f"{name}_tok_s"] = rate = phase.tokens / (phase.seconds or math.inf)
+        say(f"  {name:11} {rate:,.0f} tok/s, {phase.seconds:.2f} s in {phase.steps} steps")
+    hardware = find_hardware(about["device"])
+    if each := args.bandwidth * TB if args.bandwidth else hardware and hardware.memory:
+        result |= memory_share(middle, work, costs, each * about["devices"])
+        say("  memory      {:.4g} TB must be read: {limit_tok_s:,.0f} tok/s at "
+            "{bandwidth_tb_s:g} TB/s is the limit\n"
+            "              {share_of_limit:.1%} of it reached over the run, "
+            "{decode_share_of_limit:.1%} in the decode steps"
+            .format(result["decode_bytes"] / TB, **result))  # fmt: skip
     return result
 
 
@@ -188,7 +169,8 @@ def memory_share(
 ) -> dict[str, float]:
     """Return how near `result` comes to reading at `bandwidth` what decoding must read.
 
-    That is every weight once a step, and the keys and values of each context once a token.
+    That is every weight once a step, and the keys and values of each context once a token. Costs
+    and bandwidth are those of all devices together.
     """
     # Steps that also prefill decode some tokens, which their num_tokens does not tell apart.
     decoded = work.output_tokens - len(work.outputs)
@@ -216,13 +198,10 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         first = statistics.median(_seconds(llm, args, rng, batch, LATENCY_PROMPT, 1))
         results[f"batch_{batch}"] = row = {
             "ms_per_token": (whole - first) / (tokens - 1) * 1e3,
-            "output_tok_s": batch * tokens / whole,
-            "ttft_ms": first * 1e3,
-        }
-        say(
-            f"  batch {batch:<5} {row['ms_per_token']:.2f} ms per token, "
-            f"{row['output_tok_s']:,.0f} output tok/s, first token after {row['ttft_ms']:.1f} ms"
-        )
+            "output_tok_s": batch * tokens / whole, "ttft_ms": first * 1e3,
+        }  # fmt: skip
+        say("  batch {:<5} {ms_per_token:.2f} ms per token, {output_tok_s:,.0f} output tok/s, "
+            "first token after {ttft_ms:.1f} ms".format(batch, **row))  # fmt: skip
     return results
 
 
@@ -230,27 +209,32 @@ def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Time prompts of the longest length with one output token each."""
     times = _seconds(llm, args, random.Random(98), PREFILL_PROMPTS, args.max_len, 1)
     rates = [PREFILL_PROMPTS * args.max_len / seconds for seconds in times]
-    say(
-        f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
-        f"  input       {statistics.median(rates):,.0f} tok/s "
-        f"({min(rates):,.0f} to {max(rates):,.0f}), {statistics.median(times):.3f} s"
-    )
-    return {
-        "prompts": PREFILL_PROMPTS,
-        "prompt_len": args.max_len,
-        "input_tok_s": statistics.median(rates),
-        "input_tok_s_range": [min(rates), max(rates)],
-    }
+    middle, extremes = statistics.median(rates), [min(rates), max(rates)]
+    say(f"prefill: {PREFILL_PROMPTS} x {args.max_len} tokens, median of {args.runs}\n"
+        "  input       {:,.0f} tok/s ({:,.0f} to {:,.0f}), {:.3f} s"
+        .format(middle, *extremes, statistics.median(times)))  # fmt: skip
+    return {"prompts": PREFILL_PROMPTS, "prompt_len": args.max_len,
+            "input_tok_s": middle, "input_tok_s_range": extremes}  # fmt: skip
 
 
-def _seconds(
-    llm: LLM, args: argparse.Namespace, rng: random.Random, batch: int, prompt: int, output: int
-) -> list[float]:
-    """Time equally long requests, once in each run; another run ahead of them warms up."""
-    works = (
-        fixed_workload(rng, batch, prompt, output, llm.vocab_size) for _ in range(1 + args.runs)
-    )
+def _seconds(llm: LLM, args: argparse.Namespace, rng: random.Random, *sizes: int) -> list[float]:
+    """Time a `fixed_workload` of these sizes in each run; another run ahead of them warms up."""
+    works = (fixed_workload(rng, *sizes, vocab_size=llm.vocab_size) for _ in range(1 + args.runs))
     return [run(llm, work, args.temperature).seconds for work in works][1:]
+
+
+def describe(llm: LLM, name: str) -> tuple[Programs, dict[str, Any]]:
+    """Print and return which model is measured on which devices, behind its programs."""
+    assert llm.runner
+    programs = llm.runner.programs
+    mesh = programs.sharding.mesh
+    about = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": name, "dtype": programs.model_config.dtype,
+        "device": mesh.devices.flat[0].device_kind, "devices": mesh.size, "jax": jax.__version__,
+    }  # fmt: skip
+    say("{model} on {devices} x {device}, {dtype}, jax {jax}".format(**about))
+    return programs, about
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -263,8 +247,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prefill", action="store_true", help="64 long prompts instead of the throughput")
     add("--all", action="store_true", help="all three")
     add("--runs", type=int, default=3, help="timed runs of each measurement (default: 3)")
-    add("--requests", type=int, default=256, help="requests of the throughput run (default: 256)")
-    add("--max-len", type=int, default=1024, help="longest prompt and output (default: 1024)")
+    add(
+        "--requests",
+        type=int,
+        default=STANDARD[0],
+        help="requests of the throughput run (default: 256)",
+    )
+    add(
+        "--max-len", type=int, default=STANDARD[1], help="longest prompt and output (default: 1024)"
+    )
     add("--latency-tokens", type=int, default=256, help="output tokens of --latency (default: 256)")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--detokenize", action="store_true", help="decode the throughput run's output to text")
@@ -285,15 +276,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure what the command line asks for, print it, and return 0.
-
-    Raises:
-        UsageError: the options are wrong; the message is one line.
-    """
+    """Measure what the command line asks for, print it, and return 0; raises UsageError."""
     args = parse(argv)
     given = {"max_model_len": 4096, **options.engine_options(args)}
-    if args.random_weights:
-        given["load_format"] = "dummy"
     began = time.perf_counter()
     with model_directory(args) as path, options.refusals(*options.ENGINE_ERRORS):
         llm = LLM(str(path), **given)
@@ -301,24 +286,11 @@ def main(argv: Sequence[str]) -> int:
     with llm:
         if args.detokenize and llm.tokenizer is None:
             raise UsageError(f"--detokenize needs a tokenizer, and {args.model} has none")
-        assert llm.runner
-        programs = llm.runner.programs
-        model, mesh = programs.model_config, programs.sharding.mesh
-        kind, name = mesh.devices.flat[0].device_kind, args.random_weights or str(args.model)
-        say(f"{name} on {mesh.size} x {kind}, {model.dtype}, jax {jax.__version__}\n"
-            f"start-up of the engine: {start:.1f} s")  # fmt: skip
-        result: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": name, "dtype": model.dtype, "device": kind, "devices": mesh.size,
-            "jax": jax.__version__, "python": platform.python_version(),
-            "options": given, "engine_start_s": start,
-        }  # fmt: skip
+        programs, result = describe(llm, args.random_weights or str(args.model))
+        say(f"start-up of the engine: {start:.1f} s")
+        result |= {"python": platform.python_version(), "options": given, "engine_start_s": start}
         if args.all or not (args.latency or args.prefill):
-            itemsize = programs.cache_dtype.itemsize
-            costs = CostModel(model, programs.weights, kv_itemsize=itemsize)
-            hardware = find_hardware(kind)
-            each = args.bandwidth * TB if args.bandwidth else hardware and hardware.memory
-            result["throughput"] = throughput(llm, args, costs, each and each * mesh.size)
+            result["throughput"] = throughput(llm, args, CostModel.of(programs), result)
         if args.all or args.latency:
             result["latency"] = latency(llm, args)
         if args.all or args.prefill:

@@ -6,10 +6,9 @@ program is the only place that has all of them: kind, bytes, and which devices t
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +21,17 @@ KERNELS = {"one_shot_all_reduce": (ONE_SHOT, "tensor")}
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
          "collective-broadcast", "ragged-all-to-all")  # fmt: skip
+
+# Attributes that name the computations which an instruction runs, by its opcode.
+CALLS = {
+    **dict.fromkeys(("fusion", "fusion-start", "call", "async-start", "custom-call"),
+                    "calls|to_apply|called_computations"),
+    "while": "condition|body",
+    "conditional": "branch_computations|true_computation|false_computation",
+}  # fmt: skip
+COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+# An instruction: the type of its result, its opcode, and its operands and attributes.
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][a-z\d\-]*)\((.*)")
 
 
 @dataclass(frozen=True)
@@ -70,105 +80,58 @@ def collectives(hlo: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     Raises:
         ValueError: the text is of no program, or names groups of devices in an unknown form.
     """
-    computations, entry = _computations(hlo)
-    merged: dict[Collective, int] = {}
-    for one, times in _walk(computations, entry, mesh_shape, 1, ""):
-        merged[one] = merged.get(one, 0) + times
-    return [replace(one, count=count) for one, count in merged.items()]
-
-
-class _Instruction(NamedTuple):
-    result: str  # its type
-    opcode: str
-    rest: str  # operands and attributes
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Return the instructions of each computation, and the name of the entry."""
-    found: dict[str, list[_Instruction]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        if current is None:
-            if head := re.match(r"(ENTRY )?%?([\w.\-]+) (\(.*)?.*\{$", line):
-                current = found.setdefault(head[2], [])
-                entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif head := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = ", line):
-            rest = line[head.end() :]
-            end = _closing(rest) if rest.startswith("(") else rest.find(" ")
-            if call := re.match(r"\s*([a-z][a-z0-9\-]*)\(", rest[end:]):
-                current.append(_Instruction(rest[:end], call[1], rest[end + call.end() :]))
-    if not entry:
+    counts: dict[str, Counter[Collective]] = {}  # by computation, with those that it calls
+    entry, current = None, Counter()
+    for line in hlo.splitlines():  # computations come before what calls them
+        if head := COMPUTATION.match(line):
+            current = counts[head[2]] = Counter()
+            entry = current if head[1] else entry
+        elif instruction := INSTRUCTION.match(line):
+            result, opcode, rest = instruction.groups()
+            one = _collective(result, opcode, rest, mesh_shape)
+            if one and one.group_size > 1:
+                current[one] += 1
+            if opcode in CALLS:
+                callees, trips, note = _calls(opcode, rest)
+                for inner, count in (item for c in callees for item in counts.get(c, {}).items()):
+                    current[replace(inner, note=inner.note or note)] += count * trips
+    if entry is None:
         raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
-    return found, entry
+    return [replace(one, count=count) for one, count in entry.items()]
 
 
-def _closing(text: str) -> int:
-    """Return where the parenthesis that `text` starts with has been closed."""
-    depth = 0
-    for i, sign in enumerate(text):
-        depth += (sign == "(") - (sign == ")")
-        if depth == 0:
-            return i + 1
-    return len(text)
+def _calls(opcode: str, rest: str) -> tuple[list[str], int, str]:
+    """Return the computations that an instruction runs, how often, and why that is not exact."""
+    values = re.findall(rf"\b(?:{CALLS[opcode]})=(\{{[^}}]*\}}|%?[\w.\-]+)", rest)
+    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+    note = "in one branch of a condition" if opcode == "conditional" else ""
+    if opcode == "while" and not trips:
+        note = "in a loop of unknown length, counted once"
+    return re.findall(r"[\w.\-]+", " ".join(values)), int(trips[1]) if trips else 1, note
 
 
-def _walk(
-    computations: Mapping[str, list[_Instruction]], name: str, mesh_shape: Mapping[str, int],
-    times: int, note: str,
-) -> Iterator[tuple[Collective, int]]:  # fmt: skip
-    """Yield each collective of a computation and of those it calls, with how often it runs."""
-    for i in computations.get(name, []):
-        if (one := _collective(i, mesh_shape)) and one.group_size > 1:
-            yield replace(one, note=note), times
-        for callee, trips, why in _calls(i):
-            yield from _walk(computations, callee, mesh_shape, times * trips, why or note)
-
-
-def _calls(i: _Instruction) -> Iterator[tuple[str, int, str]]:
-    """Yield what an instruction runs: (computation, how often, why that is not exact)."""
-
-    def named(*attributes: str) -> Iterator[str]:
-        for attribute in attributes:
-            for value in re.findall(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", i.rest):
-                yield from re.findall(r"[\w.\-]+", value)
-
-    if i.opcode in ("fusion", "fusion-start", "call", "async-start", "custom-call"):
-        yield from ((name, 1, "") for name in named("calls", "to_apply", "called_computations"))
-    elif i.opcode == "while":
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)
-        why = "" if trips else "in a loop of unknown length, counted once"
-        yield from ((name, int(trips[1]) if trips else 1, why)
-                    for name in named("condition", "body"))  # fmt: skip
-    elif i.opcode == "conditional":
-        branches = named("branch_computations", "true_computation", "false_computation")
-        yield from ((name, 1, "in one branch of a condition") for name in branches)
-
-
-def _collective(i: _Instruction, mesh_shape: Mapping[str, int]) -> Collective | None:
+def _collective(
+    result: str, opcode: str, rest: str, mesh_shape: Mapping[str, int]
+) -> Collective | None:
     """Return the collective that an instruction or a kernel of the engine is, if it is one."""
-    op_name = re.search(r'op_name="([^"]*)"', i.rest)
+    op_name = re.search(r'op_name="([^"]*)"', rest)
     origin = op_name[1] if op_name else ""
-    if i.opcode == "custom-call":
-        name = next((name for name in KERNELS if f"/{name}/" in f"/{origin}/"), None)
-        if name is None:
-            return None
-        kind, axis = KERNELS[name]  # sums of bfloat16, maxima of 64-bit keys: it takes words
-        size = _num_bytes(i.result)
-        return Collective(kind, "words", size, (axis,), mesh_shape[axis], origin)
-    kind = i.opcode.removesuffix("-start")
+    if opcode == "custom-call":
+        for name, (kind, axis) in KERNELS.items():
+            if f"/{name}/" in f"/{origin}/":  # it takes words: bfloat16 sums or 64-bit maxima
+                size = _num_bytes(result)
+                return Collective(kind, "words", size, (axis,), mesh_shape[axis], origin)
+    kind = opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
-    result = i.result
-    if kind != i.opcode and (kind != "all-reduce" or result.startswith("((")):
+    if kind != opcode and (kind != "all-reduce" or result.startswith("((")):
         # An asynchronous one has the type (operands, results, ...).
         result = re.findall(r"\([^()]*\)|\w+\[[\d,]*\]", result[1:-1])[1]
-    axes, group_size = _devices(i.rest, mesh_shape)
+    axes, group_size = _devices(rest, mesh_shape)
     size = _num_bytes(result) * (group_size if kind == "reduce-scatter" else 1)
     dtype = "+".join(dict.fromkeys(re.findall(r"(\w+)\[", result)))
     # XLA's CPU backend sums 16-bit floats in 32 bits; another one moves 16.
-    if dtype == "f32" and re.search(r"to_apply=%?[\w.\-]*_promoted\b", i.rest):
+    if dtype == "f32" and re.search(r"to_apply=%?[\w.\-]*_promoted\b", rest):
         size, dtype = size // 2, "bf16"
     return Collective(kind, dtype, size, axes, group_size, origin)
 
@@ -189,28 +152,22 @@ def _num_bytes(result: str) -> int:
 def _devices(text: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...] | None, int]:
     """Return the mesh axes that a collective runs along, and how many devices take part in one."""
     shape = tuple(mesh_shape.values())
+
+    def axes_within(group: Sequence[int]) -> tuple[str, ...]:
+        places = zip(mesh_shape, np.unravel_index(group, shape), strict=True)
+        return tuple(axis for axis, place in places if np.ptp(place))
+
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text):
-        ends = np.array(re.findall(r"(\d+),(\d+)", pairs[1]), int).reshape(-1, 2)
-        source, target = (np.array(np.unravel_index(ends[:, k], shape)) for k in (0, 1))
-        moved = (source != target).any(axis=1)
-        axes = tuple(axis for axis, moves in zip(mesh_shape, moved, strict=True) if moves)
+        moves = [axes_within(_numbers(pair)) for pair in re.findall(r"\d+,\d+", pairs[1])]
+        axes = tuple(axis for axis in mesh_shape if any(axis in move for move in moves))
         return axes, math.prod(mesh_shape[axis] for axis in axes)
     groups = _replica_groups(text, math.prod(shape))
-    found = {frozenset(group) for group in groups}
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    names = [axis for axis, size in mesh_shape.items() if size > 1]
-    for axes in (axes for n in range(len(names) + 1) for axes in combinations(names, n)):
-        if found == {frozenset(g) for g in _along(ids, [*mesh_shape], axes).tolist()}:
-            return axes, len(groups[0])
+    axes, *others = {axes_within(group) for group in groups}
+    size = math.prod(mesh_shape[axis] for axis in axes)
+    is_whole = {len(group) for group in groups} == {size}  # each has all devices along its axes
+    if is_whole and not others and len(groups) * size == math.prod(shape):
+        return axes, size
     return None, max(map(len, groups))
-
-
-def _along(ids: np.ndarray, names: list[str], axes: Iterable[str]) -> np.ndarray:
-    """Group the devices of a mesh: those that differ along `axes` only, one group a row."""
-    inner = [names.index(axis) for axis in axes]
-    outer = [k for k in range(len(names)) if k not in inner]
-    size = math.prod(ids.shape[k] for k in inner)
-    return ids.transpose(outer + inner).reshape(-1, size)
 
 
 def _replica_groups(text: str, num_devices: int) -> list[list[int]]:
@@ -228,17 +185,17 @@ def _replica_groups(text: str, num_devices: int) -> list[list[int]]:
     if shaped := re.match(rf"\[([\d,]+)\]<={iota}", value):
         return _iota(shaped[2], shaped[3]).reshape(_numbers(shaped[1])).tolist()
     if mesh := re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\({iota}\))? \{{([^}}]*)\}}", value):
-        cut = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        ids = _iota(mesh[2] or ",".join(map(str, cut.values())), mesh[3])
-        axes = re.findall(r"'([^']+)'(?:|:\((\d+)\)(\d+))(?:,|$)", mesh[4])
-        for name, major, size in axes:
-            if size:
-                rest = cut[name] // int(major) // int(size)
-                parts = {f"{name}:major": int(major), name: int(size), f"{name}:rest": rest}
-                items = ((parts if a == name else {a: n}) for a, n in cut.items())
-                cut = {a: n for item in items for a, n in item.items()}
-        ids = ids.reshape(tuple(cut.values()))
-        return _along(ids, [*cut], [name for name, _, _ in axes]).tolist()
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        named = re.findall(r"'([^']+)'(?:|:\((\d+)\)(\d+))(?:,|$)", mesh[4])
+        cuts = {name: (int(major or 1), int(k or sizes[name])) for name, major, k in named}
+        shape = []  # every axis in three parts, of which the middle one is within a group
+        for name, size in sizes.items():
+            major, middle = cuts.get(name, (1, 1))
+            shape += [major, middle, size // (major * middle)]
+        ids = _iota(mesh[2] or ",".join(map(str, sizes.values())), mesh[3]).reshape(shape)
+        ids = np.moveaxis(ids, range(1, ids.ndim, 3), range(-len(sizes), 0))
+        if len(cuts) == len(named):  # else several parts of one axis
+            return ids.reshape(-1, math.prod(shape[1::3])).tolist()
     raise ValueError(f"groups of devices in an unknown form: {value[:120]!r}")
 
 

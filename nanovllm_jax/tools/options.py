@@ -42,14 +42,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for name, (kind, text) in ENGINE_OPTIONS.items():
         group.add_argument(flag(name), type=kind, help=text, metavar=kind.__name__.upper())
-    group.add_argument(
-        "--enforce-eager", action="store_true", default=None, help="run without compiling"
-    )
+    eager = "run without compiling"
+    group.add_argument("--enforce-eager", action="store_true", default=None, help=eager)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the engine options that the user gave, as LLM's keyword arguments."""
     given = {name: getattr(args, name) for name in (*ENGINE_OPTIONS, "enforce_eager")}
+    if getattr(args, "random_weights", None):
+        given["load_format"] = "dummy"
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -74,13 +75,8 @@ def check_positive(args: argparse.Namespace, *names: str, at_least: int | None =
 
 @contextlib.contextmanager
 def refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn exceptions of these kinds, raised inside, into UsageError."""
+    """Turn exceptions of these kinds, raised inside, into UsageError with their text in a line."""
     try:
         yield
     except kinds as error:
-        raise usage_error(error) from error
-
-
-def usage_error(error: Exception) -> UsageError:
-    """Return the UsageError that says in one line what `error` says."""
-    return UsageError(" ".join(str(error).split()) or type(error).__name__)
+        raise UsageError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -16,20 +16,20 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tools import options, trace
-from nanovllm_jax.tools.bench import fixed_workload
+from nanovllm_jax.tools.bench import describe, fixed_workload
 from nanovllm_jax.tools.options import UsageError
 from nanovllm_jax.tools.roofline import TB, CostModel, Work, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
@@ -46,27 +46,17 @@ DEMO = {"batch": [4], "context": 64, "prefill": [2, 128], "max_model_len": 256}
 class Case(NamedTuple):
     """A step to profile: `prompts` sequences of `length` tokens are prefilled, or decode on."""
 
+    name: str
     is_prefill: bool
     prompts: int
     length: int
     output: int  # tokens that each may decode
 
-    @property
-    def name(self) -> str:
-        prefill = f"prefill-{self.prompts}x{self.length}"
-        return prefill if self.is_prefill else f"decode-{self.prompts}"
-
-
-Rates = tuple[float | None, float | None]  # bytes and operations per second, if known
-
 
 def measure(
-    llm: LLM, case: Case, args: argparse.Namespace, costs: CostModel, rates: Rates, folder: Path
+    llm: LLM, case: Case, args: argparse.Namespace, costs: CostModel, rates: Sequence, folder: Path
 ) -> tuple[dict[str, Any], str]:
-    """Time and trace one step; the trace goes into `folder`.
-
-    Returns:
-        The step's times, kernels and categories, and its compiled program.
+    """Time a step and trace it into `folder`; return its table and its compiled program.
 
     Raises:
         UsageError: the sequences do not fit into the cache together, or nothing was traced.
@@ -80,15 +70,14 @@ def measure(
             f"{case.name} needs {needed} blocks of KV cache, there are {blocks}: ask for less, or "
             "raise --num-kvcache-blocks or --gpu-memory-utilization"
         )
-    calls = PREFILL_RUNS if case.is_prefill else args.timed_steps
-    loop, behind, ids = _run_loop(llm, case, calls, args.steps, folder)
+    timed, traced = (PREFILL_RUNS, 1) if case.is_prefill else (args.timed_steps, args.steps)
+    loop, ids = time_loop(llm, case, timed, traced, folder)
     batch = llm.scheduler.schedule()  # one more step, which the engine will not run
-    if batch is None or len(batch.seqs) < case.prompts:
-        found = len(batch.seqs) if batch else 0
-        raise UsageError(f"{case.name}: one step takes only {found} of {case.prompts} sequences")
-    # Back to the middle of the traced steps, whose keys and values are in the cache already.
-    batch = replace(batch, starts=[start - behind for start in batch.starts])
-    bucket, alone = time_alone(runner, batch, calls)
+    assert batch and len(batch.seqs) == case.prompts
+    if not case.is_prefill:  # back to the middle of the traced steps, whose keys are cached already
+        back = timed - timed // 2 + traced // 2
+        batch = replace(batch, starts=[start - back for start in batch.starts])
+    bucket, alone = time_alone(runner, batch, timed)
     llm.abort_request(ids)
     while not llm.is_finished():
         llm.step()
@@ -98,29 +87,23 @@ def measure(
     events = [event for event in events if trace.category(event[2]) != "copies"]
     if not events:
         raise UsageError("the trace has no kernels of the step: may this user profile the device?")
-    steps, last = 1, ""
+    last = ""
     if not case.is_prefill:
-        events, steps, last = trace.whole_steps(events, args.steps)
+        events, traced, last = trace.whole_steps(events, traced)
     table = {
         "rows": len(batch.seqs), "tokens": batch.num_tokens,
         "context_tokens": sum(batch.starts) + batch.num_tokens, "bucket": bucket._asdict(),
-        "loop_us": loop * 1e6, "alone_us": alone * 1e6, "traced_steps": steps,
+        "loop_us": loop * 1e6, "alone_us": alone * 1e6, "traced_steps": traced,
     }  # fmt: skip
-    work = costs.categories(batch.starts, batch.lengths)
-    layers = costs.config.num_layers
-    return table | tabulate(events, steps, last, trace.origins(hlo), work, rates, layers), hlo
+    work, layers = costs.categories(batch.starts, batch.lengths), costs.config.num_layers
+    return table | tabulate(events, traced, last, trace.origins(hlo), work, rates, layers), hlo
 
 
-def _run_loop(
-    llm: LLM, case: Case, timed: int, traced: int, folder: Path
-) -> tuple[float, int, list]:
+def time_loop(llm: LLM, case: Case, timed: int, traced: int, folder: Path) -> tuple[float, list]:
     """Run the engine's loop, with half of the timed steps before the traced ones, half behind.
 
-    Both see the same contexts on average. One batch of a prefill is traced, whatever `traced` says.
-
-    Returns:
-        Seconds of a timed step; the steps since the middle of the traced ones; the ids of requests
-        that are ready for one more step.
+    Both see the same contexts on average. Returns the seconds of a timed step, and the ids of
+    requests that are ready for one more.
     """
     work = fixed_workload(random.Random(0), case.prompts, case.length, 1, llm.vocab_size)
     params = SamplingParams(temperature=0.6, max_tokens=case.output, ignore_eos=True)
@@ -133,11 +116,11 @@ def _run_loop(
         """Decode `count` steps, or prefill as many batches; return the seconds."""
         began = time.perf_counter()
         for _ in range(count):
-            if not case.is_prefill:
-                llm.step()
-                continue
-            add()
-            while not llm.is_finished():
+            if case.is_prefill:
+                add()
+                while not llm.is_finished():
+                    llm.step()
+            else:
                 llm.step()
         return time.perf_counter() - began
 
@@ -145,29 +128,25 @@ def _run_loop(
     while ids and tokens < case.prompts * case.length:
         tokens += max(0, llm.step()[1])
     run(1 if case.is_prefill else WARM_STEPS)
-    after = timed - timed // 2
-    seconds = run(timed - after)
+    seconds = run(timed // 2)
     with trace.tracing(folder, perfetto=True):
-        run(1 if case.is_prefill else traced)
-    seconds += run(after)
-    if case.is_prefill:
-        return seconds / timed, 0, add()
-    return seconds / timed, after + traced // 2, ids
+        run(traced)
+    seconds += run(timed - timed // 2)
+    return seconds / timed, ids or add()
 
 
-def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Any, float]:
+def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Bucket, float]:
     """Return the bucket of a batch, and the seconds of one of `calls` calls of its step in a row.
 
     They have the same input: the same positions of the cache are read and written every time.
     """
     inputs = runner.prepare_inputs(batch)
     packed = jax.device_put(inputs.packed, runner.programs.sharding.named("batch"))
-    inputs = inputs._replace(packed=packed)
-    _, before = runner.run(inputs)
+    _, before = runner.run(inputs._replace(packed=packed))
     before.block_until_ready()
     began = time.perf_counter()
     for _ in range(calls):
-        _, after = runner.run(inputs)
+        _, after = runner.run(inputs._replace(packed=packed))
         before.block_until_ready()  # two steps are under way: the engine has memory for no more
         before = after
     before.block_until_ready()
@@ -176,82 +155,78 @@ def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Any, floa
 
 def tabulate(
     events: Sequence[trace.Event], steps: int, last: str, origins: dict[str, str],
-    costs: dict[str, Work], rates: Rates, layers: int,
+    costs: dict[str, Work], rates: Sequence[float | None], layers: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return a step's kernels, and its categories with their work and limits; times in us.
+
+    `us_layer` has the kernels that run in every layer, divided by the layers.
 
     Args:
         steps: how many steps the events are.
         last: the kernel that ends a step, or "".
         origins: the model's operation that a kernel was made from.
         costs: the work of the step by category.
+        rates: bytes and operations per second, if known.
     """
     times, gaps = trace.busy_times(events)
-    calls = collections.Counter(name for start, end, name in events if end > start)
-    kernels, categories, per_step = [], {}, steps * 1e3  # of ns
-    for name, ns in times.most_common():
-        origin = origins.get(name, "")
-        kernels.append({"name": name, "origin": origin, "category": trace.category(name, origin),
-                        "calls": calls[name] / steps, "us": ns / per_step})  # fmt: skip
-    limits = {n: w.seconds(*rates) for n, w in costs.items() if n != "communication"}
-    for name in trace.CATEGORIES:
-        mine = [k for k in kernels if k["category"] == name]
-        if mine or name in costs:
-            categories[name] = _sum_up(mine, costs.get(name), limits.get(name), layers)
+    counts = collections.Counter(name for start, end, name in events if end > start)
+    per_step = steps * 1e3  # of ns
+    kernels = [
+        {"name": name, "origin": origins.get(name, ""),
+         "category": trace.category(name, origins.get(name, "")),
+         "calls": counts[name] / steps, "us": ns / per_step}
+        for name, ns in times.most_common()
+    ]  # fmt: skip
+
+    def sum_up(category: str | None, work: Work | None, limit: float | None) -> dict[str, Any]:
+        mine = [k for k in kernels if category in (None, k["category"])]
+        in_layers = [k for k in mine if "run_layer" in k["origin"] or k["calls"] >= layers - 0.5]
+        us, limit = sum(k["us"] for k in mine), limit and limit * 1e6
+        return {
+            "calls": sum(k["calls"] for k in mine),
+            "us": us, "us_layer": sum(k["us"] for k in in_layers) / layers,
+            "bytes": work and work.bytes, "flops": work and work.flops,
+            "limit_us": limit, "share_of_limit": limit / us if limit and us else None,
+        }  # fmt: skip
+
+    limits = {c: w.seconds(*rates) for c, w in costs.items() if c != "communication"}
     whole = Work(sum(w.bytes for w in costs.values()), sum(w.flops for w in costs.values()))
     limit = None if None in limits.values() else sum(filter(None, limits.values()))
+    found = {k["category"] for k in kernels} | {*costs}
     between = gaps[last] if last else 0
     return {
         "busy_us": sum(times.values()) / per_step,
         "gaps_within_us": (sum(gaps.values()) - between) / per_step,
         "gaps_between_us": between / per_step,
-        "categories": categories,
-        "total": _sum_up(kernels, whole, limit, layers),
+        "categories": {c: sum_up(c, costs.get(c), limits.get(c))
+                       for c in trace.CATEGORIES if c in found},
+        "total": sum_up(None, whole, limit),
         "kernels": kernels,
-    }
+    }  # fmt: skip
 
 
-def _sum_up(
-    kernels: list[dict[str, Any]], work: Work | None, limit: float | None, layers: int
-) -> dict[str, Any]:
-    """Sum up kernels; `us_layer` has those that run in every layer, divided by the layers."""
-    in_layers = [k for k in kernels if "run_layer" in k["origin"] or k["calls"] >= layers - 0.5]
-    us = sum(k["us"] for k in kernels)
-    return {
-        "calls": sum(k["calls"] for k in kernels),
-        "us": us,
-        "us_layer": sum(k["us"] for k in in_layers) / layers,
-        "bytes": work and work.bytes,
-        "flops": work and work.flops,
-        "limit_us": limit and limit * 1e6,
-        "share_of_limit": limit and limit * 1e6 / us if us else None,
-    }
-
-
-def show(name: str, table: dict[str, Any], layers: int, top: int) -> None:
+def show(name: str, table: Mapping[str, Any], layers: int, top: int) -> None:
     """Print a table of `tabulate`."""
     context = table["context_tokens"] / table["rows"]
     print(f"\n{name}: {table['rows']} rows, {table['tokens']} tokens, context {context:,.0f}")
     busy, loop, alone = table["busy_us"], table["loop_us"], table["alone_us"]
-    for text, us in (
-        ("engine's loop, without the profiler", loop),
-        ("compiled step alone, back to back", alone),
-    ):
+    texts = ("engine's loop, without the profiler", "compiled step alone, back to back")
+    for text, us in zip(texts, (loop, alone), strict=True):
         print(f"  {text:40} {us:10,.1f} us, device idle {max(0, 1 - busy / us):.1%}")
     note = ", slowed down by the profiler" if busy > min(loop, alone) else ""
     print(f"  {'kernels, in the trace':40} {busy:10,.1f} us{note}\n")
 
-    print(f"  {'a step':28} {'calls':>6} {'us':>10} {'us/layer':>9} {'MB':>9} {'GFLOP':>9} "
-          f"{'limit us':>9} {'share':>6}")  # fmt: skip
-    columns = (("calls", 6, ",.0f", 1), ("us", 10, ",.1f", 1), ("us_layer", 9, ",.2f", 1),
-               ("bytes", 9, ",.2f", 1e6), ("flops", 9, ",.3f", 1e9),
-               ("limit_us", 9, ",.1f", 1), ("share_of_limit", 6, ".0%", 1))  # fmt: skip
+    columns = (
+        ("calls", "calls", 6, ",.0f", 1), ("us", "us", 10, ",.1f", 1),
+        ("us/layer", "us_layer", 9, ",.2f", 1), ("MB", "bytes", 9, ",.2f", 1e6),
+        ("GFLOP", "flops", 9, ",.3f", 1e9), ("limit us", "limit_us", 9, ",.1f", 1),
+        ("share", "share_of_limit", 6, ".0%", 1),
+    )  # fmt: skip
+    print(f"  {'a step':28}", *(f"{header:>{width}}" for header, _, width, _, _ in columns))
     for label, row in {**table["categories"], "kernels in all": table["total"]}.items():
-        cells = (
-            f"{'-' if row[key] is None else format(row[key] / unit, spec):>{width}}"
-            for key, width, spec, unit in columns
-        )
-        print(f"  {label:28} {' '.join(cells)}")
+        cells = (("-" if row[key] is None else format(row[key] / unit, spec)).rjust(width)
+                 for _, key, width, spec, unit in columns)  # fmt: skip
+        print(f"  {label:28}", *cells)
     within, between = table["gaps_within_us"], table["gaps_between_us"]
     print(f"  {'gaps within a step':28} {'':6} {within:10,.1f} {within / layers:9,.2f}")
     print(f"  {'gaps between steps (traced)':28} {'':6} {between:10,.1f}")
@@ -294,8 +269,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         with options.refusals(OSError):
             args.out.mkdir(parents=True, exist_ok=True)
     output = WARM_STEPS + args.timed_steps + args.steps + SPARE_TOKENS
-    args.cases = [Case(False, batch, args.context, output) for batch in args.batch]
-    args.cases.append(Case(True, *args.prefill, output=1))
+    args.cases = [Case(f"decode-{n}", False, n, args.context, output) for n in args.batch]
+    args.cases.append(Case("prefill-{}x{}".format(*args.prefill), True, *args.prefill, output=1))
     return args
 
 
@@ -303,37 +278,29 @@ def options_for(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
     """Return the engine's options: the user's, and for the others room for the steps.
 
     Raises:
-        UsageError: the steps do not fit into what the user gave; the message has the option.
+        UsageError: the steps do not fit into what the user gave.
     """
-    prefill = args.cases[-1]
+    tokens = args.prefill[0] * args.prefill[1]
     needs = {
         "max_num_seqs": max(case.prompts for case in args.cases),
         "max_model_len": max(case.length + case.output for case in args.cases),
-        "max_num_batched_tokens": prefill.prompts * prefill.length,
+        "max_num_batched_tokens": tokens,
     }
-    longest = options.engine_options(args).get("max_model_len", 4096)
-    longest = min(longest, model.max_position_embeddings)
-    given = {
-        "max_num_seqs": needs["max_num_seqs"],
-        "max_num_batched_tokens": max(needs["max_num_batched_tokens"], longest),
-        **options.engine_options(args),
-        "max_model_len": longest,
-    }
+    given = options.engine_options(args)
+    longest = min(given.get("max_model_len", 4096), model.max_position_embeddings)
+    given = needs | {"max_num_batched_tokens": max(tokens, longest)} | given
+    given["max_model_len"] = longest
     for name, needed in needs.items():
         if needed > given[name]:
             raise UsageError(
                 f"the steps need {name} of {needed}, it is {given[name]}: raise it "
                 f"({options.flag(name)}), or lower --batch, --context, --prefill or --timed-steps"
             )
-    return given | ({"load_format": "dummy"} if args.random_weights else {})
+    return given
 
 
 def main(argv: Sequence[str]) -> int:
-    """Profile what the command line asks for, print it, and return 0.
-
-    Raises:
-        UsageError: it cannot be done; the message is one line.
-    """
+    """Profile what the command line asks for, print it, and return 0; raises UsageError."""
     args = parse(argv)
     with model_directory(args) as path:
         with options.refusals(*options.ENGINE_ERRORS):
@@ -349,41 +316,33 @@ def main(argv: Sequence[str]) -> int:
 
 def profile(llm: LLM, args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Measure and show all steps; return what profile.json has."""
-    assert llm.runner
-    p = llm.runner.programs
-    model, mesh, itemsize = p.model_config, p.sharding.mesh, p.cache_dtype.itemsize
-    costs = CostModel(model, p.weights, kv_itemsize=itemsize, sharding=p.sharding)
-    kind = mesh.devices.flat[0].device_kind
+    programs, report = describe(llm, name)
+    costs, kind, dtype = (
+        CostModel.of(programs, programs.sharding),
+        report["device"],
+        report["dtype"],
+    )
     hardware = find_hardware(kind)
     memory = args.bandwidth * TB if args.bandwidth else hardware and hardware.memory
     flops = args.flops and args.flops * TB
-    if hardware and model.dtype == "bfloat16":
+    if hardware and dtype == "bfloat16":
         flops = flops or hardware.flops  # which was measured in 16 bits
-    print(f"{name} on {mesh.size} x {kind}, {model.dtype}, jax {jax.__version__}")
     for option, rate, unit in (("bandwidth", memory, "TB/s"), ("flops", flops, "TFLOP/s")):
         text = f"{rate / TB:g} {unit}" if rate else f"unknown, so no share of it (give --{option})"
-        print(f"{option} of {kind} in {model.dtype}: {text}")
-    steps = {}
+        print(f"{option} of {kind} in {dtype}: {text}")
+    report |= {"kv_cache_dtype": str(programs.cache_dtype), "bandwidth": memory, "flops": flops}
+    report["steps"] = {}
     for case in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             found = Path(folder) / "trace"
             table, hlo = measure(llm, case, args, costs, (memory, flops), found)
             if args.out:
-                _keep(found, hlo, args.out / case.name)
-        show(case.name, table, model.num_layers, args.top)
-        steps[case.name] = table
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": name, "dtype": model.dtype, "kv_cache_dtype": str(p.cache_dtype),
-        "device": kind, "devices": mesh.size, "jax": jax.__version__,
-        "bandwidth": memory, "flops": flops, "steps": steps,
-    }  # fmt: skip
-
-
-def _keep(found: Path, hlo: str, folder: Path) -> None:
-    """Move a step's trace, and write its program, into `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.move(found, folder)
-    [perfetto] = folder.glob("**/perfetto_trace.json.gz")
-    perfetto.replace(folder / "perfetto.json.gz")
-    (folder / "hlo.txt").write_text(hlo)
+                kept = args.out / case.name
+                shutil.rmtree(kept, ignore_errors=True)
+                shutil.move(found, kept)
+                [perfetto] = kept.glob("**/perfetto_trace.json.gz")
+                perfetto.replace(kept / "perfetto.json.gz")
+                (kept / "hlo.txt").write_text(hlo)
+        show(case.name, table, costs.config.num_layers, args.top)
+        report["steps"][case.name] = table
+    return report

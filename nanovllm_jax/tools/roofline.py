@@ -5,13 +5,15 @@ weight of 8 bits counts as one byte, and a device counts its own shards.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import Sharding
 
@@ -91,35 +93,38 @@ class CostModel:
         self._gated = 0.0  # outputs that a gate takes in
         self._normed = 0.0  # inputs of the norms of the residual stream
         self._sent = _ring(self._shards("vocab")) * c.hidden_size  # sums; first the lookup's
-        for path, param in jax.tree.leaves_with_path(weights, is_leaf=_is_param):
-            name = [str(key.key) for key in path]
-            if name[0] == "embed_tokens" and not c.tie_word_embeddings:
+        for name, axes, value in named_parameters(weights):
+            if name.startswith("embed_tokens.") and not c.tie_word_embeddings:
                 continue
-            axes, value = param.get_metadata()["axes"], param.get_value()
-            in_layers = name[0] == "layers"
-            layers, shape = (value.shape[0], value.shape[1:]) if in_layers else (1, value.shape)
-            sizes = dict(zip(axes, shape, strict=True))
-            held = math.prod(n / (sharding.size(a) if sharding else 1) for a, n in sizes.items())
-            num_bytes = layers * held * value.dtype.itemsize
+            held = sharding.local_shape(value.shape, axes) if sharding else value.shape
+            num_bytes = math.prod(held) * value.dtype.itemsize
             self.weight_bytes += num_bytes
-            if "norm" in name[-2]:
+            if "norm" in name:
                 self._norm_bytes += num_bytes
-            if axes == ("embed",):
-                self._normed += in_layers * layers * shape[0]
-            if len(axes) == 1 or "embed" not in axes:  # norms, and scales of 8-bit weights
+            sizes = dict(zip(axes, value.shape, strict=True))
+            if axes == ("layers", "embed"):
+                self._normed += math.prod(value.shape)
+            layers = sizes.pop("layers", None)
+            if len(sizes) == 1 or "embed" not in sizes:  # norms, and scales of 8-bit weights
                 continue
-            size = math.prod(n / self._shards(a) for a, n in sizes.items())
-            hidden = sizes["embed"] / self._shards("embed")
-            if not in_layers:
+            size = math.prod(n / self._shards(axis) for axis, n in sizes.items())
+            if layers is None:
                 self._head_size += size
                 continue
+            hidden = sizes["embed"] / self._shards("embed")
             self._layers_size += layers * size
             self._in_and_out += layers * (hidden + size / hidden)
-            if "gate_up" in axes:
+            if "gate_up" in sizes:
                 self._gated += layers * size / hidden
-            if axes[0] == "embed":  # the output: devices with other parts of the input add theirs
-                self._sent += layers * hidden * _ring(math.prod(map(self._shards, axes[1:])))
+            if axes[1] == "embed":  # the output: devices with other parts of the input add theirs
+                self._sent += layers * hidden * _ring(math.prod(map(self._shards, axes[2:])))
         self.kv_bytes = 2 * self._heads(c.num_kv_heads) * (kv_itemsize or self._itemsize)
+
+    @classmethod
+    def of(cls, programs: Programs, sharding: Sharding | None = None) -> "CostModel":
+        """Return the costs of an engine's model on all devices together, or on one of a mesh."""
+        p, itemsize = programs, programs.cache_dtype.itemsize
+        return cls(p.model_config, p.weights, kv_itemsize=itemsize, sharding=sharding)
 
     def least(
         self, *, steps: float, tokens: float, rows: float, context: float, pairs: float
@@ -134,10 +139,8 @@ class CostModel:
             pairs: pairs of a query token and a position that it attends to.
         """
         products = tokens * self._layers_size + rows * self._head_size
-        return Work(
-            steps * self.weight_bytes + context * self.kv_bytes,
-            2 * products + self._attention_flops(pairs),
-        )
+        flops = 2 * products + 4 * pairs * self._heads(self.config.num_heads)
+        return Work(steps * self.weight_bytes + context * self.kv_bytes, flops)
 
     def categories(self, starts: Sequence[int], lengths: Sequence[int]) -> dict[str, Work]:
         """Count one step by category, with the arrays that one operation hands to the next.
@@ -147,39 +150,29 @@ class CostModel:
         an array twice needs more.
 
         Args:
-            starts: first position that each row computes.
-            lengths: how many tokens each row computes.
+            starts, lengths: as for `attended`.
         """
         c, size = self.config, self._itemsize
         tokens, rows = sum(lengths), len(lengths)
-        spans = list(zip(starts, lengths, strict=True))
-        context = sum(start + n for start, n in spans)
-        pairs = sum(start * n + n * (n + 1) // 2 for start, n in spans)
+        context, pairs = attended(starts, lengths)
         q, qkv = self._heads(c.num_heads), self._heads(c.num_heads + 2 * c.num_kv_heads)
         logits = rows * c.vocab_size / self._shards("vocab") * 4  # in float32
-        rows_in, matrices = rows * c.hidden_size * size, self.weight_bytes - self._norm_bytes
         # A norm of the residual stream takes two arrays in and gives two out, a gate takes two in
         # and gives one out; the embedding's rows and the last norm are one in, one out.
         elementwise = tokens * (4 * self._normed + 1.5 * self._gated)
         elementwise += 2 * c.hidden_size * (tokens + rows)
+        products = self.weight_bytes - self._norm_bytes + logits
+        products += (tokens * self._in_and_out + rows * c.hidden_size) * size
         work = {
-            "attention": Work(
-                context * self.kv_bytes + 2 * tokens * q * size, self._attention_flops(pairs)
-            ),
+            "attention": Work(context * self.kv_bytes + 2 * tokens * q * size, 4 * pairs * q),
             "KV write": Work(tokens * ((qkv + q) * size + self.kv_bytes)),
-            "products": Work(
-                matrices + tokens * self._in_and_out * size + rows_in + logits,
-                2 * (tokens * self._layers_size + rows * self._head_size),
-            ),
+            "products": Work(products, 2 * (tokens * self._layers_size + rows * self._head_size)),
             "sampling": Work(logits),
             "norms, activations, inputs": Work(self._norm_bytes + elementwise * size),
         }
         if self._sent:
             work["communication"] = Work(tokens * self._sent * size)
         return work
-
-    def _attention_flops(self, pairs: float) -> float:
-        return 4 * pairs * self._heads(self.config.num_heads)
 
     def _heads(self, heads: int) -> float:
         """Count the elements of `heads` heads of every layer on this device."""
@@ -194,10 +187,26 @@ class CostModel:
         return math.prod(self._sharding.mesh.shape[name] for name in names)
 
 
+def attended(starts: Sequence[int], lengths: Sequence[int]) -> tuple[int, int]:
+    """Return the cached positions that rows read, and the pairs of a token and one that it sees.
+
+    Args:
+        starts: first position that each row computes.
+        lengths: how many tokens each row computes.
+    """
+    rows = list(zip(starts, lengths, strict=True))
+    return sum(s + n for s, n in rows), sum(s * n + n * (n + 1) // 2 for s, n in rows)
+
+
+def named_parameters(weights: nnx.State) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """Yield each parameter's dotted name, logical axes ("layers" first if stacked), and array."""
+    is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
+    for path, param in jax.tree.leaves_with_path(weights, is_leaf=is_param):
+        name = ".".join(str(key.key) for key in path)
+        stacked = ("layers",) if name.startswith("layers.") else ()
+        yield name, (*stacked, *param.get_metadata()["axes"]), param.get_value()
+
+
 def _ring(devices: int) -> float:
     """Return how often each device sends an element that a ring of devices sums."""
     return 2 * (devices - 1) / devices
-
-
-def _is_param(x: object) -> bool:
-    return isinstance(x, nnx.Param)

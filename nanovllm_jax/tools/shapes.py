@@ -9,34 +9,20 @@ from pathlib import Path
 
 from nanovllm_jax.models import ModelConfig
 
-
-def _qwen3(
-    hidden: int, intermediate: int, layers: int, heads: int, *, kv_heads: int = 8, tied: bool
-) -> ModelConfig:
-    return ModelConfig(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rope_theta=1e6,
-        tie_word_embeddings=tied,
-        eos_token_ids=(151645,),
-    )
-
-
+# Hidden size, width of the MLP, layers and query heads by size, and whether the head is tied.
+_SIZES = {
+    "0.6B": (1024, 3072, 28, 16, True), "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False),
+    "14B": (5120, 17408, 40, 40, False), "32B": (5120, 25600, 64, 64, False),
+}  # fmt: skip
 QWEN3 = {
-    "0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
-    "1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
-    "4B": _qwen3(2560, 9728, 36, 32, tied=True),
-    "8B": _qwen3(4096, 12288, 36, 32, tied=False),
-    "14B": _qwen3(5120, 17408, 40, 40, tied=False),
-    "32B": _qwen3(5120, 25600, 64, 64, tied=False),
-}
+    size: ModelConfig(
+        "Qwen3ForCausalLM", vocab_size=151936, hidden_size=hidden, intermediate_size=intermediate,
+        num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128, rope_theta=1e6,
+        max_position_embeddings=40960, tie_word_embeddings=tied, eos_token_ids=(151645,),
+    )
+    for size, (hidden, intermediate, layers, heads, tied) in _SIZES.items()
+}  # fmt: skip
 
 
 def write_config(config: ModelConfig, directory: Path) -> None:

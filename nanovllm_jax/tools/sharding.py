@@ -12,14 +12,14 @@ import contextlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket, prefill_buckets
@@ -27,6 +27,7 @@ from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.models.config import read_json
 from nanovllm_jax.sharding import Rule, make_sharding
+from nanovllm_jax.tools import roofline
 from nanovllm_jax.tools.hlo import Collective, collectives
 from nanovllm_jax.tools.options import Parser, UsageError, check_positive, refusals
 from nanovllm_jax.tools.roofline import HARDWARE, CostModel, Hardware, find_hardware
@@ -35,60 +36,37 @@ from nanovllm_jax.tools.shapes import QWEN3, model_directory
 MAX_DEVICES = 64
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one array is cut over the mesh."""
+def layouts(programs: Programs, num_blocks: int) -> list[dict[str, Any]]:
+    """Return how the parameters and the KV cache are cut over the mesh.
 
-    name: str
-    axes: tuple[str, ...]  # logical
-    shape: tuple[int, ...]
-    dtype: str
-    spec: list[list[str]]  # mesh axes that each dimension is cut over
-    bytes: int  # the whole array, once
-    bytes_per_device: int
-    copies: int  # devices that hold each part
-
-    @classmethod
-    def of(cls, name: str, axes: tuple[str, ...], array: Any) -> "Layout":
-        """Describe an array that is given by shape, type and sharding."""
+    Each row has an array's name, logical axes, shape and dtype; `spec`, the mesh axes that each
+    dimension is cut over; the bytes of the whole array and those of one device; and `copies`, the
+    devices that hold each part.
+    """
+    arrays = list(roofline.named_parameters(programs.weights))
+    cache = programs.abstract_state(num_blocks).cache
+    arrays += [(f"cache.{name}", KVCache.AXES, x) for name, x in cache._asdict().items()]
+    rows = []
+    for name, axes, array in arrays:
         mesh, spec = array.sharding.mesh, array.sharding.spec
         spec = [*map(_names, spec), *[[] for _ in array.shape[len(spec) :]]]
-        size = math.prod(array.shape) * array.dtype.itemsize
         parts = math.prod(mesh.shape[axis] for names in spec for axis in names)
-        copies = mesh.size // parts
-        return cls(name, axes, array.shape, array.dtype.name, spec, size, size // parts, copies)
-
-    def __str__(self) -> str:
-        """Show the axes as in `[vocab 151936 / tensor, embed 1024]`."""
-        dimensions = zip(self.axes, self.shape, self.spec, strict=True)
-        cut = ", ".join(f"{a} {n}" + f" / {'+'.join(s)}" * bool(s) for a, n, s in dimensions)
-        return f"[{cut}]"
-
-
-def layouts(programs: Programs, num_blocks: int) -> list[Layout]:
-    """Return the layouts of the parameters and of the KV cache."""
-    is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
-    found = []
-    for path, param in jax.tree.leaves_with_path(programs.weights, is_leaf=is_param):
-        name = ".".join(str(key.key) for key in path)
-        stacked = ("layers",) if name.startswith("layers.") else ()
-        axes = (*stacked, *param.get_metadata()["axes"])
-        found.append(Layout.of(name, axes, param.get_value()))
-    cache = programs.abstract_state(num_blocks).cache
-    return found + [
-        Layout.of(f"cache.{name}", KVCache.AXES, array)
-        for name, array in zip(KVCache._fields, cache, strict=True)
-    ]
+        size = math.prod(array.shape) * array.dtype.itemsize
+        rows.append({
+            "name": name, "axes": axes, "shape": array.shape, "dtype": array.dtype.name,
+            "spec": spec, "bytes": size, "bytes_per_device": size // parts,
+            "copies": mesh.size // parts,
+        })  # fmt: skip
+    return rows
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A batch that one step computes; the numbers are those of one shard of the batch."""
 
     name: str
     bucket: Bucket
+    starts: tuple[int, ...]  # first position of each sequence in this step
     lengths: tuple[int, ...]  # tokens of each sequence in this step
-    context: int  # tokens of each sequence, those of this step included
 
 
 def make_steps(programs: Programs, args: argparse.Namespace) -> list[Step]:
@@ -104,30 +82,25 @@ def make_steps(programs: Programs, args: argparse.Namespace) -> list[Step]:
                 f"do not fit into the step's {num_rows} rows; raise --context or --batch"
             )
         name = f"prefill of {args.prefill} tokens"
-        steps.append(Step(name, Bucket(tokens, num_rows), lengths, args.context))
-    for batch in args.batch:
-        rows = -(-batch // shards)
-        steps.append(Step(f"decode of batch {batch}", Bucket(0, rows), (1,) * rows, args.context))
+        steps.append(Step(name, Bucket(tokens, num_rows), (0,) * len(lengths), lengths))
+    for batch, rows in ((batch, -(-batch // shards)) for batch in args.batch):
+        starts = (args.context - 1,) * rows
+        steps.append(Step(f"decode of batch {batch}", Bucket(0, rows), starts, (1,) * rows))
     return steps
 
 
-def predict(
-    costs: CostModel, step: Step, hardware: Hardware, found: Sequence[Collective]
-) -> dict[str, float]:
-    """Predict the seconds of a step: the slower of memory and products, then collectives.
+def predict(costs: CostModel, step: Step, hardware: Hardware, talk: float) -> dict[str, float]:
+    """Predict the seconds of a step: the slower of memory and products, then collectives (`talk`).
 
     Overlap and launches are left out, so this is a limit, apart from the latency of collectives,
     which is measured.
     """
     tokens, rows = sum(step.lengths), step.bucket.num_rows
-    context = pairs = rows * step.context
-    if not step.bucket.is_decode:  # a prefill's tokens attend to those before them
-        context, pairs = tokens, sum(n * (n + 1) / 2 for n in step.lengths)
+    context, pairs = roofline.attended(step.starts, step.lengths)
     least = costs.least(steps=1, tokens=tokens, rows=rows, context=context, pairs=pairs)
     memory, compute = least.bytes / hardware.memory, least.flops / hardware.flops
-    talk = sum(c.count * c.seconds(hardware) for c in found)
-    times = {"memory_s": memory, "compute_s": compute, "collectives_s": talk}
-    return times | {"total_s": max(memory, compute) + talk}
+    return {"memory_s": memory, "compute_s": compute, "collectives_s": talk,
+            "total_s": max(memory, compute) + talk}  # fmt: skip
 
 
 # --- The command ---
@@ -135,12 +108,10 @@ def predict(
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line and check what needs no device."""
-    parser = Parser(
-        prog="nanovllm-jax sharding",
-        description="Report what a sharding costs, without weights and without the devices.",
-    )
-    add = parser.add_argument
     # fmt: off
+    parser = Parser(prog="nanovllm-jax sharding", description="Report what a sharding costs, "
+                    "without weights and without the devices.")
+    add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="model directory; only config.json is read")
     add("--random-weights", choices=QWEN3, metavar="SIZE", help="instead: a Qwen3 shape")
     add("--mesh", type=_mesh, required=True, metavar="AXIS=N,...", help="as in data=2,tensor=4")
@@ -180,17 +151,15 @@ def _mesh(text: str) -> dict[str, int]:
 
 def _rules(file: str) -> dict[str, Rule]:
     """Read a file of rules; `merge_rules` checks their names."""
-    try:
+    with refusals(OSError, ValueError):
         rules = read_json(Path(file))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
     if not isinstance(rules, dict):
-        raise argparse.ArgumentTypeError(f"{file} holds no JSON object {{logical axis: mesh axis}}")
+        raise UsageError(f"--rules: {file} holds no JSON object {{logical axis: mesh axis}}")
     for axis, rule in rules.items():
-        names = rule if isinstance(rule, list) else [rule]
-        if rule is not None and not all(isinstance(name, str) for name in names):
-            message = f"{axis!r} is {rule!r}; give a mesh axis, a list of them, or null"
-            raise argparse.ArgumentTypeError(message)
+        names = rule if isinstance(rule, list) else [rule or ""]
+        if not all(isinstance(name, str) for name in names):
+            message = f"--rules: {axis!r} is {rule!r}; give a mesh axis, a list of them, or null"
+            raise UsageError(message)
     return rules
 
 
@@ -223,19 +192,16 @@ def find_devices(target: str, count: int) -> list:
 def make_config(args: argparse.Namespace) -> EngineConfig:
     """Check the options and return the engine's; raises UsageError."""
     longest = args.context + 1
-    options = {"dtype": args.dtype} if args.dtype else {}
     with model_directory(args) as path, refusals(AssertionError, TypeError, ValueError):
         config = EngineConfig.resolve(
             path, platform="gpu", mesh_shape=args.mesh, sharding_rules=args.rules,
             max_model_len=longest, max_num_seqs=max(args.batch),
             max_num_batched_tokens=max(args.prefill, longest),
-            kv_cache_dtype=args.kv_cache_dtype, **options,
+            dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,
         )  # fmt: skip
     if config.max_model_len < longest:
-        raise UsageError(
-            f"--context {args.context} is too long for this model; at most "
-            f"{config.max_model_len - 1}"
-        )
+        most = config.max_model_len - 1
+        raise UsageError(f"--context {args.context} is too long for this model; at most {most}")
     return config
 
 
@@ -245,8 +211,7 @@ def main(argv: Sequence[str]) -> int:
     config = make_config(args)
     devices = find_devices(args.target, math.prod(args.mesh.values()))
     kind = devices[0].device_kind
-    hardware = HARDWARE[args.hardware] if args.hardware else find_hardware(kind)
-    hardware = hardware or HARDWARE["H100"]
+    hardware = HARDWARE.get(args.hardware) or find_hardware(kind) or HARDWARE["H100"]
     with refusals(ValueError):  # rules that the model or one another contradict
         sharding = make_sharding(config.mesh_shape, config.sharding_rules, devices)
         programs = Programs(config, sharding)
@@ -257,54 +222,52 @@ def main(argv: Sequence[str]) -> int:
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda x: x.compile(programs.compiler_options), lowered))
     report: dict[str, Any] = {
-        "model": args.random_weights or str(args.model),
-        "dtype": programs.model_config.dtype,
+        "model": args.random_weights or str(args.model), "dtype": programs.model_config.dtype,
         "mesh": dict(sharding.mesh.shape),
         "rules": {axis: _names(rule) for axis, rule in sharding.rules.items()},
-        "devices": kind,
-        "jax": jax.__version__,
-        "hardware": asdict(hardware),
-        "arrays": [asdict(array) for array in arrays],
-        "steps": [],
-    }
-    print_layouts(report, arrays)
-    itemsize = programs.cache_dtype.itemsize
-    costs = CostModel(
-        programs.model_config, programs.weights, kv_itemsize=itemsize, sharding=sharding
-    )
+        "devices": kind, "jax": jax.__version__, "hardware": asdict(hardware),
+        "arrays": arrays, "steps": [],
+    }  # fmt: skip
+    print_layouts(report)
+    costs = CostModel.of(programs, sharding)
     for step, program in zip(steps, compiled, strict=True):
         found = collectives(program.as_text() or "", sharding.mesh.shape)
-        predicted = predict(costs, step, hardware, found)
+        talk = sum(c.count * c.seconds(hardware) for c in found)
+        predicted = predict(costs, step, hardware, talk)
+        print_step(step.name, found, predicted, hardware)
         report["steps"].append(
             {"step": step.name, "collectives": [*map(asdict, found)], "predicted": predicted}
         )
-        print_step(step, found, predicted, hardware)
     if args.out:
         args.out.write_text(json.dumps(report, indent=1))
     return 0
 
 
-def print_layouts(report: Mapping[str, Any], arrays: Sequence[Layout]) -> None:
-    """Print what each device holds."""
+def print_layouts(report: Mapping[str, Any]) -> None:
+    """Print what each device holds, with axes as in `[vocab 151936 / tensor, embed 1024]`."""
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     print(f"{report['model']}, {report['dtype']}, mesh {mesh}, compiled for {report['devices']}")
     rules = (f"{axis} -> {'+'.join(names) or '-'}" for axis, names in report["rules"].items())
     print(f"rules: {', '.join(rules)}\n")
-    width = max(len(array.name) for array in arrays)
+    width = max(len(array["name"]) for array in report["arrays"])
     print(f"{'array':{width}}  {'a device':>10}  copies  layout")
-    for a in arrays:
-        print(f"{a.name:{width}}  {_size(a.bytes_per_device):>10}  {a.copies:6}  {a}")
-    for name in ("weights", "cache"):
-        part = [a for a in arrays if a.name.startswith("cache.") == (name == "cache")]
-        held, whole = sum(a.bytes_per_device for a in part), sum(a.bytes for a in part)
-        print(f"{name}: {_size(held)} a device, {_size(whole)} in all without copies")
+    held, whole = Counter(), Counter()
+    for a in report["arrays"]:
+        dimensions = zip(a["axes"], a["shape"], a["spec"], strict=True)
+        cut = ", ".join(f"{x} {n}" + f" / {'+'.join(s)}" * bool(s) for x, n, s in dimensions)
+        print(f"{a['name']:{width}}  {_size(a['bytes_per_device']):>10}  {a['copies']:6}  [{cut}]")
+        part = "cache" if a["name"].startswith("cache.") else "weights"
+        held[part] += a["bytes_per_device"]
+        whole[part] += a["bytes"]
+    for part in held:
+        print(f"{part}: {_size(held[part])} a device, {_size(whole[part])} in all without copies")
 
 
 def print_step(
-    step: Step, found: Sequence[Collective], predicted: Mapping[str, float], hardware: Hardware
+    name: str, found: Sequence[Collective], predicted: Mapping[str, float], hardware: Hardware
 ) -> None:
     """Print a step's collectives and times."""
-    print(f"\n{step.name}")
+    print(f"\n{name}")
     print(f"  {'count':>5}  {'collective':18} {'bytes':>10}  {'over':12} {'us each':>8}  made from")
     for c in found:
         axes = "no mesh axis" if c.axes is None else "+".join(c.axes)
@@ -313,12 +276,9 @@ def print_step(
               f"{c.seconds(hardware) * 1e6:8.1f}  {origin} {c.dtype}{note}")  # fmt: skip
     if not found:
         print("      0  collectives")
-    p = {name: value * 1e3 for name, value in predicted.items()}
-    print(
-        f"  predicted on {hardware.name}s: {p['total_s']:.3f} ms = "
-        f"max(memory {p['memory_s']:.3f}, products {p['compute_s']:.3f}) + "
-        f"collectives {p['collectives_s']:.3f}"
-    )
+    memory, compute, talk, total = (seconds * 1e3 for seconds in predicted.values())
+    print(f"  predicted on {hardware.name}s: {total:.3f} ms = max(memory {memory:.3f}, products "
+          f"{compute:.3f}) + collectives {talk:.3f}")  # fmt: skip
 
 
 def _names(rule: Any) -> list[str]:

@@ -130,9 +130,8 @@ def busy_times(events: Iterable[Event]) -> tuple[Counter[str], Counter[str]]:
     for start, end, name in events:
         if covered is not None and start > covered:
             gaps[last] += start - covered
-        begin = start if covered is None else max(start, covered)
         if covered is None or end > covered:
-            times[name] += end - begin
+            times[name] += end - (start if covered is None else max(start, covered))
             covered, last = end, name
     return times, gaps
 
@@ -149,8 +148,7 @@ def whole_steps(events: Sequence[Event], steps: int) -> tuple[list[Event], int, 
 
     Returns:
         The events, the first of which has length 0 and marks the beginning; how many steps they
-        are; the name of a step's last kernel. If no kernel runs once a step: the events as they
-        are, `steps` and "".
+        are; the name of a step's last kernel. If no kernel runs once a step: what came in, and "".
     """
     counts = Counter(name for _, _, name in events)
     once = [name for name, count in counts.items() if abs(count - steps) <= 1 < count]
