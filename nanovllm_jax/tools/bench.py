@@ -247,15 +247,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prefill", action="store_true", help="64 long prompts instead of the throughput")
     add("--all", action="store_true", help="all three")
     add("--runs", type=int, default=3, help="timed runs of each measurement (default: 3)")
-    add(
-        "--requests",
-        type=int,
-        default=STANDARD[0],
-        help="requests of the throughput run (default: 256)",
-    )
-    add(
-        "--max-len", type=int, default=STANDARD[1], help="longest prompt and output (default: 1024)"
-    )
+    add("--requests", type=int, default=256, help="requests of the throughput run (default: 256)")
+    add("--max-len", type=int, default=1024, help="longest prompt and output (default: 1024)")
     add("--latency-tokens", type=int, default=256, help="output tokens of --latency (default: 256)")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--detokenize", action="store_true", help="decode the throughput run's output to text")
