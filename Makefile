@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# Two processes, each with whole files: the tests of a file share their engines.
+PARALLEL := -n 2 --dist loadfile
 
 # The JAX build: cuda13 or cuda12 by what the driver supports, nothing (CPU) without a GPU.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA[A-Za-z ]*Version: *([0-9]+).*/\1/p' | head -n 1)
@@ -20,10 +22,10 @@ demo: $(VENV)/.installed  ## install, then generate from the demo model
 	    "Sort these numbers: 78, 31, 92, 24, 20" "Tell me a story about a fox and a lantern."
 
 test: $(VENV)/.installed-test  ## install, then run the quick tests (PYTEST_ARGS="-k name" selects)
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test  ## install, then run all tests
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 # The tests that a new JAX can break. It needs a newer Python than the oldest JAX runs on:
 #     make test-newest VENV=.venv-newest PYTHON=python3.12
@@ -32,7 +34,7 @@ NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels all_reduce \
 
 test-newest: $(VENV)/.installed-newest  ## the tests that a new JAX can break, without PyTorch
 	$(BIN)/python -c 'import jax; print("jax", jax.__version__)'
-	$(BIN)/python -m pytest -q -m "not slow" $(NEWEST_TESTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check

@@ -282,6 +282,7 @@ def test_a_random_model_is_written_once(model_dir):
     assert file.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_random_model_loads_in_both_frameworks(model_dir, new_engine):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -102,7 +102,10 @@ def test_it_says_what_it_is(llm):
 # ---- stories --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("hero", "item"), [("fox", "lantern"), ("owl", "bell")])
+@pytest.mark.parametrize(
+    ("hero", "item"),
+    [("fox", "lantern"), pytest.param("owl", "bell", marks=pytest.mark.slow)],
+)
 def test_a_story_is_english_about_what_was_asked_and_ends(llm, hero, item):
     text, ended = ask(llm, demo_data.story_request(hero, item), 350)
     words = stories.words_of(text)
@@ -240,6 +243,7 @@ def trained(train_demo):
     return trainer, tokenizer, [loss for _, loss, _ in trainer.run(rows)]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(trained):
     *_, losses = trained
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
@@ -257,6 +261,7 @@ def test_documents_of_a_row_do_not_see_each_other(train_demo, trained):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exported_model_continues_as_the_trained_one_would(
     train_demo, trained, new_engine, tmp_path
 ):

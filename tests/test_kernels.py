@@ -402,8 +402,18 @@ STEP_SHAPES = [
 SPLITS = {"whole": 1, "halves": 28, "many": None}
 
 
+def slow_but(chosen, parameters):
+    """The parameters, of which only the chosen ones are tested by `make test`."""
+    slow = pytest.mark.slow
+    return [p if p in chosen else pytest.param(p, marks=slow) for p in parameters]
+
+
 @pytest.mark.parametrize("programs", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("shape", STEP_SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "shape",
+    slow_but(STEP_SHAPES[1:4:2], STEP_SHAPES),
+    ids=lambda s: "-".join(map(str, s.values())),
+)
 def test_decode_step_is_write_and_decode(shape, programs, target_programs):
     target_programs(programs)
     s = shape["page_size"]
@@ -564,7 +574,7 @@ def test_mosaic_prefill_lowers_for_a_gpu():
 
 
 @each_implementation
-@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("decode", slow_but([True], [True, False]))
 def test_sharding_the_kv_heads_changes_nothing(decode, implementation):
     if jax.device_count() < 2:
         pytest.skip("needs two devices")

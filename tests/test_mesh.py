@@ -46,11 +46,11 @@ def test_same_tokens_on_every_mesh(engine, expected, shape, data, tensor):
     [
         # the residual stream cut by tokens
         {"activation_tokens": ["data", "tensor"]},
-        {"ffn": None, "heads": None, "kv_heads": None, "batch": ["data", "tensor"],
-         "activation_tokens": ["data", "tensor"], "vocab": None},
         *(
             pytest.param(rules, marks=pytest.mark.slow)
             for rules in (
+                {"ffn": None, "heads": None, "kv_heads": None, "batch": ["data", "tensor"],
+                 "activation_tokens": ["data", "tensor"], "vocab": None},
                 {"activation_tokens": None, "activation_embed": "tensor"},
                 {"vocab": ("data", "tensor"), "batch": None, "activation_tokens": None},
                 {"embed": "data", "batch": None, "activation_tokens": None},
@@ -77,6 +77,7 @@ def test_same_tokens_when_chunked_preempted_and_drawn(engine):
     assert any(start > 0 for kind, rows in spy.batches if kind for _, start, _ in rows)
 
 
+@pytest.mark.slow
 def test_eager_on_a_mesh(engine, expected):
     llm = engine("eight_heads", mesh_shape={"data": 2, "tensor": 2}, enforce_eager=True)
     some = slice(1, 4)

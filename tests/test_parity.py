@@ -97,7 +97,7 @@ def test_every_bucket(poisoned, expected):
     assert [tokens(llm, [text], greedy())[0] for text in edge_prompts()] == expected()
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 3])
+@pytest.mark.parametrize("max_num_seqs", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_few_slots(poisoned, expected, monkeypatch, max_num_seqs):
     """nano-vLLM #216: buckets missed batch sizes that are no multiple of 16."""
     llm = poisoned(max_num_seqs=max_num_seqs)

@@ -52,7 +52,7 @@ WORK = ["--batch", "1", "2", "--context", "16", "--prefill", "2", "16", "--steps
 ENGINE = ["--load-format", "dummy", "--max-model-len", "64", "--max-num-batched-tokens", "64"]
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_tables_traces_and_programs_are_written(model_dir, tmp_path, capsys, devices):
     argv = ["profile", str(model_dir), "--out", str(tmp_path / "out"), *WORK, *ENGINE]
     assert main([*argv, "--tensor-parallel-size", str(devices)]) == 0
@@ -113,6 +113,7 @@ def test_bad_usage_is_one_line_and_status_2(model_dir, capsys, argv, said):
     assert captured.out == ""
 
 
+@pytest.mark.slow
 def test_more_sequences_than_the_cache_holds_are_refused(model_dir, capsys):
     argv = ["--batch", "3", *WORK[3:], *ENGINE, "--num-kvcache-blocks", "2"]
     assert main(["profile", str(model_dir), *argv]) == 2

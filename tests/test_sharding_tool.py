@@ -343,7 +343,11 @@ def test_predicted_times_by_hand(run):
 
 @pytest.mark.parametrize(
     ("mesh", "kv_heads", "rows"),
-    [("tensor=8", 8, 8), ("data=2,tensor=4", 4, 16), ("data=8", 2, 64)],  # heads with copies
+    [
+        ("data=2,tensor=4", 4, 16),  # heads with copies
+        pytest.param("tensor=8", 8, 8, marks=pytest.mark.slow),
+        pytest.param("data=8", 2, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_eight_devices_share_the_products_however_they_are_named(run, mesh, kv_heads, rows):
     """They hold other weights or other tokens. `rows`: eight a shard, padding included."""
