@@ -55,7 +55,6 @@ class EngineConfig:
     max_num_seqs: int = 512
     max_model_len: int = 4096
     gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
     enforce_eager: bool = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int | None = None
@@ -96,15 +95,14 @@ class EngineConfig:
         dtype = options.get("dtype") or model_config.dtype
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not supported; pass dtype= one of {DTYPES}")
-        mesh_shape = _mesh_shape(options)
         asked = options.get("max_model_len", cls.max_model_len)
         completed: dict[str, Any] = {
-            "mesh_shape": mesh_shape,
-            "tensor_parallel_size": mesh_shape["tensor"],
+            "mesh_shape": _mesh_shape(options),
             "sharding_rules": _rules(options.get("sharding_rules")),
             "max_model_len": min(asked, model_config.max_position_embeddings),
         }
-        config = cls(str(path), replace(model_config, dtype=dtype), **(options | completed))
+        given = {name: value for name, value in options.items() if name != "tensor_parallel_size"}
+        config = cls(str(path), replace(model_config, dtype=dtype), **(given | completed))
         return config.on(platform) if platform else config
 
     def __post_init__(self):
@@ -125,6 +123,11 @@ class EngineConfig:
         check_values(self, requirements)
 
     @property
+    def tensor_parallel_size(self) -> int:
+        """Devices that the model is split over."""
+        return self.mesh_shape["tensor"]
+
+    @property
     def num_devices(self) -> int:
         """Devices of the mesh."""
         return self.mesh_shape["data"] * self.mesh_shape["tensor"]
@@ -142,6 +145,8 @@ class EngineConfig:
 def _mesh_shape(options: Mapping[str, Any]) -> Mapping[str, int]:
     """Devices along every axis of the mesh, from either of the two options that say so."""
     size, given = options.get("tensor_parallel_size", 1), options.get("mesh_shape")
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"tensor_parallel_size must be an integer, got {size!r}")
     if not 1 <= size <= 8:
         raise ValueError(f"tensor_parallel_size must be between 1 and 8, got {size}")
     if not isinstance(given, Mapping | None):

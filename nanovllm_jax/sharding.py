@@ -73,10 +73,6 @@ class Sharding:
         """NamedSharding of an array whose dimensions carry these logical names."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
-    @property
-    def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
-
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """Tell the compiler how an intermediate array is sharded.
 

@@ -23,8 +23,9 @@ MARGIN_BYTES = 512 * MIB  # Bytes held back in the pool for what the compiler do
 CPU_CACHE_SHARE = 1 / 32  # Share of the machine's memory that a cache on a CPU may take.
 
 # Bytes outside the pool, measured on H100s with jax 0.11: the context and all programs of one GPU
-# took 0.7 GiB. Two GPUs took up to 2.7 GiB more for NCCL's channels, which come in steps of 0.9,
-# and 26 MiB for each program that communicates (Qwen3-0.6B: 2.0 GiB in all, 8B: 3.8).
+# took 0.7 GiB. Two GPUs took up to 3.4 GiB more for NCCL's channels, which come in steps of 0.7 to
+# 0.9, and up to 30 MiB for each program that communicates (Qwen3-0.6B: 2.0 GiB, 8B: 3.8 beside the
+# context).
 ONE_GPU_BYTES = 1536 * MIB
 CHANNEL_BYTES = 4096 * MIB
 PROGRAM_BYTES = 32 * MIB

@@ -17,7 +17,7 @@ Prompt = str | Items[int]
 
 
 class Request:
-    """A request and its sequence. When it ends it is put into a list of the one who made it."""
+    """A request and its sequence. When it ends, it is put into its owner's list `ended`."""
 
     def __init__(
         self,
