@@ -1,32 +1,50 @@
 """Refuses options with a message that has the option's name, what it must be, and its value."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import difflib
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+Declared = TypeVar("Declared", bound=type)
 
 # Maps the declared type of a field to the values that it takes, also in words. No number is a bool.
+_INTEGER = int | np.integer
 TYPES = {
-    bool: (bool, "True or False"),
-    int: (int, "an integer"),
-    int | None: (int | None, "an integer"),
-    float: (int | float, "a number"),
+    bool: (bool | np.bool, "True or False"),
+    int: (_INTEGER, "an integer"),
+    int | None: (_INTEGER | None, "an integer or None"),
+    float: (_INTEGER | float | np.floating, "a number"),
+    str: (str, "a string"),
+    str | None: (str | None, "a string or None"),
 }
 
 
-def check_types(declared: Any, values: Mapping[str, Any]) -> None:
-    """Raise TypeError if a value does not fit the field of its name.
+def is_integer(value: Any) -> bool:
+    """Whether a value is a whole number, of Python or NumPy."""
+    return isinstance(value, _INTEGER) and not isinstance(value, bool)
+
+
+def check_types(declared: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values, with Python's own numbers in place of NumPy's.
 
     Args:
         declared: a dataclass; its fields of other types than TYPES are not checked.
         values: by the field's name.
+
+    Raises:
+        TypeError: a value does not fit the field of its name.
     """
     for field in dataclasses.fields(declared):
         if field.type in TYPES and field.name in values:
             accepted, words = TYPES[field.type]
             value = values[field.name]
-            wrong_bool = isinstance(value, bool) and accepted is not bool
+            wrong_bool = isinstance(value, bool) and field.type is not bool
             if wrong_bool or not isinstance(value, accepted):
                 raise TypeError(f"{field.name} must be {words}, got {value!r}")
+    return {n: v.item() if isinstance(v, np.generic) else v for n, v in values.items()}
 
 
 def check_values(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> None:
@@ -38,3 +56,64 @@ def check_values(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> 
     for name, (holds, words) in requirements.items():
         if not holds:
             raise ValueError(f"{name} must be {words}, got {getattr(options, name)!r}")
+
+
+def check_names(
+    owner: str, given: Iterable[str], valid: Collection[str], of_vllm: Mapping[str, str]
+) -> None:
+    """Raise TypeError for the first name that is not valid, with what to write in its place.
+
+    Args:
+        owner: what is being called.
+        of_vllm: for reasons why this engine lacks options, the names that vLLM has for them.
+    """
+    for name in given:
+        for reason, names in of_vllm.items():
+            if name in names.split():
+                raise TypeError(f"{owner} has no option {name!r}, which vLLM has: {reason}")
+        if name not in valid:
+            raise TypeError(
+                f"{owner} has no option {name!r}{did_you_mean(name, valid)}; valid: {[*valid]}"
+            )
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return "; did you mean ...?" if one of the valid names is near, or ""."""
+    near = difflib.get_close_matches(str(name), valid, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain_unknown_names(of_vllm: Mapping[str, str]) -> Callable[[Declared], Declared]:
+    """Decorate a dataclass, so that making one with an unknown name is refused by `check_names`."""
+
+    def decorate(declared: Declared) -> Declared:
+        generated = declared.__init__
+
+        @functools.wraps(generated)
+        def init(self, *args, **options):
+            check_names(f"{declared.__name__}()", options, declared.__dataclass_fields__, of_vllm)
+            generated(self, *args, **options)
+
+        declared.__init__ = init
+        return declared
+
+    return decorate
+
+
+def seed_rule(seed: int) -> tuple[bool, str]:
+    """The requirement of a random seed, for `check_values`."""
+    return -(2**63) <= seed < 2**64, "a 64-bit integer (-2**63 to 2**64 - 1)"
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError, with the position, if a text is not Unicode: if it has a lone surrogate.
+
+    Python makes them of bytes that are not UTF-8, in the command line's arguments for example.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid Unicode: character {text[error.start]!r} at position "
+            f"{error.start} is a lone surrogate; decode bytes by .decode('utf-8', 'replace')"
+        ) from None

@@ -231,7 +231,7 @@ def test_both_ways_to_ask_for_a_mesh_give_the_same_config(directory):
 )
 def test_the_platform_and_the_user_settle_the_dtype(directory, platform, asked, computes_in):
     path = directory(dtype="bfloat16")
-    config = EngineConfig.resolve(path, platform=platform, dtype=asked)
+    config = EngineConfig.resolve(path, platform, dtype=asked)
     assert config.model_config.dtype == computes_in
 
 

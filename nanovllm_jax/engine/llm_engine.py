@@ -17,6 +17,7 @@ from nanovllm_jax.engine.request import (
     checked_request,
     eos_token_ids,
     load_tokenizer,
+    make_sequence,
 )
 from nanovllm_jax.engine.runtime import configure_runtime
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
@@ -202,10 +203,7 @@ class LLMEngine:
         """Queue a request that is put into `ended` when it has ended."""
         self.processes.record(command)
         seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
-        params, token_ids = command.params, command.token_ids
-        seed = params.seed if params.seed is not None else self.config.seed + seq_id
-        max_tokens = min(params.max_tokens, self.config.max_model_len - len(token_ids))
-        seq = Sequence(seq_id, list(token_ids), params, seed & 0xFFFFFFFF, max_tokens)
+        seq = make_sequence(command, seq_id, self.config)
         request_id = seq_id if command.request_id is None else command.request_id
         request = Request(request_id, command.prompt, seq, ended, self.tokenizer)
         self.requests[seq_id] = request
