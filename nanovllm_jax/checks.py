@@ -68,13 +68,13 @@ def check_names(
         of_vllm: for reasons why this engine lacks options, the names that vLLM has for them.
     """
     for name in given:
+        if name in valid:
+            continue
         for reason, names in of_vllm.items():
             if name in names.split():
                 raise TypeError(f"{owner} has no option {name!r}, which vLLM has: {reason}")
-        if name not in valid:
-            raise TypeError(
-                f"{owner} has no option {name!r}{did_you_mean(name, valid)}; valid: {[*valid]}"
-            )
+        near = did_you_mean(name, valid)
+        raise TypeError(f"{owner} has no option {name!r}{near}; valid: {[*valid]}")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

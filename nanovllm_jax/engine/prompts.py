@@ -39,8 +39,10 @@ def paired(
     prompts = list(prompts)
     if prompts and all(map(is_integer, prompts)):
         raise TypeError("prompts must be a list of prompts, got token ids; pass [token_ids]")
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [(prompt, sampling_params or SamplingParams()) for prompt in prompts]
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return [(prompt, sampling_params) for prompt in prompts]
     if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Iterable):
         raise TypeError(
             f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r:.80}"
@@ -135,9 +137,10 @@ def _from_dict(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     given = {key: value for key, value in prompt.items() if value is not None}
     text, token_ids = given.pop("prompt", None), given.pop("prompt_token_ids", None)
     if given or (text is None and token_ids is None):
+        remedy = "; pass its 'input_ids' alone" if "input_ids" in given else ""
         raise TypeError(
             f"a dict as a prompt must have 'prompt' or 'prompt_token_ids' and nothing else, "
-            f"got the keys {[*prompt]}"
+            f"got the keys {[*prompt]}{remedy}"
         )
     if not isinstance(text, str | None):
         raise TypeError(f"'prompt' must be a string, got {text!r:.80}")
@@ -169,8 +172,8 @@ def _integers(token_ids: Any) -> list[int]:
         numbers = np.asarray(token_ids)
         if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
             raise TypeError(
-                f"a prompt's array of token ids must have one dimension and integers, got shape "
-                f"{numbers.shape} of {numbers.dtype}"
+                f"an array of token ids must have one dimension and integers, got {numbers.dtype} "
+                f"of shape {numbers.shape}; pass each row as a prompt of its own"
             )
         return numbers.tolist()
     if not isinstance(token_ids, Items):

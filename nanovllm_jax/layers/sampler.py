@@ -27,9 +27,10 @@ def gumbel_noise(
     """
     low, high = seeds[:, 0], seeds[:, 1]
     # A Feistel network: at one position two seeds never have both words in common, and in one
-    # stream two positions never have the first.
+    # stream two positions never have the first. The constant (the golden ratio's) keeps the second
+    # word apart from what `_hash` makes of the first and an entry, or the two would cancel out.
     first = low ^ _hash(high ^ _hash(positions.astype(jnp.uint32)))
-    second = high ^ _hash(first)
+    second = high ^ _hash(first + jnp.uint32(0x9E3779B9))
     entries = _hash(vocab_ids.astype(jnp.uint32))
     bits = _hash(_hash(first)[:, None] ^ entries[None, :]) ^ _hash(second)[:, None]
     # An exponential variate -log(1 - u) keeps its precision where it matters, at small values,
