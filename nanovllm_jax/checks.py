@@ -73,14 +73,13 @@ def check_names(
         for reason, names in of_vllm.items():
             if name in names.split():
                 raise TypeError(f"{owner} has no option {name!r}, which vLLM has: {reason}")
-        near = did_you_mean(name, valid)
-        raise TypeError(f"{owner} has no option {name!r}{near}; valid: {[*valid]}")
+        raise TypeError(f"{owner} has no option {name!r}{alternatives(name, valid)}")
 
 
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Return "; did you mean ...?" if one of the valid names is near, or ""."""
-    near = difflib.get_close_matches(str(name), valid, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def alternatives(name: Any, valid: Collection[str]) -> str:
+    """The end of a sentence that refuses a name: the nearest valid one, if one is near, and all."""
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.65)
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Valid: {[*valid]}"
 
 
 def explain_unknown_names(of_vllm: Mapping[str, str]) -> Callable[[Declared], Declared]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from nanovllm_jax.checks import (
+    alternatives,
     check_names,
     check_types,
     check_values,
-    did_you_mean,
     is_integer,
     seed_rule,
 )
@@ -207,8 +207,7 @@ def _mesh_shape(options: Mapping[str, Any]) -> Mapping[str, int]:
     mesh = dict(given or {"tensor": size})
     for axis, n in mesh.items():
         if axis not in MESH_AXES:
-            near = did_you_mean(axis, MESH_AXES)
-            raise ValueError(f"mesh_shape has no axis {axis!r}{near}; valid: {list(MESH_AXES)}")
+            raise ValueError(f"mesh_shape has no axis {axis!r}{alternatives(axis, MESH_AXES)}")
         if not is_integer(n) or n < 1:
             raise ValueError(f"mesh_shape[{axis!r}] must be a positive integer, got {n!r}")
     if size not in (1, mesh.get("tensor", 1)):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from nanovllm_jax.checks import did_you_mean
+from nanovllm_jax.checks import alternatives
 
 MESH_AXES = ("data", "tensor")
 
@@ -142,7 +142,7 @@ def merge_rules(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
         if axis not in DEFAULT_RULES:
             raise ValueError(
                 f"sharding_rules: there is no logical axis {axis!r}"
-                f"{did_you_mean(axis, DEFAULT_RULES)}; valid: {list(DEFAULT_RULES)}"
+                f"{alternatives(axis, DEFAULT_RULES)}"
             )
         if not isinstance(rule, str | tuple | list | None):
             raise TypeError(f"sharding_rules: {axis!r} must have a mesh axis or None, got {rule!r}")
