@@ -36,7 +36,7 @@ class LLM(LLMEngine):
             CPU.
         kv_cache_dtype: "fp8" keeps keys and values as float8_e4m3fn, in half the memory of bfloat16
             and read in half the time; "auto", the default, keeps them in `dtype`.
-        seed: the random streams' seed for requests that name none (default 0).
+        seed: 64 bits, from which requests that name no seed get their random streams (default 0).
         async_scheduling: let the device run one step ahead of the host; off only to debug.
         attention_backend: "triton" or "mosaic" (GPU; "mosaic" is prefill on Hopper, the rest stays
             Triton), "xla", or "auto", the default and fastest.

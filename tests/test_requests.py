@@ -216,7 +216,7 @@ def test_a_request_keeps_its_stop_tokens_when_the_users_list_changes(llm):
         ("stop", "which vLLM has: only token ids end a request; use stop_token_ids"),
         ("presence_penalty", "which vLLM has"),
         ("logprobs", "which vLLM has"),
-        ("xyzzy", r"option 'xyzzy'\\. Valid: .*'temperature'"),
+        ("xyzzy", r"option 'xyzzy'\. Valid: .*'temperature'"),
     ],
 )
 def test_sampling_params_explain_unknown_names(wrong, message):
