@@ -6,25 +6,30 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
-
 Declared = TypeVar("Declared", bound=type)
 
 # Maps the declared type of a field to the values that it takes, also in words. No number is a bool.
-_INTEGER = int | np.integer
 TYPES = {
-    bool: (bool | np.bool, "True or False"),
-    int: (_INTEGER, "an integer"),
-    int | None: (_INTEGER | None, "an integer or None"),
-    float: (_INTEGER | float | np.floating, "a number"),
+    bool: (bool, "True or False"),
+    int: (int, "an integer"),
+    int | None: (int | None, "an integer or None"),
+    float: (int | float, "a number"),
     str: (str, "a string"),
     str | None: (str | None, "a string or None"),
 }
 
 
+def plain(value: Any) -> Any:
+    """Return a number of NumPy as Python's own, and anything else as it is."""
+    # NumPy is not imported for it: the command line's --help would wait.
+    of_numpy = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if of_numpy else value
+
+
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number, of Python or NumPy."""
-    return isinstance(value, _INTEGER) and not isinstance(value, bool)
+    value = plain(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_types(declared: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,14 +42,15 @@ def check_types(declared: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: a value does not fit the field of its name.
     """
+    taken = {name: plain(value) for name, value in values.items()}
     for field in dataclasses.fields(declared):
-        if field.type in TYPES and field.name in values:
+        if field.type in TYPES and field.name in taken:
             accepted, words = TYPES[field.type]
-            value = values[field.name]
-            wrong_bool = isinstance(value, bool) and field.type is not bool
+            value = taken[field.name]
+            wrong_bool = isinstance(value, bool) and accepted is not bool
             if wrong_bool or not isinstance(value, accepted):
-                raise TypeError(f"{field.name} must be {words}, got {value!r}")
-    return {n: v.item() if isinstance(v, np.generic) else v for n, v in values.items()}
+                raise TypeError(f"{field.name} must be {words}, got {values[field.name]!r}")
+    return taken
 
 
 def check_values(options: Any, requirements: Mapping[str, tuple[bool, str]]) -> None:

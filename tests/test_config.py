@@ -365,7 +365,7 @@ def test_sampling_params_out_of_range(wrong):
         {"stop_token_ids": b"ab"},
         {"stop_token_ids": [True]},
         {"stop_token_ids": [[1]]},
-        {"temperature": np.array(1.0)},
+        {"temperature": np.array([1.0])},
         {"max_tokens": np.float32(3)},
         {"seed": True},
     ],

@@ -112,7 +112,7 @@ def test_one_prompt_is_no_list_of_prompts(llm, prompts, message):
         ("ab\ud800c", ValueError, r"'\\ud800' at position 2 is a lone surrogate; decode bytes"),
         ({"prompt": "\udcff"}, ValueError, "at position 0 is a lone surrogate"),
         (b"abc", TypeError, r"bytes; pass text: prompt\.decode\(\)"),
-        (b"ab\xffc", ValueError, "not UTF-8: invalid start byte at position 2"),
+        (b"ab\xffc", ValueError, r"'\\udcff' at position 2 is a lone surrogate; decode bytes by"),
         (np.array([[1, 2]]), TypeError, r"one dimension.*shape \(1, 2\); pass each row"),
         (np.array(5), TypeError, "one dimension"),
         (np.array([1.0]), TypeError, "float64"),
@@ -327,6 +327,24 @@ def test_two_prompts_under_one_seed_have_streams_of_their_own(engine):
     drawn = [out[0] for out in tokens(llm, prompts, params)]
     assert len({*drawn}) > 80, "of 131 tokens, 103 are expected"
     assert tokens(llm, prompts[::-1], params) == [[token] for token in drawn[::-1]]
+
+
+@pytest.mark.parametrize("beyond", [{"top_p": 1e-300}, {"top_p": 1e-40}, {"temperature": 1e-40}])
+def test_options_too_small_for_float32_leave_the_likeliest(engine, beyond):
+    """A top_p that became 0 on the device kept no token, and token 0 was drawn."""
+    llm = engine()
+    params = SamplingParams(**beyond, max_tokens=10, ignore_eos=True)
+    prompts = [prompt(9, seed=s) for s in range(4)]
+    assert tokens(llm, prompts, params) == tokens(llm, prompts, greedy(10, ignore_eos=True))
+
+
+@pytest.mark.parametrize("temperature", [1e37, 1e39, 1e300, 10**400])
+def test_the_highest_temperatures_draw_alike(engine, temperature):
+    llm = engine()
+    drawn = [
+        tokens(llm, [IDS], SamplingParams(t, 40, True, seed=1))[0] for t in (1e30, temperature)
+    ]
+    assert drawn[0] == drawn[1] and len({*drawn[0]}) > 20
 
 
 def test_a_stream_depends_on_nothing_but_seed_and_prompt():

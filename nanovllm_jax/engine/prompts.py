@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jinja2
@@ -76,8 +76,9 @@ def tokenized(
         ValueError: the text is not valid Unicode, or there is no tokenizer for it.
     """
     text, token_ids = _from_dict(prompt) if isinstance(prompt, Mapping) else (None, prompt)
-    if isinstance(token_ids, bytes | bytearray):
-        _refuse_bytes(token_ids)
+    if isinstance(token_ids, bytes):
+        check_text(token_ids.decode(errors="surrogateescape"))
+        raise TypeError("the prompt is bytes; pass text: prompt.decode()")
     if not isinstance(token_ids, str):
         return text, _integers(token_ids)
     if tokenizer is None:
@@ -147,17 +148,6 @@ def _from_dict(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     if isinstance(token_ids, str):
         raise TypeError(f"'prompt_token_ids' must be a list of token ids, got {token_ids!r:.80}")
     return text, text if token_ids is None else token_ids
-
-
-def _refuse_bytes(prompt: bytes | bytearray) -> NoReturn:
-    try:
-        prompt.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the prompt is bytes and not UTF-8: {error.reason} at position {error.start}; "
-            f"pass prompt.decode('utf-8', 'replace')"
-        ) from None
-    raise TypeError("the prompt is bytes; pass text: prompt.decode()")
 
 
 def _integers(token_ids: Any) -> list[int]:
