@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 import nanovllm_jax
 from nanovllm_jax import cli as command_line
 from nanovllm_jax.cli import main
-from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.tools import profile
 
 CONFIG = {
@@ -71,27 +70,6 @@ def expected(model_dir, prompts, **sampling):
         enforce_eager=True,
     ) as llm:
         return [result["text"] for result in llm.generate(prompts, params, use_tqdm=False)]
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, token_ids, skip_special_tokens=False):
-        return bytes(token_ids).decode("utf-8", errors="replace")
-
-
-def test_a_character_of_several_tokens_is_printed_whole():
-    text = "aé€😀z"
-    stream = Detokenizer(Bytes())
-    pieces = [stream.push([byte]) for byte in text.encode()]
-    assert [piece for piece in pieces if piece] == list(text)
-    assert stream.flush() == ""
-
-
-def test_an_incomplete_end_is_printed_by_flush():
-    stream = Detokenizer(Bytes())
-    assert stream.push([*b"ab", 0xE2]) == ""
-    assert stream.flush() == "ab\ufffd"
 
 
 def test_one_prompt_prints_the_whole_completion(cli, model_dir, capsys):

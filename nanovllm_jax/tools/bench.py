@@ -115,7 +115,9 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
         for _, token_ids in finished:
             lengths.append(len(token_ids))
             if detokenize and llm.tokenizer:
-                llm.tokenizer.decode(token_ids, skip_special_tokens=True)
+                llm.tokenizer.decode(
+                    token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
         if tokens:  # else nothing was read back yet, and the time belongs to the step that does
             phase, before, now = prefill if tokens > 0 else decode, now, time.perf_counter()
             phase.seconds += now - before
