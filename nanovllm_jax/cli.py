@@ -94,11 +94,11 @@ def generate(argv: Sequence[str]) -> int:
     sampling, given = _sampling(args), options.engine_options(args)
     names = [word for word, _ in args.prompts]
     texts = [_read(word, is_protected) for word, is_protected in args.prompts]
-    from nanovllm_jax import LLM
-
     with refusals(*options.ENGINE_ERRORS):
         given = _sizes(args.model, given)
         prompts = _tokenize(args, texts, sampling, given)
+        from nanovllm_jax import LLM
+
         llm = LLM(str(args.model), **given)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
