@@ -49,8 +49,8 @@ def main(
 ) -> int:
     """Run the command line and return its exit status.
 
-    The status is 0 when all is done, 1 when a request failed while running, 2 for bad usage and
-    130 after an interrupt.
+    The status is 0 when all is done, 1 when a request failed while running or nothing could be
+    written, 2 for bad usage and 130 after an interrupt.
 
     Args:
         argv: the arguments without the program's name; default: those of the process.
@@ -74,6 +74,9 @@ def main(
         return 130
     except BrokenPipeError:  # the reader went away, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # for example a full disk behind standard output
+        print(f"nanovllm-jax: failed: {error}", file=sys.stderr)
         return 1
     finally:
         logger.removeHandler(handler)
@@ -102,7 +105,7 @@ def generate(argv: Sequence[str]) -> int:
         llm = LLM(str(args.model), **given)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    with llm, refusals(TypeError, ValueError):
+    with llm:
         if len(prompts) == 1:
             return _print_stream(llm, prompts[0], sampling)
         return _print_all(llm, names, prompts, sampling)
@@ -184,20 +187,20 @@ def _read(word: str, is_protected: bool) -> str:
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
         return sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
-        what = "standard input" if word == "-" else f"prompt {word!a}"
+        what = "standard input" if word == "-" else f"prompt {word[:40]!a}"
         place = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
         raise UsageError(f"{what} is not UTF-8: {place}; convert it, as iconv does") from error
 
 
 def _sizes(model: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Complete the engine's options by small steps, which take less time to compile."""
+    from nanovllm_jax.config import EngineConfig
     from nanovllm_jax.engine import cuda_driver
-    from nanovllm_jax.models import ModelConfig
 
-    longest = ModelConfig.from_directory(model).max_position_embeddings
-    longest = max(1, min(given.get("max_model_len", 4096), longest))
+    asked = given.get("max_model_len", EngineConfig.max_model_len)
+    config = EngineConfig.resolve(model, **{"max_num_batched_tokens": asked, **given})
     rows = MAX_NUM_SEQS["gpu" if cuda_driver.total_memory() else "cpu"]
-    return {"max_num_seqs": rows, "max_num_batched_tokens": longest, **given}
+    return {"max_num_seqs": rows, "max_num_batched_tokens": config.max_model_len, **given}
 
 
 def _tokenize(
@@ -233,7 +236,8 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
 
 
 def _print_stream(llm: "LLM", prompt: list[int], sampling: SamplingParams) -> int:
-    llm.add_request(prompt, sampling)
+    with refusals(ValueError):  # the cache has too few blocks for the prompt
+        llm.add_request(prompt, sampling)
     printed, error = 0, None
     while not llm.is_finished():
         for output in llm.step_outputs():
@@ -249,7 +253,8 @@ def _print_stream(llm: "LLM", prompt: list[int], sampling: SamplingParams) -> in
 def _print_all(
     llm: "LLM", names: list[str], prompts: list[list[int]], sampling: SamplingParams
 ) -> int:
-    results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
+    with refusals(ValueError):
+        results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
     failed = 0
     for name, result in zip(names, results, strict=True):
         print(f">>> {name}\n{result['text']}\n", flush=True)

@@ -126,8 +126,6 @@ def check_moment(at):
     process = start(GENERATE)
     time.sleep(at)
     assert process.poll() is None
-    began = time.perf_counter()
     status, _, said = interrupted(process)
     assert status == 130, f"at {at} s: {said}"
     assert "Traceback" not in said
-    assert time.perf_counter() - began < 5
