@@ -72,20 +72,21 @@ def test_it_ends_although_nobody_reads_its_messages():
 
 
 def test_a_tool_tidies_up():
-    work = "try: time.sleep(60)\nfinally: print('tidied', flush=True)"
-    process = start_with("before_tool()\n" + READY + work)
+    work = f"try:\n    {READY}    time.sleep(60)\nfinally: print('tidied', flush=True)"
+    process = start_with("before_tool()\n" + work)
     assert interrupted(process) == (130, "tidied\n", ENDED[2])
 
 
-STUBBORN = "before_tool()\n" + READY
-STUBBORN += (
-    "while True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: print('no', flush=True)"
-)
+STUBBORN = f"""before_tool()
+while True:
+    try:
+        {READY}        time.sleep(60)
+    except KeyboardInterrupt: print('no', flush=True)"""
 
 
 def test_a_tool_that_does_not_end_is_ended():
     process = start_with(STUBBORN, "process.PATIENCE_S = 0.3; process.entry()")
-    assert interrupted(process) == (130, "no\n", ENDED[2])
+    assert interrupted(process) == (130, "no\nready\n", ENDED[2])
 
 
 def test_a_tool_is_ended_at_once_by_a_second_interruption():
