@@ -21,7 +21,6 @@ from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
-
 log = logging.getLogger("nanovllm_jax")
 
 
