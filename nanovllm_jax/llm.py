@@ -7,8 +7,9 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.owner import Round, Waiter
 from nanovllm_jax.engine.prompts import Message, Prompt, encode_chat, naming, paired
-from nanovllm_jax.engine.request import Request, Round, Waiter
+from nanovllm_jax.engine.request import Request
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -89,7 +90,8 @@ class LLM(LLMEngine):
         waiter = Waiter()
         results: dict[Request, dict[str, Any]] = {}
         try:
-            requests = self._thread.add(commands, waiter)
+            requests = [self._request(command, waiter) for command in commands]
+            self._thread.add(requests, waiter)
             with _Progress(len(requests), use_tqdm) as progress:
                 while len(results) < len(requests) or not waiter.rounds.empty():
                     new_round = waiter.wait()
@@ -163,7 +165,8 @@ class LLM(LLMEngine):
         """
         command, waiter = self._check(prompt, sampling_params), Waiter()
         try:
-            [request] = self._thread.add([command], waiter)
+            request = self._request(command, waiter)
+            self._thread.add([request], waiter)
             seq, seen = request.seq, request.seq.num_prompt_tokens
             is_finished = False
             while not is_finished:

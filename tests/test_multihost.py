@@ -158,12 +158,7 @@ def pair(checkpoint, monkeypatch):
 def state(llm):
     seqs = [*llm.scheduler.waiting, *llm.scheduler.running]
     shown = [(s.seq_id, s.token_ids, s.num_computed, s.slot, s.shard, s.block_table) for s in seqs]
-    rest = (
-        llm.scheduler.free_slots,
-        llm.scheduler.decode_next,
-        llm._core.next_seq_id,
-        len(llm._core.in_flight),
-    )
+    rest = llm.scheduler.free_slots, llm.scheduler.decode_next, len(llm._core.in_flight)
     return copy.deepcopy((shown, *rest))
 
 
@@ -171,7 +166,7 @@ def state(llm):
 def test_a_follower_does_what_the_leader_does(pair, seed):
     leader, follower = pair
     leads, follows = leader.runner, follower.runner
-    rng, interrupts = random.Random(seed), []
+    rng, interrupts, added = random.Random(seed), [], 0
 
     def interrupt():
         if rng.random() < 0.1:
@@ -185,10 +180,10 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             ids = [rng.randrange(1, 3) for _ in range(rng.choice((1, 40, 256, 513, 900)))]
             length, on = rng.choice((1, 30, 600)), rng.random() < 0.3
             params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
-            leader.add_request(ids, params)
+            added = leader.add_request(ids, params)
         elif action < 0.2:
             # It may be one that has finished, or that has never been.
-            leader.abort_request(rng.randrange(leader._core.next_seq_id + 1))
+            leader.abort_request(rng.randrange(added + 1))
         elif action < 0.23:
             leader.reset_prefix_cache()
         else:

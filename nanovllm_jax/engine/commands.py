@@ -21,7 +21,8 @@ class AddRequest:
     token_ids: list[int]
     params: SamplingParams
     prompt: str | None = None  # its text, if it came as one
-    request_id: RequestId | None = None  # default: the next number
+    request_id: str | None = None  # default: its number
+    number: int | None = None  # that of the request, once there is one
 
 
 @dataclass(frozen=True)

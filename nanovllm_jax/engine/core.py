@@ -3,14 +3,13 @@
 from collections import deque
 from collections.abc import Sequence as Items
 
-from transformers import PreTrainedTokenizerBase
-
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import commands, multihost
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import RequestId
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
-from nanovllm_jax.engine.request import Owner, Request, eos_token_ids, make_sequence
+from nanovllm_jax.engine.owner import Owner
+from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 
@@ -21,8 +20,8 @@ class EngineCore:
     That thread is an `EngineThread`. Each request has an owner, who is told when it has ended.
     """
 
-    def __init__(self, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None):
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: EngineConfig, eos_token_ids: Items[int]):
+        self.config = config
         self.runner: ModelRunner | None = ModelRunner(config)
         programs = self.runner.programs
         self.pools = [
@@ -35,26 +34,26 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=largest.num_tokens,
             max_prefill_seqs=largest.num_rows,
-            eos_token_ids=eos_token_ids(config, tokenizer),
+            eos_token_ids=eos_token_ids,
         )
         self.processes = multihost.Processes()  # does nothing if there is only one
-        self.next_seq_id = 0
         self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
 
-    def add(self, requests: Items[commands.AddRequest], owner: Owner) -> list[Request]:
-        """Queue requests that have been found valid.
+    def add(self, requests: Items[Request]) -> None:
+        """Queue requests.
 
         Raises:
-            ValueError: another request of the same id is under way; none is queued then.
+            ValueError: their owner has another one of the same id under way.
         """
-        under_way = {request.request_id for request in self.requests.values()}
-        for command in requests:
-            if command.request_id in under_way:
+        for request in requests:
+            if request.owner.under_way.setdefault(request.request_id, request) is not request:
                 raise ValueError(
-                    f"request_id {command.request_id!r} is under way already; choose another"
+                    f"request_id {request.request_id!r} is under way already; choose another"
                 )
-        return [self._add(command, owner) for command in requests]
+            self.processes.record(request.command)
+            self.requests[request.seq.seq_id] = request
+            self.scheduler.add(request.seq)
 
     def abort(self, request_ids: list[RequestId]) -> None:
         """End those of the requests that have not ended."""
@@ -116,7 +115,8 @@ class EngineCore:
         """Carry out a command of the process that leads."""
         match command:
             case commands.AddRequest():
-                self._add(command, Owner())  # process 0 tells the owner
+                assert command.number is not None
+                self.add([Request(command, command.number, Owner(), self.config, tokenizer=None)])
             case commands.AbortRequests(request_ids):
                 self.abort(request_ids)
             case commands.ResetPrefixCache():
@@ -129,16 +129,6 @@ class EngineCore:
                 self._collect()
             case commands.Exit():
                 self.shut_down()
-
-    def _add(self, command: commands.AddRequest, owner: Owner) -> Request:
-        self.processes.record(command)
-        seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
-        seq = make_sequence(command, seq_id, self.config)
-        request_id = seq_id if command.request_id is None else command.request_id
-        request = Request(request_id, command.prompt, seq, owner, self.tokenizer)
-        self.requests[seq_id] = request
-        self.scheduler.add(seq)
-        return request
 
     def _dispatch(self, expected_digest: int | None = None) -> bool:
         """Start the next batch; False if none can run before pending tokens are read."""
@@ -168,6 +158,7 @@ class EngineCore:
     def _end(self, seq: Sequence) -> None:
         """Tell the owner of a request whose sequence has ended."""
         request = self.requests.pop(seq.seq_id)
-        request.owner.ended.append(request)
+        request.owner.ended.append(request)  # first, so that it is never in neither
+        del request.owner.under_way[request.request_id]
         if not self.requests:
             self.in_flight.clear()  # only rows of finished sequences are left in them

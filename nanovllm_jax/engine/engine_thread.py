@@ -12,14 +12,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from nanovllm_jax.engine.ambient import default_settings
-from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.core import EngineCore
-from nanovllm_jax.engine.request import Request, Round, Waiter
+from nanovllm_jax.engine.owner import Round, Waiter
+from nanovllm_jax.engine.request import Request
 
 log = logging.getLogger("nanovllm_jax")
 
@@ -43,7 +42,7 @@ class EngineThread:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()  # None is the last
         self._waiters: list[Waiter] = []
         self._pid, self._has_ended = os.getpid(), False
-        self._failure: BaseException | None = None  # of the shutdown
+        self._failure: BaseException | None = None  # what ended the thread
         self._thread = threading.Thread(target=self._run, name="nanovllm_jax", daemon=True)
         self._thread.start()
 
@@ -86,13 +85,16 @@ class EngineThread:
                 answer.put((None, error))
             return 0
 
-        self._calls.put(body)
-        if self._has_ended:  # meanwhile, and the thread may not see the call any more
-            raise RuntimeError(SHUT_DOWN)
+        self._put(body)
         result, error = answer.get()
         if error is not None:
             raise error
         return result  # pyright: ignore[reportReturnType]
+
+    def catch_up(self) -> None:
+        """Wait until all that was asked for before has been done."""
+        if not self._has_ended and threading.current_thread() is not self._thread:
+            self.call(lambda: None)
 
     def check_usable(self) -> None:
         """Raise RuntimeError if the engine has been shut down, or is another process's."""
@@ -105,16 +107,21 @@ class EngineThread:
         if self._has_ended:
             raise RuntimeError(SHUT_DOWN)
 
-    def add(self, commands: Items[AddRequest], waiter: Waiter) -> list[Request]:
-        """Queue requests, and run rounds until they have ended."""
+    def add(self, requests: list[Request], waiter: Waiter | None = None) -> None:
+        """Queue requests and return at once.
 
-        def add() -> list[Request]:
-            requests = self.core.add(commands, waiter)
-            waiter.num_requests = len(requests)
-            self._waiters.append(waiter)
-            return requests
+        Args:
+            waiter: their owner, if rounds are to run until they have ended.
+        """
+        self.check_usable()
 
-        return self.call(add)
+        def body() -> int:
+            self.core.add(requests)
+            if waiter:
+                self._waiters.append(waiter)
+            return 0
+
+        self._put(body)
 
     def abandon(self, waiter: Waiter) -> None:
         """End what is left of a waiter's requests, if anything is.
@@ -140,21 +147,26 @@ class EngineThread:
             if self._failure:
                 raise self._failure
 
+    def _put(self, call: Call) -> None:
+        self._calls.put(call)
+        if self._has_ended:  # meanwhile, and the thread may not see the call any more
+            raise RuntimeError(SHUT_DOWN)
+
     def _run(self) -> None:
-        with default_settings():
-            while call := self._next_call():
-                self._tell(call())
-            try:
+        try:
+            with default_settings():
+                while call := self._next_call():
+                    self._tell(call())
                 if self._core:
                     self._core.shut_down()
-            except BaseException as error:
-                self._failure = error
-            self._has_ended = True
-            self._fail(RuntimeError(SHUT_DOWN))
-            self._tell(0)
-            while not self._calls.empty():  # those who called too late get their error
-                if call := self._calls.get():
-                    call()
+        except BaseException as error:
+            self._failure = error
+        self._has_ended = True
+        while not self._calls.empty():  # those who called too late get their error
+            if call := self._calls.get():
+                call()
+        self._fail(RuntimeError(SHUT_DOWN))
+        self._tell(0)
 
     def _next_call(self) -> Call | None:
         """The oldest call; a round if somebody waits for one and nobody has called."""
@@ -180,7 +192,7 @@ class EngineThread:
         """Wake those who wait, and forget those whose requests have ended."""
         for waiter in self._waiters:
             waiter.rounds.put(Round(num_tokens, time.perf_counter()))
-        self._waiters = [w for w in self._waiters if len(w.ended) < w.num_requests]
+        self._waiters = [waiter for waiter in self._waiters if waiter.under_way]
 
     def _close_at_exit(self) -> None:
         self._calls.put(None)

@@ -1,6 +1,7 @@
 """LLMEngine: requests in, outputs out, from any thread of the process."""
 
 import functools
+import itertools
 import logging
 import threading
 import weakref
@@ -15,7 +16,14 @@ from nanovllm_jax.engine.commands import AddRequest, RequestId
 from nanovllm_jax.engine.core import EngineCore
 from nanovllm_jax.engine.engine_thread import EngineThread
 from nanovllm_jax.engine.model_runner import ModelRunner
-from nanovllm_jax.engine.request import Owner, Prompt, checked_request, load_tokenizer
+from nanovllm_jax.engine.owner import Owner
+from nanovllm_jax.engine.prompts import Prompt
+from nanovllm_jax.engine.request import (
+    Request,
+    checked_request,
+    eos_token_ids,
+    load_tokenizer,
+)
 from nanovllm_jax.engine.runtime import check_not_forked, configure_runtime
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.outputs import RequestOutput
@@ -40,15 +48,17 @@ class LLMEngine:
         self.vocab_size = config.model_config.vocab_size
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             log.warning("jax_disable_jit does not reach the engine: pass enforce_eager=True")
-        make_core = functools.partial(EngineCore, self.config, self.tokenizer)
+        eos = eos_token_ids(self.config, self.tokenizer)
+        make_core = functools.partial(EngineCore, self.config, eos)
         self._thread = EngineThread(make_core)
         self._core = self._thread.core
         self._num_blocks = len(self._core.pools[0].blocks)
+        self._numbers = itertools.count()  # of requests
         self._owner = Owner()  # of what `add_request` makes
         self._reporting = threading.Lock()  # two threads that step report a request once
         weakref.finalize(self, self._thread.close).atexit = False
 
-    # The engine's parts, to look into while nothing runs.
+    # The engine's parts, to look into while no round runs.
 
     @property
     def runner(self) -> ModelRunner | None:
@@ -57,12 +67,14 @@ class LLMEngine:
 
     @property
     def scheduler(self) -> Scheduler:
+        """The queues, with all that has been added so far."""
+        self._thread.catch_up()
         return self._core.scheduler
 
     @property
     def pools(self) -> list[BlockManager]:
         """The KV-cache blocks of each shard of the batch."""
-        return self._core.pools
+        return self.scheduler.pools
 
     def add_request(
         self, prompt: Prompt, sampling_params: SamplingParams, request_id: str | None = None
@@ -77,8 +89,11 @@ class LLMEngine:
             TypeError, ValueError: the request could never run (the message has the numbers), or
                 another one of that id is under way.
         """
-        command = self._check(prompt, sampling_params, request_id)
-        [request] = self._thread.call(self._core.add, [command], self._owner)
+        request = self._request(self._check(prompt, sampling_params, request_id), self._owner)
+        if request_id is None:
+            self._thread.add([request])
+        else:  # wait: there may be one of that id
+            self._thread.call(self._core.add, [request])
         return request.request_id
 
     def abort_request(self, request_id: RequestId | list[RequestId]) -> None:
@@ -103,8 +118,7 @@ class LLMEngine:
         """Run one round; the outputs of the requests that got tokens or ended, as in vLLM."""
         self._run_round()
         with self._reporting:
-            under_way = [r for r in list(self._core.requests.values()) if r.owner is self._owner]
-            ended = list(self._owner.ended)
+            under_way, ended = list(self._owner.under_way.values()), list(self._owner.ended)
             news = [r for r in under_way if r.has_news and r not in ended]
             outputs = [request.output() for request in [*news, *ended]]
             del self._owner.ended[: len(ended)]
@@ -112,6 +126,9 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether every request has ended and been reported."""
+        if self._core.requests or self._owner.ended:
+            return False
+        self._thread.catch_up()
         return not (self._core.requests or self._owner.ended)
 
     def reset_prefix_cache(self) -> None:
@@ -156,6 +173,9 @@ class LLMEngine:
         return checked_request(
             prompt, params, request_id, self.tokenizer, self.config, self._num_blocks
         )
+
+    def _request(self, command: AddRequest, owner: Owner) -> Request:
+        return Request(command, next(self._numbers), owner, self.config, self.tokenizer)
 
     def _check_usable(self) -> None:
         self._thread.check_usable()

@@ -3,75 +3,43 @@
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple
 
 import xxhash
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.commands import AddRequest, RequestId
+from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.owner import Owner
 from nanovllm_jax.engine.prompts import Prompt, tokenized
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
-class Owner:
-    """Who made some requests; `ended` has those of them that have ended, in that order."""
-
-    def __init__(self):
-        self.ended: list[Request] = []
-
-
-class Round(NamedTuple):
-    """What a round has done.
-
-    `num_tokens` counts the prompt tokens of a prefill round, or minus the sequences of a decode
-    round; it is 0 if requests have changed without a round.
-    """
-
-    num_tokens: int
-    end: float  # time.perf_counter() when it ended, in seconds
-
-
-class Waiter(Owner):
-    """An owner who waits: the engine runs rounds until its requests have ended."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_requests = 0
-        self.rounds: SimpleQueue[Round] = SimpleQueue()
-        self.failure: BaseException | None = None  # what ended a round; the requests are aborted
-
-    def wait(self) -> Round:
-        """Wait for the next of the rounds since the requests were queued; raises `failure`."""
-        new_round = self.rounds.get()
-        self.check()
-        return new_round
-
-    def check(self) -> None:
-        """Raise `failure`, if there is one. Requests that have ended without it have ended well."""
-        if self.failure:
-            raise self.failure
-
-
 class Request:
-    """A request, its sequence, and what its owner has been told of it."""
+    """A request, its sequence, and what its owner has been told of it.
+
+    Args:
+        number: tells the engine's requests apart.
+    """
 
     def __init__(
         self,
-        request_id: RequestId,
-        prompt: str | None,
-        seq: Sequence,
+        command: AddRequest,
+        number: int,
         owner: Owner,
+        config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.request_id, self.prompt, self.seq, self.owner = request_id, prompt, seq, owner
+        self.command = replace(command, number=number)
+        self.request_id = number if command.request_id is None else command.request_id
+        self.seq = make_sequence(command, number, config)
+        self.owner = owner
         self._detokenizer = None
-        if tokenizer is not None and seq.params.detokenize:
+        if tokenizer is not None and command.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)
         self._text, self._num_reported = "", 0
 
@@ -93,10 +61,10 @@ class Request:
         self._num_reported = len(token_ids)
         reason = seq.finish_reason if is_finished else None
         completion = CompletionOutput(0, self._text, token_ids, reason, seq.stop_reason)
-        prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
         return RequestOutput(
-            self.request_id, self.prompt, prompt_token_ids, [completion], is_finished, seq.error
-        )
+            self.request_id, self.command.prompt, seq.token_ids[: seq.num_prompt_tokens],
+            [completion], is_finished, seq.error,
+        )  # fmt: skip
 
 
 def checked_request(
