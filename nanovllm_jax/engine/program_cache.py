@@ -7,10 +7,10 @@ of a source file, a docstring included, makes all programs anew.
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import jaxlib.version
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pallas_kernels
+
+log = logging.getLogger("nanovllm_jax")
 
 SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
 
@@ -46,9 +48,11 @@ class ProgramCache:
         """Programs for `devices`.
 
         Args:
+            folder: it is there, and only this user can write to it: programs are run as code.
             key_parts: what else tells programs apart; its repr must be the same in every run.
         """
         self.folder, self.devices = folder, devices
+        self.told: set[str] = set()  # problems that have been warned of
         client = devices[0].client
         parts = [
             *(path.read_bytes() for root in SOURCES for path in sorted(root.rglob("*.py"))),
@@ -72,15 +76,17 @@ class ProgramCache:
             outputs: a pytree with the structure of its results.
         """
         path = self._path(name)
-        if not path.is_file():
-            return None
         in_tree, out_tree = jax.tree.structure((args, {})), jax.tree.structure(outputs)
         try:
-            return deserialize_and_load(
-                path.read_bytes(), in_tree, out_tree, execution_devices=self.devices
-            )
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_uid != os.geteuid():
+                    raise PermissionError("it belongs to another user")
+                stored = file.read()
+            return deserialize_and_load(stored, in_tree, out_tree, execution_devices=self.devices)
+        except FileNotFoundError:
+            return None
         except Exception as error:  # whatever is wrong with the file, compiling still works
-            warnings.warn(f"{path} cannot be loaded and is made anew: {error!r}", stacklevel=2)
+            self._tell_once("%s cannot be loaded and is made anew: %r", path, error)
             return None
 
     def compile(
@@ -101,13 +107,18 @@ class ProgramCache:
         """Keep a program if that can be done; readers see the old file or the new, no part."""
         path = self._path(name)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 whole = Path(folder) / path.name
                 whole.write_bytes(serialize(program)[0])
                 os.replace(whole, path)
         except Exception as error:  # for example a full disk; the program itself is fine
-            warnings.warn(f"{path} cannot be written: {error!r}", stacklevel=2)
+            self._tell_once("%s cannot be written: %r", path, error)
+
+    def _tell_once(self, text: str, path: Path, error: Exception) -> None:
+        """Warn of the first program that a problem befalls; it is likely to befall all."""
+        if text not in self.told:
+            self.told.add(text)
+            log.warning(text, path, error)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{self.key}-{name}"

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import host, memory
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
+from nanovllm_jax.engine.cache_folder import private_folder
 from nanovllm_jax.engine.packed import Column
 from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.step import DeviceState, StepFunctions
@@ -23,11 +25,17 @@ from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.weights import Weight, abstract_weights
-from pallas_kernels import mosaic_problem, supports_mosaic_prefill
+from pallas_kernels import (
+    addressable_pages,
+    mosaic_problem,
+    most_tokens,
+    supports_mosaic_prefill,
+)
 
 log = logging.getLogger("nanovllm_jax")
 
 PROBE_BLOCKS = 8  # Blocks of the small cache used to probe a step's temporary memory.
+MOST_POSITIONS = 1 << 24  # Positions that float32, in which RoPE computes, tells apart.
 
 
 class Spec(NamedTuple):
@@ -57,6 +65,7 @@ class Programs:
         self.batch_shards = sharding.size("batch")
         self.platform = sharding.mesh.devices.flat[0].platform
         self.model_config = config.model_config.sharded(sharding.size)
+        self._check_sizes()
         self.table_width = -(-config.max_model_len // config.kvcache_block_size)
         num_seqs = -(-config.max_num_seqs // self.batch_shards)
         num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
@@ -76,6 +85,38 @@ class Programs:
         self.samples: dict[int, Callable] = {}
 
     # --- what the programs work on ---
+
+    def addressable_blocks(self, num_blocks: int) -> int:
+        """The most blocks of a shard, and no more than `num_blocks`, that kernels can address."""
+        c = self.model_config
+        heads = c.num_kv_heads // self.sharding.size("kv_heads")
+        shape = (c.num_layers, num_blocks, self.config.kvcache_block_size, heads, c.head_dim)
+        return addressable_pages(shape, self.cache_dtype)
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError if an option asks for more than kernels address with 32-bit numbers."""
+        config, c, ways = self.config, self.model_config, self.sharding.size("kv_heads")
+        blocks, cache = config.num_kvcache_blocks, f"this model's {self.cache_dtype} cache"
+        addressable = blocks and self.addressable_blocks(blocks)
+        tokens = self.batch_shards * most_tokens(c.num_heads // ways, c.num_kv_heads // ways)
+        requirements = {
+            "kvcache_block_size": (
+                self.addressable_blocks(1) == 1,
+                f"smaller: kernels cannot address one such block of {cache}",
+            ),
+            "num_kvcache_blocks": (
+                addressable == blocks,
+                f"at most {addressable}: kernels cannot address more blocks of {cache}",
+            ),
+        }
+        for name, most in (
+            ("max_num_batched_tokens", tokens),
+            ("max_num_seqs", tokens),
+            ("max_model_len", MOST_POSITIONS),
+        ):
+            words = f"at most {most}, which is what kernels address with this model"
+            requirements[name] = (getattr(config, name) <= most, words)
+        check_values(config, requirements)
 
     @property
     def cache_dtype(self) -> jnp.dtype:
@@ -213,7 +254,7 @@ class Programs:
         """
         cache, options = self._program_cache(weights), self.compiler_options
         with (
-            ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(host.num_cpus()) as pool,
             tqdm(
                 total=len(specs), desc="Compiling", dynamic_ncols=True,
                 disable=not log.isEnabledFor(logging.INFO),
@@ -231,6 +272,8 @@ class Programs:
                     if cache
                     else lowered.compile(options)
                 )
+                if self.platform == "cpu":
+                    memory.return_freed()
                 bar.update()
                 return program
 
@@ -245,14 +288,27 @@ class Programs:
                 for spec, program in zip(specs, loaded, strict=True)
             ]
 
-    def _program_cache(self, weights: list[Weight]) -> ProgramCache | None:
-        """The cache of programs beside JAX's.
+    @functools.cached_property
+    def program_folder(self) -> Path | None:
+        """The folder of the cache of programs, beside JAX's.
 
-        There is none without JAX's, on a CPU, whose programs fit only its model, and for several
-        processes, which has not been tried.
+        There is none without JAX's, on a CPU, whose programs fit only its model, for several
+        processes, which has not been tried, and if others could write to it.
         """
         folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
         if folder is None or self.platform != "gpu" or jax.process_count() > 1:
+            return None
+        if "://" in folder:  # JAX can keep its own in other places than files
+            return None
+        try:
+            return private_folder(Path(folder) / "programs", check_parents=False)
+        except OSError as error:
+            log.warning("programs are lowered again at the next start, not kept: %s", error)
+            return None
+
+    def _program_cache(self, weights: list[Weight]) -> ProgramCache | None:
+        """The cache of programs in `program_folder`."""
+        if self.program_folder is None:
             return None
         f, config = self.functions, self.config
         key_parts = (
@@ -263,7 +319,7 @@ class Programs:
             self.compiler_options,
         )
         devices = list(self.sharding.mesh.devices.flat)
-        return ProgramCache(Path(folder) / "programs", devices, key_parts)
+        return ProgramCache(self.program_folder, devices, key_parts)
 
     def _eager_step(self, bucket: Bucket) -> Callable:
         """A step that runs operation by operation, with the shapes of the compiled one."""
