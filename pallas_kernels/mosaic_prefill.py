@@ -108,7 +108,7 @@ def paged_prefill_mosaic(
         num_tokens=num_tokens,
         tile_tokens=tile_tokens,
         block_n=block_n,
-        window=max(1, programs * sorted_rounds // head_tiles, cdiv(max_tiles, MOST_WINDOWS)),
+        window=max(1, programs * sorted_rounds // head_tiles, -(-max_tiles // MOST_WINDOWS)),
     )
     geometry = Geometry(
         programs=programs,

@@ -204,7 +204,11 @@ class Programs:
         return self.step_spec(bucket, num_blocks).trace().lower()
 
     def compile(self, weights: list[Weight], num_blocks: int) -> None:
-        """Make the programs of all buckets, the largest first."""
+        """Make the programs of all buckets, the largest first.
+
+        A row of a decode step writes to a block of its own, so no step has more rows than blocks.
+        """
+        self.decode_buckets = decode_buckets(min(self.decode_buckets[-1].num_rows, num_blocks))
         buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
         row_counts = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         if self.config.enforce_eager:
