@@ -158,7 +158,12 @@ def pair(checkpoint, monkeypatch):
 def state(llm):
     seqs = [*llm.scheduler.waiting, *llm.scheduler.running]
     shown = [(s.seq_id, s.token_ids, s.num_computed, s.slot, s.shard, s.block_table) for s in seqs]
-    rest = llm.scheduler.free_slots, llm.scheduler.decode_next, llm._core.next_seq_id, len(llm._core.in_flight)
+    rest = (
+        llm.scheduler.free_slots,
+        llm.scheduler.decode_next,
+        llm._core.next_seq_id,
+        len(llm._core.in_flight),
+    )
     return copy.deepcopy((shown, *rest))
 
 

@@ -48,6 +48,8 @@ def private_folder(path: Path, *, check_parents: bool = True) -> Path:
         if not folder.exists():
             folder.mkdir(mode=0o700, exist_ok=True)
     found = path.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{path} is no folder")
     if found.st_uid != os.geteuid():
         raise PermissionError(f"{path} belongs to another user (uid {found.st_uid})")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -29,7 +29,9 @@ DEADLINE_S = 20.0  # Seconds that the end of the process waits for a round or a 
 SHUT_DOWN = "the engine has been shut down by exit(); make a new LLM"
 
 T = TypeVar("T")
-Call = Callable[[], int | BaseException]  # returns what waiters are told: a round's count, or its error
+Call = Callable[
+    [], int | BaseException
+]  # returns what waiters are told: a round's count, or its error
 
 
 class EngineThread:

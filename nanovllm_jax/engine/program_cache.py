@@ -19,6 +19,7 @@ import jaxlib.version
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pallas_kernels
+from nanovllm_jax.engine.cache_folder import private_folder
 
 log = logging.getLogger("nanovllm_jax")
 
@@ -48,11 +49,17 @@ class ProgramCache:
         """Programs for `devices`.
 
         Args:
-            folder: it is there, and only this user can write to it: programs are run as code.
+            folder: it is made if it is not there. Programs are code, so if anyone but this user
+                could have written them, nothing is loaded or stored; a warning says so.
             key_parts: what else tells programs apart; its repr must be the same in every run.
         """
-        self.folder, self.devices = folder, devices
+        self.devices = devices
         self.told: set[str] = set()  # problems that have been warned of
+        try:
+            self.folder = private_folder(folder, check_parents=False)
+        except OSError as error:
+            self.folder = None
+            log.warning("programs are lowered again at each start, not kept: %s", error)
         client = devices[0].client
         parts = [
             *(path.read_bytes() for root in SOURCES for path in sorted(root.rglob("*.py"))),
@@ -75,7 +82,9 @@ class ProgramCache:
             args: a pytree with the structure of the program's positional arguments.
             outputs: a pytree with the structure of its results.
         """
-        path = self._path(name)
+        if self.folder is None:
+            return None
+        path = self._path(self.folder, name)
         in_tree, out_tree = jax.tree.structure((args, {})), jax.tree.structure(outputs)
         try:
             with path.open("rb") as file:
@@ -105,7 +114,9 @@ class ProgramCache:
 
     def store(self, name: str, program: jax.stages.Compiled) -> None:
         """Keep a program if that can be done; readers see the old file or the new, no part."""
-        path = self._path(name)
+        if self.folder is None:
+            return
+        path = self._path(self.folder, name)
         try:
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 whole = Path(folder) / path.name
@@ -120,5 +131,5 @@ class ProgramCache:
             self.told.add(text)
             log.warning(text, path, error)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{self.key}-{name}"
+    def _path(self, folder: Path, name: str) -> Path:
+        return folder / f"{self.key}-{name}"

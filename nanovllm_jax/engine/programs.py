@@ -16,7 +16,6 @@ from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import host, memory
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
-from nanovllm_jax.engine.cache_folder import private_folder
 from nanovllm_jax.engine.packed import Column
 from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.step import DeviceState, StepFunctions
@@ -81,6 +80,7 @@ class Programs:
             config.kvcache_block_size,
             config.model_config.vocab_size,
         )
+        self.program_cache: ProgramCache | None = None
         self.steps: dict[Bucket, Callable] = {}
         self.samples: dict[int, Callable] = {}
 
@@ -256,7 +256,8 @@ class Programs:
         share would carry the source lines of whichever came first, and JAX's cache of compiled
         programs, whose keys these lines are part of, would miss at the next start.
         """
-        cache, options = self._program_cache(weights), self.compiler_options
+        self.program_cache = self.program_cache or self._program_cache(weights)
+        cache, options = self.program_cache, self.compiler_options
         with (
             ThreadPoolExecutor(host.num_cpus()) as pool,
             tqdm(
@@ -292,27 +293,14 @@ class Programs:
                 for spec, program in zip(specs, loaded, strict=True)
             ]
 
-    @functools.cached_property
-    def program_folder(self) -> Path | None:
-        """The folder of the cache of programs, beside JAX's.
+    def _program_cache(self, weights: list[Weight]) -> ProgramCache | None:
+        """The cache of programs beside JAX's.
 
-        There is none without JAX's, on a CPU, whose programs fit only its model, for several
-        processes, which has not been tried, and if others could write to it.
+        There is none without JAX's or where that is not made of files, on a CPU, whose programs fit
+        only its model, and for several processes, which has not been tried.
         """
         folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        if folder is None or self.platform != "gpu" or jax.process_count() > 1:
-            return None
-        if "://" in folder:  # JAX can keep its own in other places than files
-            return None
-        try:
-            return private_folder(Path(folder) / "programs", check_parents=False)
-        except OSError as error:
-            log.warning("programs are lowered again at the next start, not kept: %s", error)
-            return None
-
-    def _program_cache(self, weights: list[Weight]) -> ProgramCache | None:
-        """The cache of programs in `program_folder`."""
-        if self.program_folder is None:
+        if folder is None or "://" in folder or self.platform != "gpu" or jax.process_count() > 1:
             return None
         f, config = self.functions, self.config
         key_parts = (
@@ -323,7 +311,7 @@ class Programs:
             self.compiler_options,
         )
         devices = list(self.sharding.mesh.devices.flat)
-        return ProgramCache(self.program_folder, devices, key_parts)
+        return ProgramCache(Path(folder) / "programs", devices, key_parts)
 
     def _eager_step(self, bucket: Bucket) -> Callable:
         """A step that runs operation by operation, with the shapes of the compiled one."""
