@@ -208,7 +208,8 @@ class Programs:
 
         A row of a decode step writes to a block of its own, so no step has more rows than blocks.
         """
-        self.decode_buckets = decode_buckets(min(self.decode_buckets[-1].num_rows, num_blocks))
+        enough = [b for b in self.decode_buckets if b.num_rows >= num_blocks]
+        self.decode_buckets = [b for b in self.decode_buckets if b <= min(enough, default=b)]
         buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
         row_counts = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         if self.config.enforce_eager:
