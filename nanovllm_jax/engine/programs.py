@@ -208,8 +208,9 @@ class Programs:
 
         A row of a decode step writes to a block of its own, so no step has more rows than blocks.
         """
-        enough = [b for b in self.decode_buckets if b.num_rows >= num_blocks]
-        self.decode_buckets = [b for b in self.decode_buckets if b <= min(enough, default=b)]
+        largest = self.decode_buckets[-1]
+        largest = next((b for b in self.decode_buckets if b.num_rows >= num_blocks), largest)
+        self.decode_buckets = [b for b in self.decode_buckets if b <= largest]
         buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
         row_counts = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         if self.config.enforce_eager:
