@@ -264,7 +264,7 @@ class Programs:
             ThreadPoolExecutor(host.num_cpus()) as pool,
             tqdm(
                 total=len(specs), desc="Compiling", dynamic_ncols=True,
-                disable=not log.isEnabledFor(logging.INFO),
+                disable=None if log.isEnabledFor(logging.INFO) else True,  # None: no terminal
             ) as bar,
         ):  # fmt: skip
 
