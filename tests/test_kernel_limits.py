@@ -143,7 +143,7 @@ def test_the_most_tokens_of_a_step_have_rows_in_32_bits():
 )
 def test_a_size_that_kernels_cannot_address_is_refused(checkpoint, options, message):
     path = checkpoint(max_position_embeddings=1 << 30)
-    config = EngineConfig.resolve(path, platform="cpu", **options)
+    config = EngineConfig.resolve(path, "cpu", **options)
     with pytest.raises(ValueError, match=message):
         Programs(config, make_sharding(config.mesh_shape, config.sharding_rules))
 
@@ -151,9 +151,7 @@ def test_a_size_that_kernels_cannot_address_is_refused(checkpoint, options, mess
 def test_blocks_between_the_limits_of_an_8_bit_cache_are_refused(checkpoint):
     path = checkpoint(num_hidden_layers=4, head_dim=128)  # 2 KV heads: 2**18 elements a block
     for blocks, refused in ((8192, False), (8193, True), (16384, True), (16385, False)):
-        config = EngineConfig.resolve(
-            path, platform="cpu", kv_cache_dtype="fp8", num_kvcache_blocks=blocks
-        )
+        config = EngineConfig.resolve(path, "cpu", kv_cache_dtype="fp8", num_kvcache_blocks=blocks)
         sharding = make_sharding(config.mesh_shape, config.sharding_rules)
         if refused:
             with pytest.raises(ValueError, match="num_kvcache_blocks must be at most 8192"):

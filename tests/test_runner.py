@@ -240,7 +240,7 @@ def test_num_kvcache_blocks_overrides_the_sizing(engine):
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 1), (20, 32), (32, 32), (496, 512), (900, 512)])
 def test_no_decode_bucket_is_larger_than_a_cache_needs(checkpoint, blocks, rows):
     """Each row writes to a block of its own; a program takes memory and time to compile."""
-    config = EngineConfig.resolve(checkpoint(), platform="cpu", enforce_eager=True)
+    config = EngineConfig.resolve(checkpoint(), "cpu", enforce_eager=True)
     programs = Programs(config, make_sharding(config.mesh_shape, config.sharding_rules))
     programs.compile([], blocks)
     assert programs.decode_buckets == [b for b in decode_buckets(512) if b.num_rows <= rows]
