@@ -15,10 +15,10 @@ Three functions are Triton kernels only: `fused_linear` is the linear layer of a
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
 `supports_one_shot`, `supports_mosaic_prefill`. `mosaic_problem` tells why a GPU does not run
-Mosaic's.
+Mosaic's. How large a cache and a step may be is told by `addressable_pages` and `most_tokens`.
 """
 
-from pallas_kernels._common import mosaic_problem
+from pallas_kernels._common import addressable_pages, mosaic_problem, most_tokens
 from pallas_kernels.all_reduce import (
     Mailboxes,
     make_mailboxes,
@@ -34,10 +34,12 @@ from pallas_kernels.paged_prefill import paged_prefill
 
 __all__ = [
     "Mailboxes",
+    "addressable_pages",
     "decode_step",
     "fused_linear",
     "make_mailboxes",
     "mosaic_problem",
+    "most_tokens",
     "norm_rope_write",
     "one_shot_all_reduce",
     "one_shot_max",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 Implementation = Literal["triton", "mosaic", "xla"]
 
@@ -15,6 +16,8 @@ LOG2_E = math.log2(math.e)
 # The score of a masked position. Finite, because the running maximum of a row in which everything
 # is masked so far must not become -inf: exp2(-inf - -inf) is NaN.
 MASKED = -1e30
+
+_INT32_MAX = 2**31 - 1
 
 
 def check_implementation(implementation: str) -> None:
@@ -56,12 +59,42 @@ def check_cache(
         raise ValueError(f"queries have head_dim {head_dim}, but the cache has {cache_head_dim}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
-    if k_cache.dtype.itemsize == 1 and 2**31 < k_cache.size <= 2**32:
+    pages = k_cache.shape[1]
+    if (most := addressable_pages(k_cache.shape, k_cache.dtype)) < pages:
         raise ValueError(
-            f"an 8-bit cache of {k_cache.size} elements: use at most 2**31, or more than 2**32"
+            f"kernels address at most {most} pages of a cache of {k_cache.dtype}{k_cache.shape}, "
+            f"which has {pages} (see `addressable_pages`)"
         )
     if jnp.shape(layer) != ():
         raise ValueError(f"layer must be a scalar, not of shape {jnp.shape(layer)}")
+
+
+def addressable_pages(cache_shape: tuple[int, ...], cache_dtype: DTypeLike) -> int:
+    """Return the most pages, and no more than it has, of a cache that all kernels can address.
+
+    Args:
+        cache_shape: `[L, P, S, K, H]` of K's cache, which is V's; on one device.
+
+    There are two limits. Row numbers are int32, and `norm_rope_write` counts half heads, two for
+    each position and KV head. Element offsets are taken from 64 bits by Pallas for arrays of more
+    than 2**32 bytes, and from a signed 32 for smaller ones, which an 8-bit array of more than 2**31
+    outgrows: it must be smaller than that, or larger than 2**32.
+    """
+    layers, pages, page_size, num_kv_heads, head_dim = cache_shape
+    half_rows = 2 * layers * page_size * num_kv_heads  # of a page
+    pages = min(pages, _INT32_MAX // half_rows)
+    elements = half_rows // 2 * head_dim
+    if jnp.dtype(cache_dtype).itemsize == 1 and 2**31 < pages * elements <= 2**32:
+        pages = 2**31 // elements
+    return pages
+
+
+def most_tokens(num_heads: int, num_kv_heads: int) -> int:
+    """Return the most tokens of a step whose queries, keys and values kernels can address.
+
+    As in the cache, there are two rows for each head of a token, and their numbers are int32.
+    """
+    return _INT32_MAX // (2 * (num_heads + 2 * num_kv_heads))
 
 
 def use_interpreter(interpret: bool | None) -> bool:
@@ -91,10 +124,7 @@ def next_power_of_2(n: int) -> int:
 # power-of-two sides (and at least 16 for a matrix product), so a head dim such as 80 occupies a
 # wider tile whose last columns are masked.
 #
-# Row numbers are int32. Element offsets (row * width) may pass 2**31 in a large cache; Pallas
-# computes them in 64 bits for arrays of more than 2**32 bytes, which is enough for elements of two
-# bytes or more, and in 32 bits for smaller arrays. An 8-bit cache of 2 to 4 GiB would overflow:
-# `check_cache` refuses it.
+# Row numbers are int32; see `addressable_pages` for what that and the offsets of elements allow.
 
 
 def _columns(width: int):

@@ -31,6 +31,8 @@ STAGES = 2
 PROGRAMS = 132
 # Rounds of programs among whose tiles the longest go first; see `_schedule`.
 SORTED_ROUNDS = 4
+# Windows that `_schedule` sorts by: a key has 11 bits for a window, one of them for no tile.
+MOST_WINDOWS = 2**11 - 1
 # Rows of Q and of the output at whose multiples TMA copies may start.
 ALIGNMENT = 8
 # Registers per thread. 2 * 128 * 232 + 128 * 40 are the 168 * 384 that such a program starts with.
@@ -98,15 +100,15 @@ def paged_prefill_mosaic(
     q_padded = jnp.pad(q, ((0, padding), (0, 0), (0, 0))) if padding > 0 else q
 
     head_tiles = num_heads // heads_per_tile
-    max_items = head_tiles * _max_tiles(num_tokens, context_lens.size, tile_tokens)
-    programs = min(PROGRAMS, max_items)
+    max_tiles = _max_tiles(num_tokens, context_lens.size, tile_tokens)
+    programs = min(PROGRAMS, head_tiles * max_tiles)
     tiles, num_tiles = _schedule(
         query_starts,
         context_lens,
         num_tokens=num_tokens,
         tile_tokens=tile_tokens,
         block_n=block_n,
-        window=max(1, programs * sorted_rounds // head_tiles),
+        window=max(1, programs * sorted_rounds // head_tiles, -(-max_tiles // MOST_WINDOWS)),
     )
     geometry = Geometry(
         programs=programs,
@@ -208,7 +210,7 @@ def _schedule(
     # One key holds the number of a tile's window and its blocks: it grows with the first and falls
     # with the second. Tiles that do not exist come last.
     blocks = (jnp.maximum(position + end, 0) + block_n - 1) // block_n
-    window_of_tile = jnp.where(tile < tiles_end[-1], tile // window, 2**11 - 1)
+    window_of_tile = jnp.where(tile < tiles_end[-1], tile // window, MOST_WINDOWS)
     order = jnp.argsort(window_of_tile * 2**20 - blocks)
     return jnp.stack(columns, axis=1)[order], tiles_end[-1:]
 

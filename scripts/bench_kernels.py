@@ -174,6 +174,9 @@ def main():
     add("--only", default="", help="cases whose name contains this")
     add("--budget", type=float, default=90, help="seconds; then skip the rest")
     options = parser.parse_args()
+    if not options.tiny and jax.default_backend() != "gpu":
+        problem = "full sizes need a GPU (on a CPU they would take 24 GB); --tiny is for a CPU"
+        parser.exit(2, f"{parser.prog}: {problem}\n")
 
     began = time.perf_counter()
     sizes = {name: tiny if options.tiny else full for name, (full, tiny) in SIZES.items()}

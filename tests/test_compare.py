@@ -1,11 +1,13 @@
 """Comparing engines: equal work for all of them, rules that are enforced, one report."""
 
+import json
 import math
 import pickle
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -450,7 +452,9 @@ def test_engines_are_added_to_results_of_the_same_work_only(small, tmp_path, cap
     assert "(rounds: 1, runs in each: 2)" in (tmp_path / "out.html").read_text()
 
 
-def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(small, tmp_path, monkeypatch):
+def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(
+    small, tmp_path, monkeypatch, capsys
+):
     started = []
 
     def popen(command, **options):
@@ -463,11 +467,49 @@ def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(small, tmp_p
     real_popen = subprocess.Popen
     monkeypatch.setattr(main.subprocess, "Popen", popen)
     monkeypatch.setattr(main, "GRACE_S", 0.1)
-    assert main.main([*small, "--engines", "nanovllm_jax", "--limit", "0.5"]) == 0
+    assert main.main([*small, "--engines", "nanovllm_jax", "--limit", "0.5"]) == 1
+    assert "nanovllm_jax failed: stopped after its time limit" in capsys.readouterr().err
     kinds = [type(r) for r in results.read(tmp_path / "out.jsonl")]
     assert kinds[-2:] == [Start, Failure]
     assert [process.poll() is not None for process in started] == [True]
     assert "time limit" in (tmp_path / "out.html").read_text()
+
+
+def worker_process(monkeypatch, code):
+    """Have workers run this code, in which `start` writes the engine's report of its start."""
+
+    def popen(command, **options):
+        job = pickle.loads(Path(command[-1]).read_bytes())
+        start = Start(job.engine, job.round, time.time() - job.started, {}, "")
+        line = {"kind": "engine", **asdict(start)}
+        write = (
+            f"start = lambda: open({str(job.results)!r}, 'a').write({json.dumps(line)!r} + '\\n')"
+        )
+        program = f"import time\n{write}\n{code}"
+        return real_popen([sys.executable, "-c", program], **options)
+
+    real_popen = subprocess.Popen
+    monkeypatch.setattr(main.subprocess, "Popen", popen)
+
+
+def test_a_start_takes_nothing_of_the_limit(small, monkeypatch):
+    """With a cold cache, two slow cores compile for longer than an engine may take."""
+    worker_process(monkeypatch, "time.sleep(1.5); start(); time.sleep(0.2)")
+    assert main.main([*small, "--engines", "nanovllm_jax", "--limit", "0.5"]) == 0
+
+
+def test_an_engine_that_never_starts_is_ended(small, monkeypatch, capsys):
+    worker_process(monkeypatch, "time.sleep(60)")
+    monkeypatch.setattr(main, "HANG_S", 1.0)
+    assert main.main([*small, "--engines", "nanovllm_jax"]) == 1
+    assert "it had not started after 1 s" in capsys.readouterr().err
+
+
+def test_without_a_limit_of_the_user_what_has_begun_is_completed(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "LIMIT_S", {"cpu": 0.1})
+    monkeypatch.setattr(main, "GRACE_S", 0.1)
+    worker_process(monkeypatch, "start(); time.sleep(1.5)")
+    assert main.main([*small, "--engines", "nanovllm_jax"]) == 0
 
 
 def test_hidden_gpus_are_not_asked(monkeypatch):

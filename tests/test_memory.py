@@ -129,11 +129,41 @@ def test_what_fails_in_time_fails_with_its_own_error():
 
 
 def test_memory_in_words():
-    pools = [{"bytes_in_use": 5 * MIB, "bytes_limit": 7 * MIB}, None]
-    said = memory.describe(pools, [GpuMemory(3 * MIB, 9 * MIB)])
+    pools = [{"bytes_in_use": 5 * MIB, "bytes_limit": 7 * MIB}, None, {"bytes_in_use": 1}]
+    said = memory.describe(pools, [GpuMemory(3 * MIB, 9 * MIB), GpuMemory(2 * MIB, 8 * MIB)])
     assert said == (
-        "device 0: 5 of 7 MiB of JAX's pool in use, 3 of 9 MiB free outside; device 1: "
+        "device 0: 5 of 7 MiB of JAX's pool in use, 3 of 9 MiB free outside; "
+        "device 1: 2 of 8 MiB free; device 2: its memory is unknown"
     )
+
+
+def test_without_an_account_of_jax_the_drivers_figures_count():
+    """The allocator "platform" keeps none, and `memory_stats()` is None."""
+    pools = [{"bytes_limit": 70 * GIB, "bytes_in_use": GIB}, {"bytes_limit": 60, "bytes_in_use": 3}]
+    gpus = [GpuMemory(70 * GIB, 80 * GIB), GpuMemory(60 * GIB, 79 * GIB)]
+    assert memory.sizes(pools, gpus) == (60, GIB)
+    for less in (None, {"bytes_in_use": 3}):
+        assert memory.sizes([pools[0], less], gpus) == (79 * GIB, 19 * GIB)
+        with pytest.raises(ValueError, match="set num_kvcache_blocks"):
+            memory.sizes([pools[0], less], [])
+
+
+def test_what_was_freed_can_be_returned():
+    memory.return_freed()
+
+
+def test_a_driver_that_fails_tells_of_no_gpus(monkeypatch):
+    """Its error must not take the place of the one that is being told."""
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def __getattr__(self, name):
+            return lambda *args: 2
+
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", lambda name: Driver())
+    assert cuda_driver.total_memory() == cuda_driver.memory() == []
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch):

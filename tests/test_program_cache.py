@@ -1,5 +1,6 @@
 """Programs kept on disk: found, loaded without lowering, and never mistaken for one another."""
 
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,20 +131,60 @@ def test_the_sources_are_the_two_packages():
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[::-1]])
-def test_a_damaged_file_is_named_and_made_anew(tmp_path, damage):
+def test_a_damaged_file_is_named_and_made_anew(tmp_path, damage, caplog):
     cache(tmp_path).store("step", program())
     (file,) = tmp_path.iterdir()
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.warns(UserWarning, match=f"{file.name} cannot be loaded"):
-        assert cache(tmp_path).load("step", ARGS, OUTPUTS) is None
+    assert cache(tmp_path).load("step", ARGS, OUTPUTS) is None
+    assert f"{file.name} cannot be loaded" in caplog.text
     cache(tmp_path).store("step", program())
     assert cache(tmp_path).load("step", ARGS, OUTPUTS) is not None
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="step cannot be written"):
-        cache(tmp_path / "file").store("step", program())
+    stored = cache(tmp_path / "file")
+    stored.store("step", program())
+    assert stored.load("step", ARGS, OUTPUTS) is None
+    [record] = caplog.records
+    assert "file" in record.getMessage()
+
+
+def test_a_disk_that_is_full_is_told_once(tmp_path, caplog, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    stored = cache(tmp_path)
+    for name in ("one", "two", "three"):
+        stored.store(name, program())
+    [record] = caplog.records
+    assert "No space left" in record.getMessage()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o730, 0o702])
+def test_what_others_could_have_written_is_not_loaded(tmp_path, caplog, mode):
+    """A stored program is code that runs with this user's rights."""
+    cache(tmp_path / "own").store("step", program())
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
+    (tmp_path / "own").chmod(mode)
+    opened = cache(tmp_path / "own")
+    assert opened.load("step", ARGS, OUTPUTS) is None
+    opened.store("other", program())
+    assert len(list((tmp_path / "own").iterdir())) == 1
+    [record] = caplog.records
+    assert "others can write" in record.getMessage() and "chmod 700" in record.getMessage()
+    (tmp_path / "own").chmod(0o700)
+    assert cache(tmp_path / "own").load("step", ARGS, OUTPUTS) is not None
+
+
+def test_a_file_of_another_user_is_not_loaded(tmp_path, caplog, monkeypatch):
+    stored = cache(tmp_path)
+    stored.store("step", program())
+    monkeypatch.setattr(program_cache.os, "geteuid", lambda: 12345)
+    assert stored.load("step", ARGS, OUTPUTS) is None
+    assert "belongs to another user" in caplog.text
 
 
 def test_concurrent_stores_leave_one_whole_file(tmp_path):

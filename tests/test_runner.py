@@ -13,8 +13,10 @@ import pytest
 from helpers import BLOCK, edge_prompts, greedy, prompt, tokens
 
 from nanovllm_jax import SamplingParams
+from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
 from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.sharding import make_sharding
 
 COMPILE_EVENTS = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -233,6 +235,16 @@ def test_a_cache_of_8_bits_has_four_times_the_blocks_of_float32(engine, caplog):
 
 def test_num_kvcache_blocks_overrides_the_sizing(engine):
     assert engine(num_kvcache_blocks=4).runner.state.cache.k.shape[1] == 4
+
+
+@pytest.mark.parametrize(("blocks", "rows"), [(1, 1), (20, 32), (32, 32), (496, 512), (900, 512)])
+def test_no_decode_bucket_is_larger_than_a_cache_needs(checkpoint, blocks, rows):
+    """Each row writes to a block of its own; a program takes memory and time to compile."""
+    config = EngineConfig.resolve(checkpoint(), "cpu", enforce_eager=True)
+    programs = Programs(config, make_sharding(config.mesh_shape, config.sharding_rules))
+    programs.compile([], blocks)
+    assert programs.decode_buckets == [b for b in decode_buckets(512) if b.num_rows <= rows]
+    assert {b for b in programs.steps if b.is_decode} == set(programs.decode_buckets)
 
 
 def test_on_a_cpu_the_cache_holds_every_sequence_at_its_longest(engine):

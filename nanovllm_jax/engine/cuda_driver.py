@@ -1,7 +1,10 @@
 """Asks NVIDIA's driver how much memory the GPUs have: JAX tells only of its own pool."""
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class GpuMemory(NamedTuple):
@@ -12,25 +15,23 @@ class GpuMemory(NamedTuple):
 
 
 def total_memory() -> list[int]:
-    """Bytes of each visible GPU; empty without a driver. No GPU is claimed by asking."""
-    cuda = _driver()
-    if cuda is None:
-        return []
-    totals = []
-    for device in _devices(cuda):
+    """Bytes of each visible GPU; empty if the driver does not tell. Asking claims no GPU."""
+
+    def ask(cuda: ctypes.CDLL, device: ctypes.c_int) -> int:
         total = ctypes.c_size_t()
         _check(cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device))
-        totals.append(total.value)
-    return totals
+        return total.value
+
+    return _ask_each(ask)
 
 
 def memory() -> list[GpuMemory]:
-    """Free and total bytes of each visible GPU, for a process that uses them already."""
-    cuda = _driver()
-    if cuda is None:
-        return []
-    found = []
-    for device in _devices(cuda):
+    """Free and total bytes of each visible GPU, for a process that uses them already.
+
+    Empty if the driver does not tell.
+    """
+
+    def ask(cuda: ctypes.CDLL, device: ctypes.c_int) -> GpuMemory:
         context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
         _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
         _check(cuda.cuCtxPushCurrent_v2(context))
@@ -39,8 +40,18 @@ def memory() -> list[GpuMemory]:
         finally:
             cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
             cuda.cuDevicePrimaryCtxRelease_v2(device)
-        found.append(GpuMemory(free.value, total.value))
-    return found
+        return GpuMemory(free.value, total.value)
+
+    return _ask_each(ask)
+
+
+def _ask_each(ask: Callable[[ctypes.CDLL, ctypes.c_int], T]) -> list[T]:
+    """The answer about each visible GPU; none if there is no driver or it answers with an error."""
+    cuda = _driver()
+    try:
+        return [ask(cuda, device) for device in _devices(cuda)] if cuda else []
+    except RuntimeError:
+        return []
 
 
 def _driver() -> ctypes.CDLL | None:

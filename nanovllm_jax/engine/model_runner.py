@@ -1,7 +1,6 @@
 """Runs batches on the devices: owns weights, KV cache and dispatch."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine import cuda_driver, memory
+from nanovllm_jax.engine import cuda_driver, host, memory
 from nanovllm_jax.engine.ambient import default_settings
 from nanovllm_jax.engine.inputs import PreparedBatch, RowTable
 from nanovllm_jax.engine.multihost import check_same_options, smallest
@@ -135,9 +134,13 @@ class ModelRunner:
 
     def describe_memory(self) -> str:
         """The devices' memory in words."""
+        return memory.describe(*self._memory())
+
+    def _memory(self) -> tuple[list[memory.Pool], list[cuda_driver.GpuMemory]]:
+        """What JAX and the driver tell of this process's devices; see `memory.describe`."""
         devices = self.sharding.mesh.local_devices
         gpus = cuda_driver.memory() if self.programs.platform == "gpu" else []
-        return memory.describe(
+        return (
             [device.memory_stats() for device in devices],
             [gpus[device.local_hardware_id] for device in devices if gpus],
         )
@@ -164,19 +167,15 @@ class ModelRunner:
         token_bytes = 2 * c.num_layers * heads * c.head_dim * self.programs.cache_dtype.itemsize
         block_bytes = token_bytes * config.kvcache_block_size
         if self.programs.platform == "cpu":
-            pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            budget = memory.cpu_budget(pages)
+            budget = memory.cpu_budget(host.memory_bytes())
             most = config.max_num_seqs * self.programs.table_width
         else:
-            stats = [device.memory_stats() for device in self.sharding.mesh.local_devices]
-            budget = memory.gpu_budget(
-                min(s["bytes_limit"] for s in stats),
-                max(s["bytes_in_use"] for s in stats),
-                self.programs.step_bytes(self.weights),
-                config.gpu_memory_utilization,
-            )
+            limit, in_use = memory.sizes(*self._memory())
+            step = self.programs.step_bytes(self.weights)
+            budget = memory.gpu_budget(limit, in_use, step, config.gpu_memory_utilization)
             most = None
-        blocks = smallest(memory.num_cache_blocks(budget, block_bytes, most))  # of the processes'
+        blocks = memory.num_cache_blocks(budget, block_bytes, most)
+        blocks = smallest(self.programs.addressable_blocks(blocks))  # of the processes'
         log.info(
             "KV cache: %s / %.2f MiB a block: %d blocks of %d tokens",
             budget.account, block_bytes / memory.MIB, blocks, config.kvcache_block_size,

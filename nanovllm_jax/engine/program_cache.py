@@ -7,10 +7,10 @@ of a source file, a docstring included, makes all programs anew.
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ import jaxlib.version
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import pallas_kernels
+from nanovllm_jax.engine.cache_folder import private_folder
+
+log = logging.getLogger("nanovllm_jax")
 
 SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
 
@@ -46,9 +49,17 @@ class ProgramCache:
         """Programs for `devices`.
 
         Args:
+            folder: it is made if it is not there. Programs are code, so if anyone but this user
+                could have written them, nothing is loaded or stored; a warning says so.
             key_parts: what else tells programs apart; its repr must be the same in every run.
         """
-        self.folder, self.devices = folder, devices
+        self.devices = devices
+        self.told: set[str] = set()  # problems that have been warned of
+        try:
+            self.folder = private_folder(folder, check_parents=False)
+        except OSError as error:
+            self.folder = None
+            log.warning("programs are lowered again at each start, not kept: %s", error)
         client = devices[0].client
         parts = [
             *(path.read_bytes() for root in SOURCES for path in sorted(root.rglob("*.py"))),
@@ -71,16 +82,20 @@ class ProgramCache:
             args: a pytree with the structure of the program's positional arguments.
             outputs: a pytree with the structure of its results.
         """
-        path = self._path(name)
-        if not path.is_file():
+        if self.folder is None:
             return None
+        path = self._path(self.folder, name)
         in_tree, out_tree = jax.tree.structure((args, {})), jax.tree.structure(outputs)
         try:
-            return deserialize_and_load(
-                path.read_bytes(), in_tree, out_tree, execution_devices=self.devices
-            )
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_uid != os.geteuid():
+                    raise PermissionError("it belongs to another user")
+                stored = file.read()
+            return deserialize_and_load(stored, in_tree, out_tree, execution_devices=self.devices)
+        except FileNotFoundError:
+            return None
         except Exception as error:  # whatever is wrong with the file, compiling still works
-            warnings.warn(f"{path} cannot be loaded and is made anew: {error!r}", stacklevel=2)
+            self._tell_once("%s cannot be loaded and is made anew: %r", path, error)
             return None
 
     def compile(
@@ -99,15 +114,22 @@ class ProgramCache:
 
     def store(self, name: str, program: jax.stages.Compiled) -> None:
         """Keep a program if that can be done; readers see the old file or the new, no part."""
-        path = self._path(name)
+        if self.folder is None:
+            return
+        path = self._path(self.folder, name)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 whole = Path(folder) / path.name
                 whole.write_bytes(serialize(program)[0])
                 os.replace(whole, path)
         except Exception as error:  # for example a full disk; the program itself is fine
-            warnings.warn(f"{path} cannot be written: {error!r}", stacklevel=2)
+            self._tell_once("%s cannot be written: %r", path, error)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{self.key}-{name}"
+    def _tell_once(self, text: str, path: Path, error: Exception) -> None:
+        """Warn of the first program that a problem befalls; it is likely to befall all."""
+        if text not in self.told:
+            self.told.add(text)
+            log.warning(text, path, error)
+
+    def _path(self, folder: Path, name: str) -> Path:
+        return folder / f"{self.key}-{name}"

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import host, memory
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
 from nanovllm_jax.engine.packed import Column
 from nanovllm_jax.engine.program_cache import ProgramCache
@@ -23,11 +24,17 @@ from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.weights import Weight, abstract_weights
-from pallas_kernels import mosaic_problem, supports_mosaic_prefill
+from pallas_kernels import (
+    addressable_pages,
+    mosaic_problem,
+    most_tokens,
+    supports_mosaic_prefill,
+)
 
 log = logging.getLogger("nanovllm_jax")
 
 PROBE_BLOCKS = 8  # Blocks of the small cache used to probe a step's temporary memory.
+MOST_POSITIONS = 1 << 24  # Positions that float32, in which RoPE computes, tells apart.
 
 
 class Spec(NamedTuple):
@@ -57,6 +64,7 @@ class Programs:
         self.batch_shards = sharding.size("batch")
         self.platform = sharding.mesh.devices.flat[0].platform
         self.model_config = config.model_config.sharded(sharding.size)
+        self._check_sizes()
         self.table_width = -(-config.max_model_len // config.kvcache_block_size)
         num_seqs = -(-config.max_num_seqs // self.batch_shards)
         num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
@@ -72,10 +80,43 @@ class Programs:
             config.kvcache_block_size,
             config.model_config.vocab_size,
         )
+        self.program_cache: ProgramCache | None = None
         self.steps: dict[Bucket, Callable] = {}
         self.samples: dict[int, Callable] = {}
 
     # --- what the programs work on ---
+
+    def addressable_blocks(self, num_blocks: int) -> int:
+        """The most blocks of a shard, and no more than `num_blocks`, that kernels can address."""
+        c = self.model_config
+        heads = c.num_kv_heads // self.sharding.size("kv_heads")
+        shape = (c.num_layers, num_blocks, self.config.kvcache_block_size, heads, c.head_dim)
+        return addressable_pages(shape, self.cache_dtype)
+
+    def _check_sizes(self) -> None:
+        """Raise ValueError if an option asks for more than kernels address with 32-bit numbers."""
+        config, c, ways = self.config, self.model_config, self.sharding.size("kv_heads")
+        blocks, cache = config.num_kvcache_blocks, f"this model's {self.cache_dtype} cache"
+        addressable = blocks and self.addressable_blocks(blocks)
+        tokens = self.batch_shards * most_tokens(c.num_heads // ways, c.num_kv_heads // ways)
+        requirements = {
+            "kvcache_block_size": (
+                self.addressable_blocks(1) == 1,
+                f"smaller: kernels cannot address one such block of {cache}",
+            ),
+            "num_kvcache_blocks": (
+                addressable == blocks,
+                f"at most {addressable}: kernels cannot address more blocks of {cache}",
+            ),
+        }
+        for name, most in (
+            ("max_num_batched_tokens", tokens),
+            ("max_num_seqs", tokens),
+            ("max_model_len", MOST_POSITIONS),
+        ):
+            words = f"at most {most}, which is what kernels address with this model"
+            requirements[name] = (getattr(config, name) <= most, words)
+        check_values(config, requirements)
 
     @property
     def cache_dtype(self) -> jnp.dtype:
@@ -163,7 +204,13 @@ class Programs:
         return self.step_spec(bucket, num_blocks).trace().lower()
 
     def compile(self, weights: list[Weight], num_blocks: int) -> None:
-        """Make the programs of all buckets, the largest first."""
+        """Make the programs of all buckets, the largest first.
+
+        A row of a decode step writes to a block of its own, so no step has more rows than blocks.
+        """
+        largest = self.decode_buckets[-1]
+        largest = next((b for b in self.decode_buckets if b.num_rows >= num_blocks), largest)
+        self.decode_buckets = [b for b in self.decode_buckets if b <= largest]
         buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
         row_counts = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         if self.config.enforce_eager:
@@ -211,9 +258,10 @@ class Programs:
         share would carry the source lines of whichever came first, and JAX's cache of compiled
         programs, whose keys these lines are part of, would miss at the next start.
         """
-        cache, options = self._program_cache(weights), self.compiler_options
+        self.program_cache = self.program_cache or self._program_cache(weights)
+        cache, options = self.program_cache, self.compiler_options
         with (
-            ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(host.num_cpus()) as pool,
             tqdm(
                 total=len(specs), desc="Compiling", dynamic_ncols=True,
                 disable=None if log.isEnabledFor(logging.INFO) else True,  # None: no terminal
@@ -231,6 +279,8 @@ class Programs:
                     if cache
                     else lowered.compile(options)
                 )
+                if self.platform == "cpu":
+                    memory.return_freed()
                 bar.update()
                 return program
 
@@ -248,11 +298,11 @@ class Programs:
     def _program_cache(self, weights: list[Weight]) -> ProgramCache | None:
         """The cache of programs beside JAX's.
 
-        There is none without JAX's, on a CPU, whose programs fit only its model, and for several
-        processes, which has not been tried.
+        There is none without JAX's or where that is not made of files, on a CPU, whose programs fit
+        only its model, and for several processes, which has not been tried.
         """
         folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        if folder is None or self.platform != "gpu" or jax.process_count() > 1:
+        if folder is None or "://" in folder or self.platform != "gpu" or jax.process_count() > 1:
             return None
         f, config = self.functions, self.config
         key_parts = (

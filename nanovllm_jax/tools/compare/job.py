@@ -63,7 +63,7 @@ class Job:
     engine: str = ""
     round: int = 0
     started: float = 0.0  # time.time() when the process was started
-    seconds: float = 0.0  # the time that it has
+    seconds: float = 0.0  # the time that it has, once the engine has started
 
     @property
     def log(self) -> Path:

@@ -27,8 +27,12 @@ from nanovllm_jax.tools.compare.job import Job
 from nanovllm_jax.tools.compare.results import Added, Failure, Results, Run, Settings, Task
 from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
-LIMIT_S = {"cpu": 50.0, "cuda": 600.0}  # seconds for each engine, over all rounds
-GRACE_S = 2.0  # seconds beyond the limit before a worker is killed
+# Seconds for each engine, over all rounds, once it has started. An engine begins no workload that
+# would not fit, but completes what it has begun, so that each has figures on a slow machine, too.
+LIMIT_S = {"cpu": 50.0, "cuda": 600.0}
+HANG_S = 900.0  # seconds after which an engine that does not start or end is killed
+POLL_S = 0.1  # seconds between two looks at whether an engine has started
+GRACE_S = 2.0  # seconds beyond a limit that the user has set before a worker is killed
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,7 +52,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="processes of each engine, in alternating order")
     add("--runs", type=int, default=2, help="timed runs of each workload and process")
     add("--limit", type=_limit, action="append", default=[], metavar="[ENGINE=]SECONDS",
-        help="time for one engine over all rounds (default: 50 on a CPU, 600 on a GPU)")
+        help="time for one engine over all rounds, starts not counted (default: 50 on a CPU, "
+        "600 on a GPU)")
     add("--rate", type=float, metavar="R", help="requests a second of the stream")
     add("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     add("--python-path", type=_python_path, action="append", default=[], metavar="ENGINE=DIR",
@@ -147,8 +152,9 @@ def _model(args: argparse.Namespace) -> tuple[str, Path]:
 
 def run_all(args: argparse.Namespace, shared: Job) -> None:
     """Run every engine in every round, within its time limit; the results grow as they come."""
-    default = args.limit.get("", LIMIT_S[shared.limits.device])
-    left = {name: args.limit.get(name, default) for name in args.engines}
+    default = LIMIT_S[shared.limits.device]
+    given = {name: args.limit.get(name, args.limit.get("")) for name in args.engines}
+    left = {name: default if limit is None else limit for name, limit in given.items()}
     with tempfile.TemporaryDirectory(prefix="nanovllm_jax-compare-") as folder:
         for number in range(args.rounds):
             for name in list(left) if number % 2 == 0 else list(left)[::-1]:
@@ -156,15 +162,21 @@ def run_all(args: argparse.Namespace, shared: Job) -> None:
                 job = replace(
                     shared, engine=name, round=number, seconds=left[name], started=time.time()
                 )
-                run_worker(job, Path(folder), args.python_path.get(name))
-                left[name] -= time.time() - job.started
-                absent = Results(results.read(job.results)).absent
-                if name in absent or left[name] < GRACE_S:
+                grace = GRACE_S if given[name] else HANG_S
+                run_worker(job, Path(folder), args.python_path.get(name), grace)
+                found = Results(results.read(job.results))
+                start_s = sum(s.start_s for s in found.starts[name] if s.round == number)
+                left[name] -= time.time() - job.started - start_s
+                ended = any(p.engine == name and p.workload is None for p in found.problems)
+                if name in found.absent or ended or left[name] < GRACE_S:
                     del left[name]
 
 
-def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
-    """Run one engine in a process of its own, which is killed after its time limit."""
+def run_worker(job: Job, folder: Path, python_path: str | None, grace: float) -> None:
+    """Run one engine in a process of its own, killed `grace` seconds after its time limit.
+
+    The limit begins when the engine has started.
+    """
     (path := folder / "job.pickle").write_bytes(pickle.dumps(job))
     # The cache is this comparison's alone: a process that is killed may leave a damaged file in it.
     env = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **os.environ}
@@ -176,11 +188,18 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
     command = [sys.executable, "-m", "nanovllm_jax.tools.compare.worker", str(path)]
     # The worker ends when its standard input does, in whichever way this process has ended.
     process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+    has_begun = False
     try:
-        code = process.wait(job.seconds + GRACE_S)
+        await_start(process, job)
+        has_begun = True
+        code = process.wait(job.seconds + grace)
         reason = f"the process ended with {code}; see {job.log.name}" if code else ""
     except subprocess.TimeoutExpired:
-        reason = f"stopped after its time limit, {job.seconds:.0f} s in this round"
+        limit = f"its time limit, {job.seconds:.0f} s in this round"
+        late = f" by {grace:.0f} s" if grace > GRACE_S else ""
+        reason = f"stopped after {limit}{late}"
+        if not has_begun:
+            reason = f"stopped because it had not started after {HANG_S:.0f} s"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -188,6 +207,25 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
     if reason:
         print(f"  failure: {reason}")
         results.append(job.results, Failure(job.engine, job.round, None, reason))
+
+
+def await_start(process: subprocess.Popen, job: Job) -> None:
+    """Wait until an engine has started, or its process has ended.
+
+    Raises:
+        subprocess.TimeoutExpired: it has done neither within HANG_S.
+    """
+    while process.poll() is None and not has_started(job):
+        if time.time() - job.started > HANG_S:
+            raise subprocess.TimeoutExpired(process.args, HANG_S)
+        time.sleep(POLL_S)
+
+
+def has_started(job: Job) -> bool:
+    """Whether an engine's process has reported its start; it may be writing its next lines."""
+    started = {"kind": "engine", "engine": job.engine, "round": job.round}
+    lines = job.results.read_text().split("\n")[:-1]
+    return any(started.items() <= json.loads(line).items() for line in lines)
 
 
 def check_added(file: Path, header: list[results.Record], engines: Sequence[str]) -> None:
@@ -209,7 +247,11 @@ def check_added(file: Path, header: list[results.Record], engines: Sequence[str]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what the command line asks for, write the report, and return 0; raises UsageError."""
+    """Run what the command line asks for and write the report; raises UsageError.
+
+    Returns:
+        0, or 1 if an engine or a workload failed; the report has the figures of the others.
+    """
     args = parse(argv)
     if args.source:
         found = Results(results.read(args.source))
@@ -234,4 +276,8 @@ def main(argv: Sequence[str]) -> int:
     finally:  # interrupted or not: what there is
         page.write_text(report.render(Results(results.read(file))))
         print(f"{page} and {file} written after {time.perf_counter() - start:.0f} s")
-    return 0
+    failures = [r for r in results.read(file) if type(r) is Failure and r.engine in args.engines]
+    for failure in failures:
+        what = f" ({failure.workload})" if failure.workload else ""
+        print(f"{failure.engine}{what} failed: {failure.reason}", file=sys.stderr)
+    return int(bool(failures))

@@ -131,6 +131,7 @@ def work(job: Job, emit: Emit) -> None:
     engine = adapter.Adapter(job.model, job.limits)
     start_s, versions = round(time.time() - job.started, 2), machine.versions(spec.needs)
     emit(Start(job.engine, job.round, start_s, versions, engine.note))
+    job = replace(job, started=time.time())  # the limit counts from here
     prompts, outputs = job.check
     tokens = engine.generate(prompts, outputs, 0.0)
     check_completions(tokens, outputs, job.vocab_size)
