@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nanovllm_jax import LLM, SamplingParams
 
@@ -40,7 +41,7 @@ class Soak:
         i, max_tokens = rng.randrange(len(self.prompts)), rng.randrange(1, LONGEST + 1)
         if rng.random() < 2 / 3:
             stop = [rng.choice(self.alone[i])] if rng.random() < 0.2 else None
-            options = {"temperature": 0, "stop_token_ids": stop}
+            options: dict[str, Any] = {"temperature": 0, "stop_token_ids": stop}
         else:
             options = {"temperature": rng.uniform(0.1, 3), "top_p": rng.uniform(0.1, 1)}
             options |= {"top_k": rng.randrange(50), "min_p": rng.choice((0, 0.1))}
@@ -49,7 +50,7 @@ class Soak:
     def check(self, i: int, params: SamplingParams, token_ids: list[int], whole: bool) -> None:
         """Compare a completion, or the beginning of one, with that of the prompt alone."""
         self.counts["requests"] += 1
-        assert 0 < len(token_ids) <= params.max_tokens or not whole, "not the tokens asked for"
+        assert 0 < len(token_ids) <= (params.max_tokens or 0) or not whole, "not as many as asked"
         if params.temperature == 0:
             want = self.alone[i][: params.max_tokens]
             for stop in params.stop_token_ids or ():
@@ -68,13 +69,12 @@ class Soak:
         i, params = self.request(rng)
         parts: list[int] = []
         leaves_after = rng.randrange(1, 40)
-        with contextlib.closing(self.llm.stream(self.prompts[i], params)) as stream:
-            for part in stream:
-                parts += part
-                if len(parts) > leaves_after:
-                    self.counts["left streams"] += 1
-                    self.check(i, params, parts, whole=False)
-                    return
+        for part in self.llm.stream(self.prompts[i], params):
+            parts += part
+            if len(parts) > leaves_after:  # and with the loop, the stream ends
+                self.counts["left streams"] += 1
+                self.check(i, params, parts, whole=False)
+                return
         self.check(i, params, parts, whole=True)
 
     def step(self, rng: random.Random) -> None:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.engine_thread import EngineThread
 
-# Python warns of what a signal handler raises in a destructor or a garbage collection, and drops it.
+# What a signal handler raises in a destructor or a garbage collection, Python drops, and warns.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 LONG = greedy(20, ignore_eos=True)
