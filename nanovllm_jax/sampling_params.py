@@ -94,5 +94,7 @@ class SamplingParams:
 
     def frozen(self) -> "SamplingParams":
         """The same options in Python's own numbers, and apart from the user's list of tokens."""
+        if {type(value) for value in vars(self).values()} <= {bool, int, float, type(None)}:
+            return self  # as most are
         stop = None if self.stop_token_ids is None else frozenset(map(int, self.stop_token_ids))
         return replace(self, **check_types(self, vars(self)) | {"stop_token_ids": stop})

@@ -168,8 +168,9 @@ def _integers(token_ids: Any) -> list[int]:
         return numbers.tolist()
     if not isinstance(token_ids, Items):
         raise TypeError(f"a prompt must be a string or a list of token ids, got {token_ids!r:.80}")
-    if not all(type(token) is int for token in token_ids):
-        for i, token in enumerate(token_ids):
-            if not is_integer(token):
-                raise TypeError(f"token ids must be integers, got {token!r:.80} at position {i}")
+    if set(map(type, token_ids)) <= {int}:  # which is quick
+        return list(token_ids)
+    for i, token in enumerate(token_ids):
+        if not is_integer(token):
+            raise TypeError(f"token ids must be integers, got {token!r:.80} at position {i}")
     return [int(token) for token in token_ids]
