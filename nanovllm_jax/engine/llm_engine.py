@@ -11,18 +11,13 @@ from nanovllm_jax.engine import commands, multihost
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import RequestId
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
-from nanovllm_jax.engine.request import (
-    Prompt,
-    Request,
-    checked_request,
-    eos_token_ids,
-    load_tokenizer,
-)
+from nanovllm_jax.engine.request import Prompt, Request, checked_request
 from nanovllm_jax.engine.runtime import configure_runtime
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.tokenizer import eos_token_ids, load_tokenizer
 
 
 class LLMEngine:
@@ -50,7 +45,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=largest.num_tokens,
             max_prefill_seqs=largest.num_rows,
-            eos_token_ids=eos_token_ids(config, self.tokenizer),
+            eos_token_ids=eos_token_ids(config.model_config, self.tokenizer),
         )
         self.processes = multihost.Processes()  # does nothing if there is only one
         self.next_seq_id = 0

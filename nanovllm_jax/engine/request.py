@@ -1,10 +1,9 @@
 """Requests: from a prompt, checked, to the outputs that its owner is told of."""
 
 from collections.abc import Sequence as Items
-from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest, RequestId
@@ -109,20 +108,3 @@ def _check_length(n: int, config: EngineConfig, num_blocks: int) -> None:
             f"the prompt has {n} tokens and needs {needed} blocks of {block_size}, "
             f"the KV cache has {num_blocks}"
         )
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The directory's tokenizer; None if it has no tokenizer files at all."""
-    if not any(directory.glob("tokenizer*")) and not (directory / "vocab.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def eos_token_ids(
-    config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[int, ...]:
-    """End tokens that the model's files name; the tokenizer's own if they name none."""
-    named = config.model_config.eos_token_ids
-    if not named and tokenizer is not None and tokenizer.eos_token_id is not None:
-        return (int(tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
-    return named
