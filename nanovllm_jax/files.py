@@ -58,6 +58,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"it has {key!r} twice, as {found[key]!r:.80} and {value!r:.80}")
+            raise ValueError(f"{key!r} twice, as {found[key]!r:.80} and {value!r:.80}")
         found[key] = value
     return found

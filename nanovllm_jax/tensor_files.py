@@ -77,14 +77,16 @@ class Checkpoint:
                 unexpected.append(name)
         problems = {
             "missing": sorted(expected.keys() - found),
-            "unexpected": unexpected,
+            "unexpected": [self._named(name) for name in unexpected],
             "wrongly shaped": [
-                f"{name} has {shapes[name]}, config.json implies {expected[name]}"
+                f"{self._named(name)} has {shapes[name]}, config.json implies {expected[name]}"
                 for name in sorted(expected.keys() & found)
                 if shapes[name] != expected[name]
             ],
             f"of a type other than {', '.join(TYPES)}": [
-                f"{name} is {kind}" for name, kind in sorted(types.items()) if kind not in TYPES
+                f"{self._named(name)} is {kind}"
+                for name, kind in sorted(types.items())
+                if kind not in TYPES
             ],
             "in two files": [
                 f"{name} in {' and '.join(files)}"
@@ -104,10 +106,15 @@ class Checkpoint:
             if names
         ]
         if said:
+            files = SINGLE if SINGLE in self.handles else INDEX
             raise ValueError(
-                f"{self.directory}: weights do not fit; {'; '.join(said)}. Download the model's "
-                f"files again, all of one version"
+                f"{self.directory}: the weights of {files} do not fit config.json; "
+                f"{'; '.join(said)}. Download the model's files again, all of one version"
             )
+
+    def _named(self, name: str) -> str:
+        """A tensor's name, with its file if there are several."""
+        return name if len(self.handles) == 1 else f"{name} ({self.holders[name][0]})"
 
     def _slice(self, name: str) -> Any:
         """A tensor of which nothing has been read yet."""

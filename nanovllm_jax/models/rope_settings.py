@@ -34,8 +34,11 @@ def rope_theta(raw: dict[str, Any]) -> tuple[float, list[str]]:
                 problems.append(
                     f"{place}: {key}={value!r} is not supported with rope_type 'default'"
                 )
-    wrong = [f"rope_theta in {place}" for place, base in bases.items() if not _is_base(base)]
-    problems += [f"{what} must be a number from 1 to {LARGEST:g}" for what in wrong]
+    wrong = {place: base for place, base in bases.items() if not _is_base(base)}
+    problems += [
+        f"rope_theta in {place} must be a number between 1 and {LARGEST:g}, got {base!r:.30}"
+        for place, base in wrong.items()
+    ]
     if not wrong and len(set(bases.values())) > 1:
         said = ", ".join(f"{base} in {place}" for place, base in bases.items())
         problems.append(f"rope_theta is {said}; these contradict each other: leave the right one")
