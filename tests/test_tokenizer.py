@@ -100,7 +100,7 @@ def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(directory, monkeypat
         tokenizer_class="MyTokenizer",
         auto_map={"AutoTokenizer": ["my.MyTokenizer", None]},
     )
-    with pytest.raises(ValueError, match="(?s)cannot be loaded: ValueError.*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"(?s)cannot be loaded: ValueError.*trust_remote_code"):
         load_tokenizer(directory)
 
 
