@@ -68,11 +68,12 @@ class Checkpoint:
         for name in sorted(found - expected.keys()):
             if config.tie_word_embeddings and name == HEAD:
                 if shapes[HEAD] != shapes[TABLE] or not self._same(HEAD, TABLE):
-                    unlike.append(f"{HEAD} and {TABLE}, although tie_word_embeddings is true")
+                    both = f"{self._named(HEAD)} and {self._named(TABLE)}"
+                    unlike.append(f"{both}, although tie_word_embeddings is true")
             elif (value := determined_tensor(name, config)) is not None:
                 stored = self._slice(name)[:] if types[name] in TYPES else None
                 if stored is None or not _is_close(stored, value):
-                    unlike.append(f"{name} and what config.json determines")
+                    unlike.append(f"{self._named(name)} and what config.json determines")
             else:
                 unexpected.append(name)
         problems = {

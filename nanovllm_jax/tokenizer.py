@@ -37,6 +37,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
             directory, local_files_only=True, trust_remote_code=False
         )
         words = tokenizer.vocab_size
+        tokenizer.decode(tokenizer.encode("a"))
     except Exception as error:  # transformers lets through whatever a damaged file leads to
         for name in names:
             if name.endswith(".json"):
@@ -65,7 +66,8 @@ def eos_token_ids(
         return config.eos_token_ids
     if type(end) is not int or not 0 <= end < config.vocab_size:
         raise ValueError(
-            f"tokenizer_config.json: eos_token {tokenizer.eos_token!r} is token {end!r}, which is "
-            f"not in the model's vocabulary of {config.vocab_size}; correct it"
+            f"tokenizer_config.json: eos_token {tokenizer.eos_token!r} is token {end!r}, not one of "
+            f"config.json's vocab_size={config.vocab_size}; correct it, or tokenizer.json (or "
+            f"vocab.json), which should hold it"
         )
     return tuple(dict.fromkeys([*config.eos_token_ids, end]))

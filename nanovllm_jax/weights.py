@@ -29,12 +29,14 @@ def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nn
         ValueError: a file is damaged, or weights are missing, unexpected, of another shape or type,
             or no numbers; the message names them.
     """
-    checkpoint, table = Checkpoint(directory), sources(config)
+    checkpoint, table, dtype = Checkpoint(directory), sources(config), jnp.dtype(config.dtype)
     checkpoint.check(config)
 
     def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
         source = table[".".join(map(str, path))]
-        return source.join(*(checkpoint.read(name.format(i=layer)) for name, _ in source.tensors))
+        names = [name.format(i=layer) for name, _ in source.tensors]
+        # Converted one by one: NumPy joins no float16 with bfloat16.
+        return source.join(*(checkpoint.read(n).astype(dtype, copy=False) for n in names))
 
     return _place(abstract_weights(config, sharding), read)
 

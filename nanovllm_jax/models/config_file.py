@@ -111,12 +111,12 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key in raw and raw[key] not in (None, neutral)
     ]
 
-    def size(key: str, largest: int = LARGEST_SIZE) -> int:
+    def size(key: str, largest: int = LARGEST_SIZE, smallest: int = 1) -> int:
         value = raw[key]
         if type(value) is not int:
             problems.append(f"{key} must be an integer, got {value!r}")
-        elif not 1 <= value <= largest:
-            problems.append(f"{key}={value!r:.30} must be between 1 and {largest}")
+        elif not smallest <= value <= largest:
+            problems.append(f"{key}={value!r:.30} must be between {smallest} and {largest}")
         else:
             return value
         return largest  # so that the other keys can be judged, too
@@ -154,7 +154,7 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": size("max_position_embeddings"),
+        "max_position_embeddings": size("max_position_embeddings", smallest=2),
         "rope_theta": theta,
         "rms_norm_eps": eps,
         "tie_word_embeddings": flag("tie_word_embeddings"),
@@ -181,10 +181,10 @@ def _sliding_layers(raw: dict[str, Any], layers: int, sliding: bool) -> list[str
             f"layer_types: {name!r} is not supported; only 'full_attention' is"
             for name in others[:1]
         ]
-    if not sliding or raw["sliding_window"] is None:
-        return []
     if type(first) is not int:
         return [f"max_window_layers must be an integer, got {first!r}"]
+    if not sliding or raw["sliding_window"] is None:
+        return []
     if first < layers:
         return [
             f"use_sliding_window=true is not supported with max_window_layers={first} of {layers} "

@@ -15,8 +15,10 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 def rope_theta(raw: dict[str, Any]) -> tuple[float, list[str]]:
     """Return RoPE's base, and all reasons to refuse these settings."""
     places, problems = _places(raw)
-    outer = raw.get("rope_theta")
-    bases = {} if outer is None else {"config.json": outer}
+    outer = raw.get("rope_theta", DEFAULT_THETA)
+    bases = {}
+    if "rope_theta" in raw and (outer is not None or not places):
+        bases["config.json"] = outer
     for place, settings in places.items():
         named = [settings[k] for k in ("rope_type", "type") if settings.get(k) is not None]
         others = [rope_type for rope_type in named if rope_type != "default"]
@@ -26,8 +28,7 @@ def rope_theta(raw: dict[str, Any]) -> tuple[float, list[str]]:
         ]
         if others:  # its further keys are its own
             continue
-        given = settings.get("rope_theta")
-        bases[place] = given if given is not None else DEFAULT_THETA if outer is None else outer
+        bases[place] = settings.get("rope_theta", outer)
         for key, value in settings.items():
             neutral = value is None or (key == "partial_rotary_factor" and value == 1)
             if key not in ("rope_type", "type", "rope_theta") and not neutral:
