@@ -66,8 +66,8 @@ def eos_token_ids(
         return config.eos_token_ids
     if type(end) is not int or not 0 <= end < config.vocab_size:
         raise ValueError(
-            f"tokenizer_config.json: eos_token {tokenizer.eos_token!r} is token {end!r}, not one of "
-            f"config.json's vocab_size={config.vocab_size}; correct it, or tokenizer.json (or "
+            f"tokenizer_config.json: eos_token {tokenizer.eos_token!r} is token {end!r}, but "
+            f"config.json has vocab_size={config.vocab_size}; correct it, or tokenizer.json (or "
             f"vocab.json), which should hold it"
         )
     return tuple(dict.fromkeys([*config.eos_token_ids, end]))
