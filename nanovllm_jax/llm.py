@@ -1,6 +1,5 @@
 """LLM: the one class that most programs need."""
 
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm_jax.engine.llm_engine import LLMEngine
-from nanovllm_jax.engine.request import Prompt, Request
+from nanovllm_jax.engine.request import Prompt, Request, Round, Waiter
 from nanovllm_jax.sampling_params import SamplingParams
 
 Message = dict[str, Any]  # {"role": "user", "content": "..."}
@@ -85,18 +84,18 @@ class LLM(LLMEngine):
             raise TypeError("prompts must be a list of prompts, got one string")
         params = _one_for_each(prompts, sampling_params)
         commands = [self._check(p, s) for p, s in zip(prompts, params, strict=True)]
-        ended: list[Request] = []
-        requests = [self._add(command, ended) for command in commands]
+        waiter = Waiter()
         results: dict[Request, dict[str, Any]] = {}
         try:
+            requests = self._thread.add(commands, waiter)
             with _Progress(len(requests), disable=not use_tqdm) as progress:
-                while len(results) < len(requests):
-                    num_tokens = self._run_round()
-                    for request in ended[len(results) :]:
+                while len(results) < len(requests) or not waiter.rounds.empty():
+                    new_round = waiter.wait()
+                    for request in waiter.ended[len(results) :]:
                         results[request] = _result(request)
-                    progress.update(num_tokens, len(results))
+                    progress.update(new_round, len(results))
         except BaseException:
-            self.abort_request([request.request_id for request in requests])
+            self._thread.abandon(waiter)
             raise
         return [results[request] for request in requests]
 
@@ -160,17 +159,19 @@ class LLM(LLMEngine):
             TypeError, ValueError: as `add_request`, at the first token.
             RuntimeError: the request outgrew the KV cache.
         """
-        request = self._add(self._check(prompt, sampling_params), ended=[])
-        seq, seen = request.seq, request.seq.num_prompt_tokens
+        command, waiter = self._check(prompt, sampling_params), Waiter()
         try:
-            while seen < seq.num_tokens or not seq.is_finished:
-                if seen == seq.num_tokens:  # else another caller's round has brought tokens
-                    self._run_round()
-                new, seen = seq.token_ids[seen:], seq.num_tokens
-                if new:
+            [request] = self._thread.add([command], waiter)
+            seq, seen = request.seq, request.seq.num_prompt_tokens
+            is_finished = False
+            while not is_finished:
+                waiter.wait()
+                is_finished = seq.is_finished  # before its tokens: the engine may be adding some
+                if new := seq.token_ids[seen:]:
+                    seen += len(new)
                     yield new
         finally:
-            self.abort_request(request.request_id)
+            self._thread.abandon(waiter)
         if seq.error:
             raise RuntimeError(seq.error)
 
@@ -202,7 +203,7 @@ class _Progress:
     def __init__(self, total: int, disable: bool):
         self.bar = tqdm(total=total, desc="Generating", dynamic_ncols=True, disable=disable)
         self.rates = {"Prefill": "0tok/s", "Decode": "0tok/s"}
-        self.last = time.perf_counter()
+        self.last: Round | None = None
 
     def __enter__(self):
         return self
@@ -210,10 +211,10 @@ class _Progress:
     def __exit__(self, *exc_info):
         self.bar.close()
 
-    def update(self, num_tokens: int, completed: int) -> None:
-        now = time.perf_counter()
-        kind = "Prefill" if num_tokens > 0 else "Decode"
-        self.rates[kind] = f"{int(abs(num_tokens) / (now - self.last))}tok/s"
-        self.last = now
+    def update(self, new: Round, completed: int) -> None:
+        if self.last and new.num_tokens:
+            kind = "Prefill" if new.num_tokens > 0 else "Decode"
+            self.rates[kind] = f"{int(abs(new.num_tokens) / (new.end - self.last.end))}tok/s"
+        self.last = new
         self.bar.set_postfix(self.rates, refresh=False)
         self.bar.update(completed - self.bar.n)

@@ -120,10 +120,10 @@ def fake_engine(checkpoint, monkeypatch):
     """
     import helpers
 
-    from nanovllm_jax.engine import llm_engine
+    from nanovllm_jax.engine import core
     from nanovllm_jax.llm import LLM
 
-    monkeypatch.setattr(llm_engine, "ModelRunner", helpers.FakeRunner)
+    monkeypatch.setattr(core, "ModelRunner", helpers.FakeRunner)
 
     def make(path=None, **options):
         return LLM(str(path or checkpoint(tokenizer=True)), **(SMALL | options))

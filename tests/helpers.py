@@ -236,6 +236,9 @@ class FakeRunner:
             known.append(token)
         return FakeFuture(tokens, self)
 
+    def renew_state(self):
+        self.known = {}
+
     def shut_down(self):
         pass
 

@@ -256,12 +256,19 @@ def test_chat_needs_messages_and_a_tokenizer(llm, fake_engine, checkpoint):
 # --- stream ---
 
 
-def test_stream_yields_what_generate_returns(llm):
-    parts = list(llm.stream("abc", greedy(20, ignore_eos=True)))
+@pytest.fixture
+def slow(llm):
+    """The engine on a device that takes a moment for each step, so that one sees tokens come."""
+    llm.runner.before_read = lambda: time.sleep(0.005)
+    return llm
+
+
+def test_stream_yields_what_generate_returns(slow):
+    parts = list(slow.stream("abc", greedy(20, ignore_eos=True)))
     assert len(parts) > 10 and all(parts)
-    (want,) = tokens(llm, ["abc"], greedy(20, ignore_eos=True))
+    (want,) = tokens(slow, ["abc"], greedy(20, ignore_eos=True))
     assert [*chain(*parts)] == want
-    assert llm.is_finished()
+    assert slow.is_finished()
 
 
 def test_closing_a_stream_ends_its_request(llm):
@@ -272,17 +279,17 @@ def test_closing_a_stream_ends_its_request(llm):
     llm.pools[0].check([])
 
 
-def test_a_stream_loses_nothing_to_a_generate_in_between(llm):
+def test_a_stream_loses_nothing_to_a_generate_in_between(slow):
     params = greedy(12, ignore_eos=True)
-    (want,) = tokens(llm, ["abc"], params)
-    stream = llm.stream("abc", params)
+    (want,) = tokens(slow, ["abc"], params)
+    stream = slow.stream("abc", params)
     parts = [next(stream)]
-    tokens(llm, ["other"], greedy(5, ignore_eos=True))  # the stream's request advances as well
+    tokens(slow, ["other"], greedy(5, ignore_eos=True))  # the stream's request advances as well
     parts.append(next(stream))
-    tokens(llm, ["other"], greedy(30, ignore_eos=True))  # and ends
+    tokens(slow, ["other"], greedy(30, ignore_eos=True))  # and ends
     parts += stream
     assert [*chain(*parts)] == want
-    assert llm.is_finished(), "a streamed request is not reported by step"
+    assert slow.is_finished(), "a streamed request is not reported by step"
 
 
 def test_two_streams_at_once(llm):

@@ -16,7 +16,7 @@ from helpers import FakeFuture, FakeRunner
 from multihost_program import serve
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.engine import llm_engine, multihost
+from nanovllm_jax.engine import core, multihost
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.commands import AbortRequests
 
@@ -142,13 +142,13 @@ class Runner(FakeRunner):
 def pair(checkpoint, monkeypatch):
     """The engines of a leader and of a follower, whose messages wait until they are read."""
     store = Store()
-    monkeypatch.setattr(llm_engine, "ModelRunner", Runner)
+    monkeypatch.setattr(core, "ModelRunner", Runner)
     monkeypatch.setattr(multihost, "GENERATION", 1 << 20)
     monkeypatch.setattr(multihost.Processes, "_store", staticmethod(lambda: store))
     options = {"max_num_seqs": 6, "max_model_len": 2048, "max_num_batched_tokens": 2048}
     leader, follower = (LLM(checkpoint(), **options) for _ in range(2))
-    leader.processes.leads = follower.processes.follows = True
-    follower.processes.name = leader.processes.name
+    leader._core.processes.leads = follower._core.processes.follows = True
+    follower._core.processes.name = leader._core.processes.name
     for llm in (leader, follower):
         llm.runner.llm = llm
         llm.scheduler.eos_token_ids = frozenset({0})
@@ -158,7 +158,12 @@ def pair(checkpoint, monkeypatch):
 def state(llm):
     seqs = [*llm.scheduler.waiting, *llm.scheduler.running]
     shown = [(s.seq_id, s.token_ids, s.num_computed, s.slot, s.shard, s.block_table) for s in seqs]
-    rest = llm.scheduler.free_slots, llm.scheduler.decode_next, llm.next_seq_id, len(llm.in_flight)
+    rest = (
+        llm.scheduler.free_slots,
+        llm.scheduler.decode_next,
+        llm._core.next_seq_id,
+        len(llm._core.in_flight),
+    )
     return copy.deepcopy((shown, *rest))
 
 
@@ -183,7 +188,7 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
             leader.add_request(ids, params)
         elif action < 0.2:
             # It may be one that has finished, or that has never been.
-            leader.abort_request(rng.randrange(leader.next_seq_id + 1))
+            leader.abort_request(rng.randrange(leader._core.next_seq_id + 1))
         elif action < 0.23:
             leader.reset_prefix_cache()
         else:
@@ -219,10 +224,10 @@ def test_an_idle_leader_has_nothing_to_say(pair):
     leader.add_request([1], SamplingParams(max_tokens=4))
     while not leader.is_finished():
         leader.step()
-    said = len(leader.processes.commands)
+    said = len(leader._core.processes.commands)
     for _ in range(5):
         assert leader.step() == ([], 0)
-    assert len(leader.processes.commands) == said
+    assert len(leader._core.processes.commands) == said
 
 
 def test_messages_arrive_in_order_at_any_length_and_are_deleted_later(monkeypatch):

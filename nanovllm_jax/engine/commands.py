@@ -1,12 +1,13 @@
 """The commands that decide what an engine runs.
 
-`LLMEngine.apply` carries them out. A process that leads an engine of several records its own and
+`EngineCore.apply` carries them out. A process that leads an engine of several records its own and
 sends them to the others, which repeat them.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -36,6 +37,11 @@ class ResetPrefixCache:
 
 
 @dataclass(frozen=True)
+class StartOver:
+    """Forget what the device has computed, and compute every request again."""
+
+
+@dataclass(frozen=True)
 class Dispatch:
     """Schedule and start the next batch, which has this digest in the process that leads."""
 
@@ -52,12 +58,9 @@ class Exit:
     """Shut the engine down."""
 
 
-Command = AddRequest | AbortRequests | ResetPrefixCache | Dispatch | Collect | Exit
+Command = AddRequest | AbortRequests | ResetPrefixCache | StartOver | Dispatch | Collect | Exit
 
-_KINDS = {
-    kind.__name__: kind
-    for kind in (AddRequest, AbortRequests, ResetPrefixCache, Dispatch, Collect, Exit)
-}
+_KINDS = {kind.__name__: kind for kind in get_args(Command)}
 
 
 def encode(commands: Sequence[Command]) -> str:

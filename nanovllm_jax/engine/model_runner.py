@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import cuda_driver, memory
+from nanovllm_jax.engine.ambient import default_settings
 from nanovllm_jax.engine.inputs import PreparedBatch, RowTable
 from nanovllm_jax.engine.multihost import check_same_options, smallest
 from nanovllm_jax.engine.programs import Programs
@@ -51,11 +53,9 @@ class ModelRunner:
         )
         with memory.memory_errors(self.describe_memory):
             self.weights = self._load_weights()
-            collectives = self.mailboxes = None
-            if self.programs.uses_collectives:
-                collectives, self.mailboxes = Collectives.make(self.sharding)
             self.num_blocks = config.num_kvcache_blocks or self._num_cache_blocks()
-            self.state = self.programs.make_state(self.num_blocks, collectives)
+            self.state = self.mailboxes = None
+            self.renew_state()
             self.programs.compile(self.weights, self.num_blocks)
             if self.programs.platform == "gpu" and not config.enforce_eager:
                 self.warm_up()
@@ -110,19 +110,26 @@ class ModelRunner:
             inputs = self.table.padding(bucket, self.programs.batch_shards)
 
             def run(inputs=inputs):
-                hidden, _ = self.run(inputs)
-                # There is memory for two steps' results, not for all.
-                self.sample(inputs, hidden).block_until_ready()
+                with default_settings():  # it runs in a thread of its own
+                    hidden, _ = self.run(inputs)
+                    # There is memory for two steps' results, not for all.
+                    self.sample(inputs, hidden).block_until_ready()
 
             memory.finish_in_time(
                 run, f"the first run of the step of {bucket}", self.describe_memory
             )
 
+    def renew_state(self) -> None:
+        """Make the state, with an empty cache; the one before is lost."""
+        _delete((self.state, self.mailboxes))
+        collectives = None
+        if self.programs.uses_collectives:
+            collectives, self.mailboxes = Collectives.make(self.sharding)
+        self.state = self.programs.make_state(self.num_blocks, collectives)
+
     def shut_down(self) -> None:
         """Give all device memory back."""
-        for array in jax.tree.leaves((self.weights, self.state, self.mailboxes)):
-            if not array.is_deleted():
-                array.delete()
+        _delete((self.weights, self.state, self.mailboxes))
         self.weights, self.mailboxes = [], None
         self.programs.steps, self.programs.samples = {}, {}
 
@@ -181,3 +188,10 @@ class ModelRunner:
         if jax.process_count() == 1 or isinstance(x, jax.Array):
             return x
         return place(x, self.programs.rows_sharding)
+
+
+def _delete(arrays: Any) -> None:
+    """Free a tree of arrays, of which a step may have taken some."""
+    for array in jax.tree.leaves(arrays):
+        if not array.is_deleted():
+            array.delete()

@@ -1,6 +1,8 @@
 """Requests: from a prompt, checked, to the outputs that its owner is told of."""
 
 from collections.abc import Sequence as Items
+from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,18 +17,56 @@ from nanovllm_jax.sampling_params import SamplingParams
 Prompt = str | Items[int]
 
 
+class Owner:
+    """Who made some requests; `ended` has those of them that have ended, in that order."""
+
+    def __init__(self):
+        self.ended: list[Request] = []
+
+
+class Round(NamedTuple):
+    """What a round has done.
+
+    `num_tokens` counts the prompt tokens of a prefill round, or minus the sequences of a decode
+    round; it is 0 if requests have changed without a round.
+    """
+
+    num_tokens: int
+    end: float  # time.perf_counter() when it ended, in seconds
+
+
+class Waiter(Owner):
+    """An owner who waits: the engine runs rounds until its requests have ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_requests = 0
+        self.rounds: SimpleQueue[Round | BaseException] = SimpleQueue()
+
+    def wait(self) -> Round:
+        """Wait for the next round of those run since the requests were queued.
+
+        Raises:
+            Whatever ended the round; the requests have been aborted then.
+        """
+        result = self.rounds.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
 class Request:
-    """A request and its sequence. When it ends, it is put into its owner's list `ended`."""
+    """A request, its sequence, and what its owner has been told of it."""
 
     def __init__(
         self,
         request_id: RequestId,
         prompt: str | None,
         seq: Sequence,
-        ended: list["Request"],
+        owner: Owner,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.request_id, self.prompt, self.seq, self.ended = request_id, prompt, seq, ended
+        self.request_id, self.prompt, self.seq, self.owner = request_id, prompt, seq, owner
         self._detokenizer = None
         if tokenizer is not None and seq.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)
@@ -40,17 +80,19 @@ class Request:
     def output(self) -> RequestOutput:
         """The request and its completion, as far as it has come."""
         seq = self.seq
-        token_ids, reported = seq.completion_token_ids, self._num_reported
-        self._num_reported = len(token_ids)
+        is_finished = seq.is_finished  # before its tokens: the engine may be adding some
+        token_ids = seq.completion_token_ids
         if self._detokenizer:
-            self._text += self._detokenizer.push(token_ids[reported:])
-            if seq.is_finished:
+            self._text += self._detokenizer.push(token_ids[self._num_reported :])
+            if is_finished:
                 self._text += self._detokenizer.flush()
                 self._detokenizer = None
-        completion = CompletionOutput(0, self._text, token_ids, seq.finish_reason, seq.stop_reason)
+        self._num_reported = len(token_ids)
+        reason = seq.finish_reason if is_finished else None
+        completion = CompletionOutput(0, self._text, token_ids, reason, seq.stop_reason)
         prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
         return RequestOutput(
-            self.request_id, self.prompt, prompt_token_ids, [completion], seq.is_finished, seq.error
+            self.request_id, self.prompt, prompt_token_ids, [completion], is_finished, seq.error
         )
 
 

@@ -131,8 +131,8 @@ class Scheduler:
         if seq.is_finished:
             return
         self._release(seq)
-        seq.status = Status.FINISHED
         seq.finish_reason = reason
+        seq.status = Status.FINISHED  # last: whoever reads a finished sequence reads all of it
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
@@ -145,6 +145,15 @@ class Scheduler:
         seq.status = Status.WAITING
         partly_computed = itertools.takewhile(lambda other: other.block_table, self.waiting)
         self.waiting.insert(len(list(partly_computed)), seq)
+
+    def recompute_all(self) -> None:
+        """Take all blocks and forget tokens in flight; all that is admitted is computed again."""
+        self.reset_prefix_cache()
+        partly_computed = [seq for seq in self.waiting if seq.block_table]
+        for seq in [*reversed(partly_computed), *reversed(self.running)]:
+            self.preempt(seq)
+        for seq in self.waiting:
+            seq.in_flight = 0
 
     def _schedule_prefill(self) -> Batch | None:
         batch = Batch.empty(is_prefill=True)

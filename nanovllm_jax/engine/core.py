@@ -1,0 +1,178 @@
+"""EngineCore: the loop that keeps the device one step ahead of the host."""
+
+from collections import deque
+from collections.abc import Sequence as Items
+
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import commands, multihost
+from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.commands import RequestId
+from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
+from nanovllm_jax.engine.request import Owner, Request
+from nanovllm_jax.engine.scheduler import Batch, Scheduler
+from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.tokenizer import eos_token_ids
+
+
+class EngineCore:
+    """Queues, device and the rounds between them; one thread alone may call it.
+
+    That thread is an `EngineThread`. Each request has an owner, who is told when it has ended.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None):
+        self.config, self.tokenizer = config, tokenizer
+        ends = eos_token_ids(config.model_config, tokenizer)  # before what takes long: it may raise
+        self.runner: ModelRunner | None = ModelRunner(config)
+        programs = self.runner.programs
+        self.pools = [
+            BlockManager(self.runner.num_blocks, config.kvcache_block_size)
+            for _ in range(programs.batch_shards)
+        ]
+        largest = programs.prefill_buckets[-1]
+        self.scheduler = Scheduler(
+            self.pools,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=largest.num_tokens,
+            max_prefill_seqs=largest.num_rows,
+            eos_token_ids=ends,
+        )
+        self.processes = multihost.Processes()  # does nothing if there is only one
+        self.next_seq_id = 0
+        self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
+        self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
+
+    def add(self, requests: Items[commands.AddRequest], owner: Owner) -> list[Request]:
+        """Queue requests that have been found valid.
+
+        Raises:
+            ValueError: another request of the same id is under way; none is queued then.
+        """
+        under_way = {request.request_id for request in self.requests.values()}
+        for command in requests:
+            if command.request_id in under_way:
+                raise ValueError(
+                    f"request_id {command.request_id!r} is under way already; choose another"
+                )
+        return [self._add(command, owner) for command in requests]
+
+    def abort(self, request_ids: list[RequestId]) -> None:
+        """End those of the requests that have not ended."""
+        self.processes.record(commands.AbortRequests(request_ids))
+        chosen = set(request_ids)
+        for request in [r for r in self.requests.values() if r.request_id in chosen]:
+            self.scheduler.finish(request.seq, "abort")
+            self._end(request.seq)
+
+    def abort_all_of(self, owner: Owner) -> None:
+        """End what an owner has under way."""
+        request_ids = [r.request_id for r in self.requests.values() if r.owner is owner]
+        if request_ids:
+            self.abort(request_ids)
+
+    def run_round(self) -> int:
+        """Dispatch the next batch, then read the one before it.
+
+        Returns:
+            The prompt tokens of a prefill round, or minus the sequences of a decode round.
+        """
+        if not self.requests:
+            return 0
+        try:
+            while len(self.in_flight) < 1 + self.config.async_scheduling and self._dispatch():
+                pass
+            return self._collect()
+        except BaseException:
+            self.start_over()
+            raise
+
+    def start_over(self) -> None:
+        """Forget all that the device has computed; every request will be computed again.
+
+        A round that has failed may have left promises behind: blocks in the prefix cache, tokens in
+        flight, a state given to a step that did not run. None of them is trusted. Samples depend on
+        nothing but the request, so the tokens come out as they would have.
+        """
+        self.processes.record(commands.StartOver())
+        self.in_flight.clear()
+        self.scheduler.recompute_all()
+        assert self.runner
+        self.runner.renew_state()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        self.processes.record(commands.ResetPrefixCache())
+        self.scheduler.reset_prefix_cache()
+
+    def shut_down(self) -> None:
+        """Free all device memory."""
+        if self.runner is not None:
+            self.processes.exit()
+            self.in_flight.clear()
+            self.runner.shut_down()
+            self.runner = None
+
+    def apply(self, command: commands.Command) -> None:
+        """Carry out a command of the process that leads."""
+        match command:
+            case commands.AddRequest():
+                self._add(command, Owner())  # process 0 tells the owner
+            case commands.AbortRequests(request_ids):
+                self.abort(request_ids)
+            case commands.ResetPrefixCache():
+                self.reset_prefix_cache()
+            case commands.StartOver():
+                self.start_over()
+            case commands.Dispatch(digest):
+                self._dispatch(digest)
+            case commands.Collect():
+                self._collect()
+            case commands.Exit():
+                self.shut_down()
+
+    def _add(self, command: commands.AddRequest, owner: Owner) -> Request:
+        self.processes.record(command)
+        seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
+        params, token_ids = command.params, command.token_ids
+        seed = params.seed if params.seed is not None else self.config.seed + seq_id
+        max_tokens = min(params.max_tokens, self.config.max_model_len - len(token_ids))
+        seq = Sequence(seq_id, list(token_ids), params, seed & 0xFFFFFFFF, max_tokens)
+        request_id = seq_id if command.request_id is None else command.request_id
+        request = Request(request_id, command.prompt, seq, owner, self.tokenizer)
+        self.requests[seq_id] = request
+        self.scheduler.add(seq)
+        return request
+
+    def _dispatch(self, expected_digest: int | None = None) -> bool:
+        """Start the next batch; False if none can run before pending tokens are read."""
+        batch = self.scheduler.schedule()
+        self.processes.agree(batch, expected_digest)
+        if batch is None:
+            return False
+        assert self.runner
+        self.in_flight.append((batch, self.runner.dispatch(batch)))
+        return True
+
+    def _collect(self) -> int:
+        """Read the oldest batch; returns the count of `run_round`."""
+        batch, token_ids = Batch.empty(), []
+        if self.in_flight:
+            batch, tokens = self.in_flight[0]
+            token_ids = tokens.result()
+            self.in_flight.popleft()
+        self.processes.record(commands.Collect())
+        advanced = self.scheduler.postprocess(batch, token_ids)
+        assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
+        for seq in advanced:
+            if seq.finish_reason:
+                self._end(seq)
+        return batch.num_tokens if batch.is_prefill else -len(batch.seqs)
+
+    def _end(self, seq: Sequence) -> None:
+        """Tell the owner of a request whose sequence has ended."""
+        request = self.requests.pop(seq.seq_id)
+        request.owner.ended.append(request)
+        if not self.requests:
+            self.in_flight.clear()  # only rows of finished sequences are left in them

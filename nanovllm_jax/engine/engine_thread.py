@@ -1,0 +1,184 @@
+"""EngineThread: the one thread in which an engine's rounds run.
+
+Python handles signals in the main thread only, so an interruption (Ctrl-C, an alarm) can end a wait
+for a round, and never a round itself. The JAX settings that a user's thread has entered do not
+reach this thread. And calls from several threads queue up here: their requests are batched
+together, whoever made them.
+"""
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from nanovllm_jax.engine.ambient import default_settings
+from nanovllm_jax.engine.commands import AddRequest
+from nanovllm_jax.engine.core import EngineCore
+from nanovllm_jax.engine.request import Request, Round, Waiter
+
+log = logging.getLogger("nanovllm_jax")
+
+DEADLINE_S = 20.0  # Seconds that the end of the process waits for a round or a compilation.
+
+SHUT_DOWN = "the engine has been shut down by exit(); make a new LLM"
+
+T = TypeVar("T")
+Call = Callable[
+    [], int | BaseException
+]  # returns what waiters are told: a round's count, or its error
+
+
+class EngineThread:
+    """Calls an EngineCore: what it is asked to, and rounds while somebody waits for tokens.
+
+    It has no reference to the engine that users hold, so that a forgotten engine is collected.
+    """
+
+    def __init__(self, make_core: Callable[[], EngineCore]):
+        """Start the thread and have it make the core; raises what `make_core` raises."""
+        self._core: EngineCore | None = None
+        self._calls: SimpleQueue[Call | None] = SimpleQueue()  # None is the last
+        self._waiters: list[Waiter] = []
+        self._pid, self._has_ended = os.getpid(), False
+        self._failure: BaseException | None = None  # of the shutdown
+        self._thread = threading.Thread(target=self._run, name="nanovllm_jax", daemon=True)
+        self._thread.start()
+
+        def make() -> None:
+            self._core = make_core()
+
+        try:
+            self.call(make)
+        except BaseException:
+            self._calls.put(None)
+            raise
+        atexit.register(self._close_at_exit)  # runs before JAX's own clean-up
+
+    @property
+    def core(self) -> EngineCore:
+        """The core, for the thread's calls and to look into while it is idle."""
+        assert self._core
+        return self._core
+
+    def call(self, run: Callable[..., T], *args: object) -> T:
+        """Have the thread call `run` between two rounds, and return what it returns.
+
+        If the wait is interrupted, `run` is called all the same.
+
+        Raises:
+            RuntimeError: the engine has been shut down, or belongs to the process that this one
+                was forked from.
+        """
+        self.check_usable()
+        future: Future[T] = Future()
+
+        def body() -> int:
+            try:
+                if self._has_ended:
+                    raise RuntimeError(SHUT_DOWN)
+                future.set_result(run(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            return 0
+
+        self._calls.put(body)
+        if self._has_ended:  # meanwhile, and the thread may not see the call any more
+            raise RuntimeError(SHUT_DOWN)
+        return future.result()
+
+    def check_usable(self) -> None:
+        """Raise RuntimeError if the engine has been shut down, or is another process's."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this engine belongs to process {self._pid}, of which process {os.getpid()} is a "
+                f'fork: JAX does not work there. Start processes with the method "spawn", for '
+                f'example multiprocessing.get_context("spawn"), and make an LLM in each'
+            )
+        if self._has_ended:
+            raise RuntimeError(SHUT_DOWN)
+
+    def add(self, commands: Items[AddRequest], waiter: Waiter) -> list[Request]:
+        """Queue requests, and run rounds until they have ended."""
+
+        def add() -> list[Request]:
+            requests = self.core.add(commands, waiter)
+            waiter.num_requests = len(requests)
+            self._waiters.append(waiter)
+            return requests
+
+        return self.call(add)
+
+    def abandon(self, waiter: Waiter) -> None:
+        """End what is left of a waiter's requests, if anything is.
+
+        The garbage collector may close a stream in any thread; if it does so in this one, in the
+        middle of a round, the requests end after that round.
+        """
+        if self._has_ended or os.getpid() != self._pid:
+            return
+        if threading.current_thread() is self._thread:
+            self._calls.put(lambda: self.core.abort_all_of(waiter) or 0)
+        else:
+            self.call(self.core.abort_all_of, waiter)
+
+    def close(self) -> None:
+        """Free the device's memory and end the thread, after what it has been asked for already."""
+        if os.getpid() != self._pid:  # a forked child has neither the thread nor the memory
+            return
+        atexit.unregister(self._close_at_exit)
+        self._calls.put(None)
+        if threading.current_thread() is not self._thread:  # where the garbage collector may be
+            self._thread.join()
+            if self._failure:
+                raise self._failure
+
+    def _run(self) -> None:
+        with default_settings():
+            while call := self._next_call():
+                self._tell(call())
+            try:
+                if self._core:
+                    self._core.shut_down()
+            except BaseException as error:
+                self._failure = error
+            self._has_ended = True
+            self._tell(RuntimeError(SHUT_DOWN))
+            while not self._calls.empty():  # those who called too late get their error
+                if call := self._calls.get():
+                    call()
+
+    def _next_call(self) -> Call | None:
+        """The oldest call; a round if somebody waits for one and nobody has called."""
+        try:
+            return self._calls.get(block=not self._waiters)
+        except Empty:
+            return self._round
+
+    def _round(self) -> int | BaseException:
+        try:
+            return self.core.run_round()
+        except BaseException as error:
+            for waiter in self._waiters:
+                self.core.abort_all_of(waiter)
+            return error
+
+    def _tell(self, result: int | BaseException) -> None:
+        """Wake those who wait, and forget those whose requests have ended."""
+        if not isinstance(result, BaseException):
+            result = Round(result, time.perf_counter())
+        for waiter in self._waiters:
+            waiter.rounds.put(result)
+        self._waiters = [w for w in self._waiters if len(w.ended) < w.num_requests]
+
+    def _close_at_exit(self) -> None:
+        self._calls.put(None)
+        self._thread.join(DEADLINE_S)
+        if self._thread.is_alive():  # JAX's clean-up would wait for the device, too
+            log.error("the device has not answered for %.0f s; ending the process", DEADLINE_S)
+            os._exit(1)
