@@ -22,7 +22,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     """
     names = [name for name in (*VOCABULARIES, *ADDITIONS) if is_there(directory / name)]
     for name in names:
-        check_readable(directory / name)
+        small = name.endswith(".json") and name not in VOCABULARIES
+        (read_json if small else check_readable)(directory / name)
     if not names:
         return None
     if not set(names) & set(VOCABULARIES):
@@ -39,9 +40,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         words = tokenizer.vocab_size
         tokenizer.decode(tokenizer.encode("a"))
     except Exception as error:  # transformers lets through whatever a damaged file leads to
-        for name in names:
-            if name.endswith(".json"):
-                read_json(directory / name)
+        for name in {"tokenizer.json", "vocab.json"}.intersection(names):
+            read_json(directory / name)  # may name the one that is no JSON
         raise ValueError(
             f"the tokenizer of {directory} ({', '.join(names)}) cannot be loaded: "
             f"{type(error).__name__}: {error}; download these files again"

@@ -128,7 +128,7 @@ ODD += [10**30, "", "1", "x", "<end>", "full_attention", [], {}, [0], ["x"], {"x
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 ROPE = [None, {}, YARN, {"type": "linear", "factor": 2.0}, {"rope_type": "default"}]
 ROPE += [{"rope_type": "default", "rope_theta": theta} for theta in (1e4, 5e5)]
-ROPE += [{"rope_theta": 5e5, "factor": 2.0}, {"full_attention": {"rope_theta": 5e5}}]
+ROPE += [{"rope_theta": 5e5, "factor": 2.0}, {"full_attention": {"rope_theta": 1e4}}]
 FLAGS, COUNTS = [True, False, None], [None, 0, 1, 2, 3, 4, 8, 16, 24]
 # Values that the keys have somewhere, whether in these files or not.
 LIKELY = {

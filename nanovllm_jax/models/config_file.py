@@ -106,7 +106,7 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if raw.get(key) is not None
     ]
     problems += [
-        f"{key}={raw[key]!r} is not supported; only {neutral!r} is"
+        f"{key}={raw[key]!r:.80} is not supported; only {neutral!r} is"
         for key, neutral in NEUTRAL.items()
         if key in raw and raw[key] not in (None, neutral)
     ]
@@ -114,7 +114,7 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     def size(key: str, largest: int = LARGEST_SIZE, smallest: int = 1) -> int:
         value = raw[key]
         if type(value) is not int:
-            problems.append(f"{key} must be an integer, got {value!r}")
+            problems.append(f"{key} must be an integer, got {value!r:.80}")
         elif not smallest <= value <= largest:
             problems.append(f"{key}={value!r:.30} must be between {smallest} and {largest}")
         else:
@@ -123,7 +123,7 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     def flag(key: str) -> bool:
         if not isinstance(raw[key], bool):
-            problems.append(f"{key} must be true or false, got {raw[key]!r}")
+            problems.append(f"{key} must be true or false, got {raw[key]!r:.80}")
         return raw[key] is True
 
     before = len(problems)
@@ -138,7 +138,7 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"head_dim={head_dim} is odd: RoPE rotates pairs")
     eps, activation = raw["rms_norm_eps"], raw["hidden_act"]
     if type(eps) not in (int, float) or not 0 <= eps <= 1:  # NaN is not, either
-        problems.append(f"rms_norm_eps must be a number between 0 and 1, got {eps!r}")
+        problems.append(f"rms_norm_eps must be a number between 0 and 1, got {eps!r:.80}")
     if activation not in ("silu", "swish"):  # two names of one function
         problems.append(f"hidden_act={activation!r} is not supported; only 'silu' is")
     layers, vocab_size = size("num_hidden_layers", MOST_LAYERS), size("vocab_size")

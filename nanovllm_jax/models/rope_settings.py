@@ -23,7 +23,8 @@ def rope_theta(raw: dict[str, Any]) -> tuple[float, list[str]]:
         named = [settings[k] for k in ("rope_type", "type") if settings.get(k) is not None]
         others = [rope_type for rope_type in named if rope_type != "default"]
         problems += [
-            f"{place}: rope_type {rope_type!r} is not supported; only 'default' is"
+            f"{place}: rope_type {rope_type!r} is not supported; only 'default' is (without {place}, "
+            f"a model runs as it does up to the length that it was first trained for)"
             for rope_type in others
         ]
         if others:  # its further keys are its own
@@ -61,6 +62,8 @@ def _places(raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
             continue
         nested = {key: value for key, value in settings.items() if key in LAYER_TYPES}
         flat = {key: value for key, value in settings.items() if key not in nested}
+        if nested and "full_attention" not in nested:
+            problems.append(f"{name} has no settings for full_attention, which all layers are")
         for key, value in nested.items():
             if isinstance(value, dict):
                 places[f"{name}.{key}"] = value
