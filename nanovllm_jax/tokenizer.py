@@ -43,7 +43,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         for name in {"tokenizer.json", "vocab.json"}.intersection(names):
             read_json(directory / name)  # may name the one that is no JSON
         raise ValueError(
-            f"the tokenizer of {directory} ({', '.join(names)}) cannot be loaded: "
+            f"the tokenizer of {directory} ({', '.join(names)}, config.json) cannot be loaded: "
             f"{type(error).__name__}: {error}; download these files again"
         ) from error
     if not words:

@@ -22,6 +22,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -55,8 +56,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_model(path, name):
-    """Write one of two models: in transformers' present spelling, and as published until 2025."""
-    if name == "one file":
+    """Write one of the models: in transformers' present spelling, or as published until 2025."""
+    if name != "two files":
         config = config_json(**SIZES, eos_token_id=5)
         save_tensors(path, random_tensors(config))
     else:
@@ -71,6 +72,8 @@ def write_model(path, name):
     (path / "config.json").write_text(json.dumps(config, indent=2))
     generation = {"do_sample": True, "eos_token_id": [5, 7], "temperature": 0.6}
     (path / "generation_config.json").write_text(json.dumps(generation))
+    if name == "no tokenizer":  # transformers judges config.json as it loads one
+        return
     byte_tokenizer(VOCAB).save_pretrained(path)
     if name == "two files":
         tokenizer = json.loads((path / "tokenizer.json").read_text())["model"]
@@ -84,7 +87,7 @@ def write_model(path, name):
 class Models:
     """The undamaged models: the bytes of their files, and what is read from them."""
 
-    names = ("one file", "two files")
+    names = ("one file", "two files", "no tokenizer")
 
     def __init__(self, folder):
         self.files, self.readings = {}, {}
@@ -128,7 +131,7 @@ ODD += [10**30, "", "1", "x", "<end>", "full_attention", [], {}, [0], ["x"], {"x
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 ROPE = [None, {}, YARN, {"type": "linear", "factor": 2.0}, {"rope_type": "default"}]
 ROPE += [{"rope_type": "default", "rope_theta": theta} for theta in (1e4, 5e5)]
-ROPE += [{"rope_theta": 5e5, "factor": 2.0}, {"full_attention": {"rope_theta": 1e4}}]
+ROPE += [{"rope_theta": 5e5, "factor": 2.0}, {"full_attention": {"rope_theta": 5e5}}]
 FLAGS, COUNTS = [True, False, None], [None, 0, 1, 2, 3, 4, 8, 16, 24]
 # Values that the keys have somewhere, whether in these files or not.
 LIKELY = {
@@ -365,9 +368,20 @@ def logits(config, weights):
     return norm(x, weights["norm.weight"]) @ head.T
 
 
+def for_transformers(path):
+    """config.json in the spelling that transformers has for Qwen3: flat RoPE, floats as floats."""
+    raw = json.loads((path / "config.json").read_bytes())
+    if type(raw.get("rms_norm_eps")) is int:
+        raw["rms_norm_eps"] = float(raw["rms_norm_eps"])
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(raw.get(name), dict) and "full_attention" in raw[name]:
+            raw[name] = raw[name]["full_attention"]
+    return raw
+
+
 def assert_as_transformers(config, path):
-    """config.json means the same to transformers; returns its reading."""
-    theirs = transformers.Qwen3Config.from_pretrained(path)
+    """config.json means the same to transformers."""
+    theirs = transformers.Qwen3Config.from_dict(for_transformers(path))
     assert set(theirs.layer_types) == {"full_attention"} and not theirs.is_heterogeneous
     assert theirs.rope_parameters["rope_type"] == "default" and not theirs.attention_bias
     assert theirs.hidden_act in ("silu", "swish")
@@ -395,8 +409,9 @@ def assert_same_logits(reading, path, folder):
         if file.name == INDEX:  # transformers insists on a part of it that it does not use
             index = {"metadata": {}, "weight_map": json.loads(file.read_bytes())["weight_map"]}
             (folder / INDEX).write_text(json.dumps(index))
-        elif file.name == "config.json" or file.suffix == ".safetensors":
+        elif file.suffix == ".safetensors":
             shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(for_transformers(path)))
     model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
@@ -456,8 +471,10 @@ def judge(mutation, models, path, folder):
         assert not (path / "config.json").is_file() and "has no config.json" in str(error)
         return "refused", "no config.json"
     except (ValueError, OSError) as error:
-        changed = [name for name in mutation.changes if name in str(error)]
-        assert changed, f"{error!r} names none of the files {list(mutation.changes)}"
+        # The name alone, not as a part of another, as in tokenizer_config.json.
+        patterns = {n: rf"(?<![\w-]){re.escape(n)}(?!\.?\w)" for n in mutation.changes}
+        named = [name for name, pattern in patterns.items() if re.search(pattern, str(error))]
+        assert named, f"{error!r} names none of the files {list(mutation.changes)}"
         return "refused", type(error).__name__
     if "config.json" in mutation.changes:
         assert_as_transformers(reading.config, path)

@@ -25,9 +25,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "hidden_act": "silu",
+        "attention_bias": False,
         "use_sliding_window": False,
         "sliding_window": 4096,
         "max_window_layers": 28,
+        "layer_types": None,
     }
 }
 DTYPES = ("float32", "float16", "bfloat16")  # of checkpoints; an engine computes in fewer
@@ -36,7 +38,6 @@ QUANTIZATION = ("quantization_config", "quantization", "compression_config")
 
 # Settings of other decoders, and the value with which they change nothing. None never does.
 NEUTRAL = {
-    "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1,
     "attn_logit_softcapping": None,
@@ -141,6 +142,8 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"rms_norm_eps must be a number between 0 and 1, got {eps!r:.80}")
     if activation not in ("silu", "swish"):  # two names of one function
         problems.append(f"hidden_act={activation!r} is not supported; only 'silu' is")
+    if flag("attention_bias"):
+        problems.append("attention_bias=true is not supported; only false is")
     layers, vocab_size = size("num_hidden_layers", MOST_LAYERS), size("vocab_size")
     problems += _sliding_layers(raw, layers, flag("use_sliding_window"))
     theta, wrong_rope = rope_theta(raw)
@@ -172,7 +175,11 @@ def _method(value: Any) -> str:
 
 def _sliding_layers(raw: dict[str, Any], layers: int, sliding: bool) -> list[str]:
     """Problems with layers that attend to a window only; a flag that reaches no layer is none."""
-    types, first = raw.get("layer_types"), raw["max_window_layers"]
+    types, first, window = (raw[k] for k in ("layer_types", "max_window_layers", "sliding_window"))
+    if type(first) is not int:
+        return [f"max_window_layers must be an integer, got {first!r}"]
+    if window is not None and type(window) is not int:
+        return [f"sliding_window must be an integer or null, got {window!r}"]
     if types is not None:  # decides alone
         if not isinstance(types, list) or len(types) != layers:
             return [f"layer_types must be a list of num_hidden_layers={layers}, got {types!r:.80}"]
@@ -181,9 +188,7 @@ def _sliding_layers(raw: dict[str, Any], layers: int, sliding: bool) -> list[str
             f"layer_types: {name!r} is not supported; only 'full_attention' is"
             for name in others[:1]
         ]
-    if type(first) is not int:
-        return [f"max_window_layers must be an integer, got {first!r}"]
-    if not sliding or raw["sliding_window"] is None:
+    if not sliding or window is None:
         return []
     if first < layers:
         return [

@@ -23,8 +23,8 @@ def rope_theta(raw: dict[str, Any]) -> tuple[float, list[str]]:
         named = [settings[k] for k in ("rope_type", "type") if settings.get(k) is not None]
         others = [rope_type for rope_type in named if rope_type != "default"]
         problems += [
-            f"{place}: rope_type {rope_type!r} is not supported; only 'default' is (without {place}, "
-            f"a model runs as it does up to the length that it was first trained for)"
+            f"{place}: rope_type {rope_type!r} is not supported; only 'default' is (Qwen3 runs as "
+            f"published without YaRN: remove {place})"
             for rope_type in others
         ]
         if others:  # its further keys are its own
