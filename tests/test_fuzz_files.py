@@ -199,7 +199,8 @@ def edited(draw, value, keys):
     """A JSON value with one change somewhere inside; `keys` may be added to the outermost dict."""
     inner = list(value) if isinstance(value, dict) else list(range(len(value)))
     edits = ["set", "set", "set", "inside", "inside", "delete", "rename", "swap"]
-    edit = draw(st.sampled_from(["add", *(edits if inner else [])]))
+    adds = ["add"] * (8 if keys else 1)
+    edit = draw(st.sampled_from([*adds, *(edits if inner else [])]))
     result = value.copy()
     if edit == "add":
         key = draw(st.sampled_from(keys or ["x"]))
@@ -270,9 +271,19 @@ def changed_file(draw, name, data):
         return draw(damaged(data))
     if name.endswith(".safetensors"):
         size = struct.unpack("<Q", data[:8])[0]
-        header = json.dumps(draw(edited(json.loads(data[8 : 8 + size]), NAMES))).encode()
-        size_of_it = draw(st.sampled_from([len(header)] * 9 + [len(header) + 1, 0, 2**62]))
-        return struct.pack("<Q", size_of_it) + header + data[8 + size :]
+        header, numbers = json.loads(data[8 : 8 + size]), data[8 + size :]
+        if draw(st.booleans()):  # one more tensor: a copy of another, or a new one
+            like = dict(header[draw(st.sampled_from([n for n in header if n != "__metadata__"]))])
+            begin, end = like["data_offsets"]
+            copy = numbers[begin:end] if draw(st.booleans()) else bytes(end - begin)
+            like["data_offsets"] = [len(numbers), len(numbers) + end - begin]
+            header[draw(st.sampled_from([*NAMES, *header]))] = like
+            numbers += copy
+        else:
+            header = draw(edited(header, NAMES))
+        text = json.dumps(header).encode()
+        size_of_it = draw(st.sampled_from([len(text)] * 9 + [len(text) + 1, 0, 2**62]))
+        return struct.pack("<Q", size_of_it) + text + numbers
     value = json.loads(data)
     keys = {"config.json": OF_CONFIG, "generation_config.json": ["eos_token_id"], INDEX: NAMES}
     new = draw(edited(value, keys.get(name, OF_TOKENIZER)))
