@@ -66,6 +66,8 @@ def test_settings_without_a_vocabulary_are_an_unfinished_download(directory):
         ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json holds no JSON object"),
         ("tokenizer_config.json", '{"eos_token": 5}', "cannot be loaded: TypeError.*eos_token"),
+        ("tokenizer_config.json", '{"model_max_length": "9"}', "cannot be loaded: TypeError"),
+        ("tokenizer_config.json", '{"eos_token": "a", "eos_token": "b"}', "'eos_token' twice"),
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1", "json is a Git-LFS poin"),
         ("merges.txt", "version https://git-lfs.github.com/spec/v1", "txt is a Git-LFS pointer"),
         ("chat_template.jinja", "version https://git-lfs.github.com/spec/v1", "jinja is a Git-LFS"),

@@ -206,6 +206,18 @@ def test_parameters_are_split_into_the_tensors_that_they_are_joined_from(checkpo
         np.testing.assert_array_equal(tensor, tensors[name])
 
 
+def test_tensors_of_one_parameter_may_have_different_types(checkpoint, tmp_path):
+    path = make_checkpoint(tmp_path, "gqa")
+    kinds = {QUERY: np.float16, QUERY.replace("q_proj", "k_proj"): ml_dtypes.bfloat16}
+
+    def convert(tensors):
+        tensors.update({name: tensors[name].astype(kind) for name, kind in kinds.items()})
+
+    edit_tensors(path, convert)
+    for found, near in zip(leaves(load(path)), leaves(load(checkpoint("gqa"))), strict=True):
+        np.testing.assert_allclose(found, near, rtol=1e-2, atol=1e-6)
+
+
 # --- what is refused ---
 
 
