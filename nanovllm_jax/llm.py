@@ -1,5 +1,6 @@
 """LLM: the one class that most programs need."""
 
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import Any
@@ -88,7 +89,7 @@ class LLM(LLMEngine):
         results: dict[Request, dict[str, Any]] = {}
         try:
             requests = self._thread.add(commands, waiter)
-            with _Progress(len(requests), disable=not use_tqdm) as progress:
+            with _Progress(len(requests), use_tqdm) as progress:
                 while len(results) < len(requests) or not waiter.rounds.empty():
                     new_round = waiter.wait()
                     for request in waiter.ended[len(results) :]:
@@ -170,6 +171,7 @@ class LLM(LLMEngine):
                 if new := seq.token_ids[seen:]:
                     seen += len(new)
                     yield new
+            waiter.check()
         finally:
             self._thread.abandon(waiter)
         if seq.error:
@@ -197,11 +199,21 @@ def _result(request: Request) -> dict[str, Any]:
     return result | ({"error": output.error} if output.error else {})
 
 
+class _Bar(tqdm):
+    """A bar with a lock that an interruption cannot leave taken.
+
+    tqdm's own is a list of locks taken one after the other; interrupted between two, it would keep
+    every later bar of the process waiting for ever.
+    """
+
+    _lock = threading.RLock()
+
+
 class _Progress:
     """Shows a bar of completed requests with the current prefill and decode rates."""
 
-    def __init__(self, total: int, disable: bool):
-        self.bar = tqdm(total=total, desc="Generating", dynamic_ncols=True, disable=disable)
+    def __init__(self, total: int, show: bool):
+        self.bar = _Bar(total=total, desc="Generating", dynamic_ncols=True) if show else None
         self.rates = {"Prefill": "0tok/s", "Decode": "0tok/s"}
         self.last: Round | None = None
 
@@ -209,9 +221,12 @@ class _Progress:
         return self
 
     def __exit__(self, *exc_info):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def update(self, new: Round, completed: int) -> None:
+        if self.bar is None:
+            return
         if self.last and new.num_tokens:
             kind = "Prefill" if new.num_tokens > 0 else "Decode"
             self.rates[kind] = f"{int(abs(new.num_tokens) / (new.end - self.last.end))}tok/s"

@@ -279,7 +279,7 @@ def naive(prompt, seq, vocab):
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Random requests, steps read late or at once, aborts and resets.
+    """Random requests, steps read late or at once, aborts, resets and steps that fail.
 
     Among what this finds: blocks freed twice by abort and finish (mini-sglang #113), stale hashes
     of reused blocks (nano-vLLM #163), and tokens that are lost when a preempted sequence is
@@ -388,6 +388,17 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def reset_prefix_cache(self):
         self.books.reset_prefix_cache()
+
+    @rule(while_reading=st.booleans())
+    def a_round_fails(self, while_reading):
+        """A step is lost between its schedule and the device, or with what the device knew."""
+        if not while_reading and len(self.in_flight) < 2:
+            self.scheduler.schedule()
+        self.scheduler.recompute_all()
+        self.in_flight, self.after_prefill = [], self.scheduler.decode_next
+        for lost in (self.cache, self.last_token, self.computed):
+            lost.clear()
+        self.known = {seq: list(seq.token_ids) for seq in self.seqs}
 
     @invariant()
     def books_balance(self):

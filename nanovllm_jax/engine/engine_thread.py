@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -29,9 +28,7 @@ DEADLINE_S = 20.0  # Seconds that the end of the process waits for a round or a 
 SHUT_DOWN = "the engine has been shut down by exit(); make a new LLM"
 
 T = TypeVar("T")
-Call = Callable[
-    [], int | BaseException
-]  # returns what waiters are told: a round's count, or its error
+Call = Callable[[], int]  # returns the count of `EngineCore.run_round`, or 0
 
 
 class EngineThread:
@@ -76,21 +73,26 @@ class EngineThread:
                 was forked from.
         """
         self.check_usable()
-        future: Future[T] = Future()
+        # A queue and no Future: interrupted inside the lock of a Future, this thread would keep it,
+        # and the engine's would wait for it for ever.
+        answer: SimpleQueue[tuple[T, None] | tuple[None, BaseException]] = SimpleQueue()
 
         def body() -> int:
             try:
                 if self._has_ended:
                     raise RuntimeError(SHUT_DOWN)
-                future.set_result(run(*args))
+                answer.put((run(*args), None))
             except BaseException as error:
-                future.set_exception(error)
+                answer.put((None, error))
             return 0
 
         self._calls.put(body)
         if self._has_ended:  # meanwhile, and the thread may not see the call any more
             raise RuntimeError(SHUT_DOWN)
-        return future.result()
+        result, error = answer.get()
+        if error is not None:
+            raise error
+        return result  # pyright: ignore[reportReturnType]
 
     def check_usable(self) -> None:
         """Raise RuntimeError if the engine has been shut down, or is another process's."""
@@ -148,7 +150,8 @@ class EngineThread:
             except BaseException as error:
                 self._failure = error
             self._has_ended = True
-            self._tell(RuntimeError(SHUT_DOWN))
+            self._fail(RuntimeError(SHUT_DOWN))
+            self._tell(0)
             while not self._calls.empty():  # those who called too late get their error
                 if call := self._calls.get():
                     call()
@@ -160,20 +163,23 @@ class EngineThread:
         except Empty:
             return self._round
 
-    def _round(self) -> int | BaseException:
+    def _round(self) -> int:
         try:
             return self.core.run_round()
         except BaseException as error:
-            for waiter in self._waiters:
-                self.core.abort_all_of(waiter)
-            return error
+            self._fail(error)
+            return 0
 
-    def _tell(self, result: int | BaseException) -> None:
-        """Wake those who wait, and forget those whose requests have ended."""
-        if not isinstance(result, BaseException):
-            result = Round(result, time.perf_counter())
+    def _fail(self, error: BaseException) -> None:
+        """End the requests that somebody waits for, with an error."""
         for waiter in self._waiters:
-            waiter.rounds.put(result)
+            waiter.failure = error  # first: whoever sees a request end can see why
+            self.core.abort_all_of(waiter)
+
+    def _tell(self, num_tokens: int) -> None:
+        """Wake those who wait, and forget those whose requests have ended."""
+        for waiter in self._waiters:
+            waiter.rounds.put(Round(num_tokens, time.perf_counter()))
         self._waiters = [w for w in self._waiters if len(w.ended) < w.num_requests]
 
     def _close_at_exit(self) -> None:

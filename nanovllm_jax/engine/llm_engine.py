@@ -1,6 +1,7 @@
 """LLMEngine: requests in, outputs out, from any thread of the process."""
 
 import functools
+import logging
 import threading
 import weakref
 from pathlib import Path
@@ -15,11 +16,14 @@ from nanovllm_jax.engine.core import EngineCore
 from nanovllm_jax.engine.engine_thread import EngineThread
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.request import Owner, Prompt, checked_request
-from nanovllm_jax.engine.runtime import configure_runtime
+from nanovllm_jax.engine.runtime import check_not_forked, configure_runtime
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.tokenizer import load_tokenizer
+
+
+log = logging.getLogger("nanovllm_jax")
 
 
 class LLMEngine:
@@ -31,10 +35,13 @@ class LLMEngine:
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
         config = EngineConfig.resolve(model, **options)
+        check_not_forked()
         configure_runtime(config)
         self.config = config.on(jax.default_backend())
         self.tokenizer = load_tokenizer(Path(config.model))
         self.vocab_size = config.model_config.vocab_size
+        if jax.config.jax_disable_jit:
+            log.warning("jax_disable_jit does not reach the engine: pass enforce_eager=True")
         make_core = functools.partial(EngineCore, self.config, self.tokenizer)
         self._thread = EngineThread(make_core)
         self._core = self._thread.core

@@ -41,18 +41,19 @@ class Waiter(Owner):
     def __init__(self):
         super().__init__()
         self.num_requests = 0
-        self.rounds: SimpleQueue[Round | BaseException] = SimpleQueue()
+        self.rounds: SimpleQueue[Round] = SimpleQueue()
+        self.failure: BaseException | None = None  # what ended a round; the requests are aborted
 
     def wait(self) -> Round:
-        """Wait for the next round of those run since the requests were queued.
+        """Wait for the next of the rounds since the requests were queued; raises `failure`."""
+        new_round = self.rounds.get()
+        self.check()
+        return new_round
 
-        Raises:
-            Whatever ended the round; the requests have been aborted then.
-        """
-        result = self.rounds.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result
+    def check(self) -> None:
+        """Raise `failure`, if there is one. Requests that have ended without it have ended well."""
+        if self.failure:
+            raise self.failure
 
 
 class Request:

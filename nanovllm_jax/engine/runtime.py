@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax._src import xla_bridge  # jax has no public way to ask whether it has started
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import cuda_driver
@@ -12,6 +13,29 @@ from nanovllm_jax.engine.memory import pool_share
 
 # JAX refuses both at once.
 MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def _after_fork_in_child() -> None:
+    global _parent
+    if xla_bridge.backends_are_initialized():
+        _parent = os.getppid()
+
+
+_parent: int | None = None  # The process that this one was forked from, if JAX had started there.
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def check_not_forked() -> None:
+    """Raise RuntimeError if JAX cannot work here, since this is a fork of a process that uses it.
+
+    JAX's threads exist in the parent alone, so that the first use of a device would wait for ever.
+    """
+    if _parent is not None:
+        raise RuntimeError(
+            f"process {os.getpid()} is a fork of process {_parent}, which uses JAX already: JAX does "
+            f'not work here. Start processes with the method "spawn", for example '
+            f'multiprocessing.get_context("spawn")'
+        )
 
 
 def configure_runtime(config: EngineConfig) -> None:
