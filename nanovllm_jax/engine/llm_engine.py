@@ -22,7 +22,6 @@ from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.tokenizer import load_tokenizer
 
-
 log = logging.getLogger("nanovllm_jax")
 
 

@@ -32,8 +32,8 @@ def check_not_forked() -> None:
     """
     if _parent is not None:
         raise RuntimeError(
-            f"process {os.getpid()} is a fork of process {_parent}, which uses JAX already: JAX does "
-            f'not work here. Start processes with the method "spawn", for example '
+            f"process {os.getpid()} is a fork of process {_parent}, which uses JAX already: JAX "
+            f'does not work here. Start processes with the method "spawn", for example '
             f'multiprocessing.get_context("spawn")'
         )
 
