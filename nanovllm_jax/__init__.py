@@ -1,8 +1,10 @@
 """A small, readable, fast LLM inference engine in JAX."""
 
 import importlib
-import logging
-from typing import TYPE_CHECKING, Any
+
+# Not from typing, which takes longer to import than all of this: until the command line watches
+# for interruptions, they end in a traceback.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from nanovllm_jax.llm import LLM
@@ -13,18 +15,15 @@ __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__vers
 
 __version__ = "0.2.0.dev0"
 
-# The progress of an engine's start is shown at this level; a higher one silences it.
-if logging.getLogger(__name__).level == logging.NOTSET:
-    logging.getLogger(__name__).setLevel(logging.INFO)
-
 _MODULES = {"LLM": "llm", "SamplingParams": "sampling_params"}
 _MODULES |= dict.fromkeys(["CompletionOutput", "RequestOutput"], "outputs")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     """Import a public name, and with it JAX, when it is first asked for.
 
-    So the processes in which `nanovllm-jax compare` runs other engines start without JAX.
+    So the command line answers --help at once, and the processes in which `nanovllm-jax compare`
+    runs other engines start without JAX.
     """
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,19 @@
 """EngineConfig: the engine's options, checked and completed once."""
 
-import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from nanovllm_jax.checks import check_types, check_values
+from nanovllm_jax.checks import (
+    alternatives,
+    check_names,
+    check_types,
+    check_values,
+    is_integer,
+    seed_rule,
+)
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import MESH_AXES, Rule, merge_rules
 
@@ -15,6 +22,35 @@ CHOICES = {
     "attention_backend": ("auto", "triton", "mosaic", "xla"),
     "kv_cache_dtype": ("auto", "fp8"),
     "load_format": ("auto", "dummy"),
+}
+
+# Options of vLLM that this engine lacks, by the reason.
+OF_VLLM = {
+    "no code of a checkpoint is run": "trust_remote_code",
+    "everything is read from the model's directory": "tokenizer tokenizer_mode revision "
+    "tokenizer_revision download_dir hf_token hf_overrides config_format skip_tokenizer_init",
+    "options of sampling are passed as SamplingParams": "generation_config "
+    "override_generation_config",
+    "it computes in dtype, with unquantized weights": "quantization",
+    "prefix caching is always on": "enable_prefix_caching",
+    "prompts are always computed in chunks": "enable_chunked_prefill",
+    "use kvcache_block_size": "block_size",
+    "use num_kvcache_blocks or gpu_memory_utilization": "num_gpu_blocks_override "
+    "kv_cache_memory_bytes",
+    "nothing is moved to the host's memory": "swap_space cpu_offload_gb",
+    "use mesh_shape": "pipeline_parallel_size data_parallel_size",
+    "one process drives all devices of a host": "distributed_executor_backend worker_cls",
+    "the fastest all-reduce is chosen by itself": "disable_custom_all_reduce",
+    "steps are compiled in advance unless enforce_eager=True": "compilation_config "
+    "max_seq_len_to_capture",
+    "log probabilities are not returned": "max_logprobs",
+    "no statistics are logged": "disable_log_stats",
+    "it has no adapters": "enable_lora max_loras max_lora_rank",
+    "it guesses no tokens ahead": "speculative_config speculative_model num_speculative_tokens",
+    "outputs follow no grammar": "guided_decoding_backend structured_outputs_config",
+    "it reads and writes text only": "limit_mm_per_prompt mm_processor_kwargs task runner",
+    "RoPE is set in config.json": "rope_scaling rope_theta",
+    "JAX chooses the devices; set JAX_PLATFORMS": "device",
 }
 
 
@@ -67,7 +103,7 @@ class EngineConfig:
 
     @classmethod
     def resolve(
-        cls, model: str | Path, *, platform: str | None = None, **options: Any
+        cls, model: str | Path, platform: str | None = None, /, **options: Any
     ) -> "EngineConfig":
         """Check the user's options and complete them from config.json.
 
@@ -77,19 +113,12 @@ class EngineConfig:
 
         Raises:
             AssertionError: `model` is no local directory with a config.json.
-            TypeError: an option is unknown (the nearest valid one is named) or of the wrong type.
+            TypeError: an option is unknown (a near valid one is named) or of the wrong type.
             ValueError: an option lies out of range, with its value and the range.
         """
-        for name in options:
-            if name not in (known := list(EngineOptions.__annotations__)):
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise TypeError(
-                    f"LLM() has no option {name!r}; did you mean {near!r}? Valid: {known}"
-                )
-        path = Path(model)
-        assert path.is_dir(), f"model must be a local directory, got {str(model)!r}"
-        assert (path / "config.json").is_file(), f"{path} has no config.json"
-        check_types(cls, options)
+        check_names("LLM()", options, EngineOptions.__annotations__, OF_VLLM)
+        path = _checked_directory(model)
+        options = check_types(cls, options)
         model_config = ModelConfig.from_directory(path)
         dtype = options.get("dtype")
         if dtype not in (None, *DTYPES):
@@ -120,6 +149,7 @@ class EngineConfig:
             "gpu_memory_utilization": (0 < self.gpu_memory_utilization <= 1, "in (0, 1]"),
             "kvcache_block_size": (size > 0 and size % 256 == 0, "a positive multiple of 256"),
             "num_kvcache_blocks": (blocks is None or blocks >= 1, "at least 1, or None to size it"),
+            "seed": seed_rule(self.seed),
         }
         for name, valid in CHOICES.items():
             requirements[name] = (getattr(self, name) in valid, f"one of {valid}")
@@ -150,10 +180,33 @@ class EngineConfig:
         return self
 
 
+def _checked_directory(model: Any) -> Path:
+    """The model's directory.
+
+    Raises:
+        AssertionError: as nano-vLLM's `assert` does, also under `python -O`, where that is gone.
+    """
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise AssertionError(f"model must be a local directory, got {model!r}")
+    path = Path(model)
+    if not path.is_dir():
+        remedy = "; there is no such directory"
+        if path.is_file():
+            remedy = "; pass the directory of this file"
+        elif str(model).startswith("~"):
+            remedy = "; expand '~' with os.path.expanduser"
+        elif len(path.parts) == 2 and not path.is_absolute():  # it may be a name of the Hub
+            remedy += f"; download from the Hub by `hf download {model} --local-dir DIR`, pass DIR"
+        raise AssertionError(f"model must be a local directory, got {str(model)!r}{remedy}")
+    if not (path / "config.json").is_file():
+        raise AssertionError(f"{path} has no config.json; pass the directory that holds it")
+    return path
+
+
 def _mesh_shape(options: Mapping[str, Any]) -> Mapping[str, int]:
     """Devices along every axis of the mesh, from either of the two options that say so."""
     size, given = options.get("tensor_parallel_size", 1), options.get("mesh_shape")
-    if isinstance(size, bool) or not isinstance(size, int):
+    if not is_integer(size):
         raise TypeError(f"tensor_parallel_size must be an integer, got {size!r}")
     if not 1 <= size <= 8:
         raise ValueError(f"tensor_parallel_size must be between 1 and 8, got {size}")
@@ -162,14 +215,14 @@ def _mesh_shape(options: Mapping[str, Any]) -> Mapping[str, int]:
     mesh = dict(given or {"tensor": size})
     for axis, n in mesh.items():
         if axis not in MESH_AXES:
-            raise ValueError(f"mesh_shape has no axis {axis!r}; valid: {list(MESH_AXES)}")
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"mesh_shape has no axis {axis!r}{alternatives(axis, MESH_AXES)}")
+        if not is_integer(n) or n < 1:
             raise ValueError(f"mesh_shape[{axis!r}] must be a positive integer, got {n!r}")
     if size not in (1, mesh.get("tensor", 1)):
         raise ValueError(
             f"tensor_parallel_size={size} contradicts mesh_shape={given}; give one of them"
         )
-    return {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+    return {axis: int(mesh.get(axis, 1)) for axis in MESH_AXES}
 
 
 def _rules(given: Any) -> Mapping[str, Rule]:

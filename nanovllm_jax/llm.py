@@ -1,17 +1,15 @@
 """LLM: the one class that most programs need."""
 
 import threading
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from nanovllm_jax.engine.llm_engine import LLMEngine
-from nanovllm_jax.engine.request import Prompt, Request, Round, Waiter
+from nanovllm_jax.engine.prompts import Message, Prompt, encode_chat, naming, paired
+from nanovllm_jax.engine.request import Request, Round, Waiter
 from nanovllm_jax.sampling_params import SamplingParams
-
-Message = dict[str, Any]  # {"role": "user", "content": "..."}
 
 
 class LLM(LLMEngine):
@@ -39,7 +37,7 @@ class LLM(LLMEngine):
             CPU.
         kv_cache_dtype: "fp8" keeps keys and values as float8_e4m3fn, in half the memory of bfloat16
             and read in half the time; "auto", the default, keeps them in `dtype`.
-        seed: the random streams' seed for requests that name none (default 0).
+        seed: 64 bits, from which requests that name no seed get their random streams (default 0).
         async_scheduling: let the device run one step ahead of the host; off only to debug.
         attention_backend: "triton" or "mosaic" (GPU; "mosaic" is prefill on Hopper, the rest stays
             Triton), "xla", or "auto", the default and fastest.
@@ -62,15 +60,17 @@ class LLM(LLMEngine):
 
     def generate(
         self,
-        prompts: Items[Prompt],
-        sampling_params: SamplingParams | Items[SamplingParams],
+        prompts: Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Complete all prompts.
 
         Args:
-            prompts: texts or lists of token ids, also mixed.
-            sampling_params: one for all prompts, or exactly one for each.
+            prompts: texts, lists or arrays of token ids, and vLLM's {"prompt": text} and
+                {"prompt_token_ids": ids}, also mixed. A text that begins with the
+                beginning-of-sequence token, as a chat template writes it, gets no second one.
+            sampling_params: one for all prompts, or exactly one for each; None: SamplingParams().
             use_tqdm: show completed requests and live prefill and decode tokens/s.
 
         Returns:
@@ -79,12 +79,13 @@ class LLM(LLMEngine):
             request that outgrew the KV cache also has "error": str and what it got so far.
 
         Raises:
-            TypeError, ValueError: a request could never run; nothing has been started then.
+            TypeError, ValueError: a request could never run; the message has the prompt's index,
+                and nothing has been started then.
         """
-        if isinstance(prompts, str):
-            raise TypeError("prompts must be a list of prompts, got one string")
-        params = _one_for_each(prompts, sampling_params)
-        commands = [self._check(p, s) for p, s in zip(prompts, params, strict=True)]
+        commands = []
+        for i, (prompt, params) in enumerate(paired(prompts, sampling_params)):
+            with naming(f"prompts[{i}]"):
+                commands.append(self._check(prompt, params))
         waiter = Waiter()
         results: dict[Request, dict[str, Any]] = {}
         try:
@@ -103,7 +104,7 @@ class LLM(LLMEngine):
     def chat(
         self,
         messages: list[Message] | list[list[Message]],
-        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
         chat_template: str | None = None,
@@ -117,7 +118,7 @@ class LLM(LLMEngine):
         Args:
             messages: a conversation's messages, {"role": ..., "content": ...} each; or a list of
                 conversations.
-            sampling_params, use_tqdm: as for `generate`; None: SamplingParams().
+            sampling_params, use_tqdm: as for `generate`.
             chat_template: a Jinja template in place of the tokenizer's.
             add_generation_prompt: end the prompt with the beginning of an answer.
             continue_final_message: let the model continue the last message instead.
@@ -134,22 +135,22 @@ class LLM(LLMEngine):
             raise ValueError(f"{self.config.model} has no tokenizer, so no chat template")
         if not messages or not isinstance(messages, list):
             raise TypeError(f"messages must be a list of messages, got {messages!r:.80}")
-        conversations = messages if isinstance(messages[0], list) else [messages]
-        prompts = [
-            self.tokenizer.apply_chat_template(
-                conversation,  # pyright: ignore[reportArgumentType]
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                tools=tools,  # pyright: ignore[reportArgumentType]
-                tokenize=False,
-                **(chat_template_kwargs or {}),
-            )
-            for conversation in conversations
-        ]
-        # The template has written the special tokens already.
-        token_ids = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompts]  # pyright: ignore[reportArgumentType]
-        return self.generate(token_ids, sampling_params or SamplingParams(), use_tqdm)
+        several = isinstance(messages[0], list)
+        token_ids = []
+        for i, conversation in enumerate(messages if several else [messages]):
+            with naming(f"messages[{i}]" if several else "messages"):
+                token_ids.append(
+                    encode_chat(
+                        self.tokenizer,
+                        conversation,  # pyright: ignore[reportArgumentType]
+                        chat_template=chat_template,
+                        add_generation_prompt=add_generation_prompt and not continue_final_message,
+                        continue_final_message=continue_final_message,
+                        tools=tools,
+                        **(chat_template_kwargs or {}),
+                    )
+                )
+        return self.generate(token_ids, sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[list[int]]:
         """Complete one prompt, yielding new token ids as they come; closing it ends the request.
@@ -176,20 +177,6 @@ class LLM(LLMEngine):
             self._thread.abandon(waiter)
         if seq.error:
             raise RuntimeError(seq.error)
-
-
-def _one_for_each(
-    prompts: Items[Prompt], sampling_params: SamplingParams | Items[SamplingParams]
-) -> list[SamplingParams]:
-    if isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * len(prompts)
-    params = list(sampling_params)
-    if len(params) != len(prompts):
-        raise ValueError(
-            f"got {len(prompts)} prompts and {len(params)} sampling_params; pass one for all "
-            f"prompts or one for each"
-        )
-    return params
 
 
 def _result(request: Request) -> dict[str, Any]:

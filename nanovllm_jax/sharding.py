@@ -1,6 +1,5 @@
 """The device mesh, and the one table that says how arrays are laid out over it."""
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from nanovllm_jax.checks import alternatives
 
 MESH_AXES = ("data", "tensor")
 
@@ -118,7 +119,7 @@ def make_sharding(
         wanted = " x ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape, strict=True))
         raise ValueError(
             f"tensor_parallel_size or mesh_shape asks for {count} devices ({wanted}), "
-            f"but only {len(devices)} {devices[0].platform} device(s) are visible"
+            f"but only {len(devices)} {devices[0].platform} device(s) are visible: ask for no more"
         )
     used, unused = devices[:count], devices[count:]
     if left_out := {d.process_index for d in unused} - {d.process_index for d in used}:
@@ -134,15 +135,17 @@ def merge_rules(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
     """Change DEFAULT_RULES by the user's `rules`: logical axis -> mesh axis, several, or None.
 
     Raises:
+        TypeError: a rule is no name, list of names or None.
         ValueError: a rule names an unknown axis, or rules that belong together differ.
     """
     for axis, rule in rules.items():
         if axis not in DEFAULT_RULES:
-            near = difflib.get_close_matches(axis, DEFAULT_RULES, n=1, cutoff=0)[0]
             raise ValueError(
-                f"sharding_rules: there is no logical axis {axis!r}; did you mean {near!r}? "
-                f"Valid: {list(DEFAULT_RULES)}"
+                f"sharding_rules: there is no logical axis {axis!r}"
+                f"{alternatives(axis, DEFAULT_RULES)}"
             )
+        if not isinstance(rule, str | tuple | list | None):
+            raise TypeError(f"sharding_rules: {axis!r} must have a mesh axis or None, got {rule!r}")
         names = (rule,) if isinstance(rule, str) else tuple(rule or ())
         if unknown := [name for name in names if name not in MESH_AXES]:
             raise ValueError(

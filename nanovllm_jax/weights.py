@@ -43,7 +43,7 @@ def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nn
 
 def random_weights(config: ModelConfig, sharding: Sharding, seed: int) -> nnx.State:
     """Make random parameters on the devices, to measure speed without a checkpoint."""
-    root = jax.random.key(seed)
+    root = jax.random.key(seed % 2**32)  # JAX uses no further bits, and refuses 2**63
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     count = 0
 

@@ -167,7 +167,7 @@ def measure(case: Case, caches: Sequence[jax.Array], repeats: int):
 
 def main():
     """Run the cases and print the table."""
-    parser = ArgumentParser(description="Time the kernels.")
+    parser = ArgumentParser(description="Time the kernels.", allow_abbrev=False)
     add = parser.add_argument
     add("--tiny", action="store_true", help="small shapes, for a CPU")
     add("--implementation", default="triton", choices=["triton", "mosaic", "xla"])

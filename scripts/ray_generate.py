@@ -59,7 +59,7 @@ class Generate:
         # Each prompt has a seed of its own, so that actors, batches and restarts do not change its
         # tokens.
         seeds = [hashlib.sha256(f"{self.seed} {row['id']!r}".encode()).digest() for row in rows]
-        params = [SamplingParams(**self.sampling, seed=int.from_bytes(s[:4])) for s in seeds]
+        params = [SamplingParams(**self.sampling, seed=int.from_bytes(s[:8])) for s in seeds]
         try:
             outputs = self.llm.generate([row["prompt"] for row in rows], params, use_tqdm=False)
         except (TypeError, ValueError) as error:  # nothing has run yet: look for the bad prompt

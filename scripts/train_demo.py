@@ -138,7 +138,8 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="directory to write or replace")
     parser.add_argument("--steps", type=int, help=f"instead of {Recipe.steps}")
     parser.add_argument("--batch", type=int, help=f"rows, instead of {Recipe.batch}")

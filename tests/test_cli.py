@@ -1,10 +1,13 @@
 """The command line: what it prints, what it refuses, and how it ends."""
 
+import importlib
 import io
 import json
 import logging
+import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -14,8 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import nanovllm_jax
 from nanovllm_jax import cli as command_line
 from nanovllm_jax.cli import main
-from nanovllm_jax.engine.detokenizer import Detokenizer
-from nanovllm_jax.tools import profile
+from nanovllm_jax.tools import options, profile
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -57,7 +59,17 @@ def cli(model_dir):
     """Run the command line on the tiny model and return its exit status."""
     options = ["--model", str(model_dir), "--load-format", "dummy", "--num-kvcache-blocks", "4",
                "--enforce-eager"]  # fmt: skip
-    return lambda *argv: main([*argv, *options])
+    return lambda *argv: main([*options, *argv])
+
+
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Let nothing be loaded or compiled."""
+
+    def refuse(*_, **options):
+        pytest.fail("an engine was made")
+
+    monkeypatch.setattr(nanovllm_jax, "LLM", refuse)
 
 
 def expected(model_dir, prompts, **sampling):
@@ -71,27 +83,6 @@ def expected(model_dir, prompts, **sampling):
         enforce_eager=True,
     ) as llm:
         return [result["text"] for result in llm.generate(prompts, params, use_tqdm=False)]
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    def decode(self, token_ids, skip_special_tokens=False):
-        return bytes(token_ids).decode("utf-8", errors="replace")
-
-
-def test_a_character_of_several_tokens_is_printed_whole():
-    text = "aé€😀z"
-    stream = Detokenizer(Bytes())
-    pieces = [stream.push([byte]) for byte in text.encode()]
-    assert [piece for piece in pieces if piece] == list(text)
-    assert stream.flush() == ""
-
-
-def test_an_incomplete_end_is_printed_by_flush():
-    stream = Detokenizer(Bytes())
-    assert stream.push([*b"ab", 0xE2]) == ""
-    assert stream.flush() == "ab\ufffd"
 
 
 def test_one_prompt_prints_the_whole_completion(cli, model_dir, capsys):
@@ -134,15 +125,141 @@ def test_chat_applies_the_template(cli, model_dir, capsys):
         (["-", "-"], "standard input"),
         (["x" * 1000], "256"),
         ([""], "empty"),
+        (["a", "b", ""], "prompt 3 of 3"),
+        (["--", "--chat", "x" * 1000], "prompt 2 of 2"),
+        (["ab\udcff"], "byte 0xff at position 2"),
+        ([], "PROMPT"),
+        (["--"], "PROMPT"),
+        (["hi", "--temperature", "nan"], "temperature"),
+        (["hi", "--top-k", "5"], "--temperature 0.7"),
+        (["hi", "--top-p", "0.5"], "--top-p does nothing"),
+        (["hi", "--min-p", "0.5"], "--min-p does nothing"),
+        (["hi", "--seed", "0"], "--seed does nothing"),
+        (["hi", "--stop", "5"], "--stop"),  # no abbreviation of --stop-token-ids
     ],
 )
-def test_a_bad_request_is_one_line_and_status_2(cli, capsys, argv, said):
+def test_a_bad_request_is_one_line_and_status_2(cli, no_engine, capsys, argv, said):
     assert cli(*argv) == 2
     captured = capsys.readouterr()
     (line,) = [ln for ln in captured.err.splitlines() if ln.startswith("nanovllm-jax: error: ")]
     assert said in line
     assert captured.out == ""
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (b"ab\xff", "byte 0xff at position 2"),
+        ("\u00e9".encode("latin-1"), "byte 0xe9 at position 0"),
+        (b"\n", "empty"),
+    ],
+)
+def test_bad_standard_input_is_refused(cli, no_engine, capsys, monkeypatch, given, said):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="latin-1"))
+    assert cli("-") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_closed_standard_input_is_refused(cli, no_engine, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli("-") == 2
+    assert "closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "prompts"),
+    [
+        (["a", "--chat", "b"], [("a", False), ("b", False)]),
+        (["--", "-x"], [("-x", True)]),
+        (["--", "bench"], [("bench", True)]),
+        (["--", "-", "--"], [("-", True), ("--", True)]),
+        (
+            ["a", "--max-tokens", "3", "-", "--", "--chat"],
+            [(w, w[1:] > "-") for w in ["a", "-", "--chat"]],
+        ),
+    ],
+)
+def test_words_behind_two_dashes_are_prompts(argv, prompts):
+    assert command_line._parse(argv).prompts == prompts
+
+
+def test_a_prompt_may_look_like_an_option_or_a_tool(cli, model_dir, capsys):
+    prompts = ["bench", "--chat", "-"]
+    assert cli("--max-tokens", "3", "--", *prompts) == 0
+    texts = expected(model_dir, prompts, max_tokens=3)
+    pairs = zip(prompts, texts, strict=True)
+    assert capsys.readouterr().out == "".join(f">>> {p}\n{t}\n\n" for p, t in pairs)
+
+
+def test_no_arguments_show_the_usage(no_engine, capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: nanovllm-jax [options] PROMPT")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["--nope"], ["hi", "--seed", "1"]])
+def test_what_needs_no_model_is_answered_without_jax(argv):
+    """Importing JAX and transformers takes seconds."""
+    code = "import sys\nfrom nanovllm_jax.cli import main\n"
+    code += f"try: main({argv})\nexcept SystemExit: pass\n"
+    code += "sys.exit(bool({'jax', 'transformers', 'numpy'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    if argv == ["--help"]:
+        assert all(f"\n  {name} " in done.stdout for name in command_line.TOOLS)
+
+
+@pytest.mark.parametrize("tool", ["bench", "compare.main", "profile", "sharding"])
+def test_tools_take_no_abbreviations(tool):
+    parse = importlib.import_module(f"nanovllm_jax.tools.{tool}").parse
+    argv = {"bench": ["--random-weights", "0.6B"], "sharding": ["--mesh", "tensor=2"]}.get(tool, [])
+    option = {"compare.main": "--work", "sharding": "--cont"}.get(tool, "--max-mod")
+    with pytest.raises(options.UsageError, match=option):
+        parse([*argv, option, "8"])
+
+
+def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark(cli, model_dir, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert cli("--ignore-eos", "--max-tokens", "20", "\u00e9") == 0
+    screen.seek(0)
+    (text,) = expected(model_dir, ["\u00e9"], max_tokens=20, ignore_eos=True)
+    assert screen.read() == text.encode("ascii", "replace").decode() + "\n"
+    assert "?" in text.encode("ascii", "replace").decode()
+
+
+def test_the_number_of_prompts_does_not_choose_what_is_compiled(model_dir, monkeypatch):
+    made = []
+
+    def engine(model, **options):
+        made.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(nanovllm_jax, "LLM", engine)
+    for count in (1, 2, 3, 100):
+        assert main(["--model", str(model_dir), *count * ["hi"]]) == 2
+    assert made == [{"max_num_seqs": 8, "max_num_batched_tokens": 256}] * 4  # the model's longest
+    made.clear()
+    main(["--model", str(model_dir), "hi", "--max-model-len", "128", "--max-num-seqs", "5"])
+    assert made == [{"max_model_len": 128, "max_num_seqs": 5, "max_num_batched_tokens": 128}]
+
+
+def test_warnings_are_one_line(capsys, monkeypatch):
+    def warn(argv):
+        warnings.warn("a\nb", stacklevel=2)
+        return 0
+
+    monkeypatch.setattr(command_line, "generate", warn)
+    before = warnings.showwarning
+    assert main(["hi"]) == 0
+    assert capsys.readouterr().err == "nanovllm-jax: warning: a b\n"
+    assert warnings.showwarning is before
+
+
+def test_a_call_in_a_program_leaves_its_handler_of_interruptions(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["--nope"]) == 2
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_missing_model_ends_the_process_with_status_2():
@@ -169,14 +286,6 @@ def test_a_tool_is_reached_by_its_name_and_a_prompt_of_that_name_after_an_option
     assert main(["profile", "a", "b"]) == 42
     assert cli("--max-tokens", "2", "profile") == 0
     assert capsys.readouterr().out
-
-
-def test_steps_are_no_larger_than_the_prompts_can_be(model_dir, monkeypatch):
-    monkeypatch.setattr(command_line, "LLM", lambda model, **options: options)
-    given = {"max_num_seqs": 2, "max_num_batched_tokens": 256}  # the model's longest
-    assert command_line._load(model_dir, 2, {}) == given
-    options = {"max_model_len": 128, "max_num_seqs": 5}
-    assert command_line._load(model_dir, 2, options) == {**options, "max_num_batched_tokens": 128}
 
 
 def test_messages_of_the_engine_go_to_standard_error(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -481,3 +482,23 @@ def test_a_worker_of_another_engine_starts_without_jax():
     """Its start is timed, and is its own."""
     code = "import sys, nanovllm_jax.tools.compare.worker; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_worker_ends_with_its_parent_and_takes_its_own_children_along():
+    code = """if 1:
+        import subprocess, time
+        from nanovllm_jax.tools.compare import worker
+        worker.end_with_parent()
+        print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+        time.sleep(60)
+    """
+    pipes = dict.fromkeys(["stdin", "stdout"], subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
+    child = int(process.stdout.readline())
+    assert process.poll() is None
+    process.stdin.close()  # as the end of the parent does
+    assert process.wait(20) == -signal.SIGKILL
+    process.stdout.read()  # ends when the child has
+    process.stdout.close()
+    status = Path(f"/proc/{child}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()

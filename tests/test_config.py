@@ -4,11 +4,13 @@ Whatever is refused is refused before any weight is read, with its value and wha
 """
 
 import json
+import re
 
+import numpy as np
 import pytest
 from helpers import config_json
 
-from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax import LLM, SamplingParams, config, sampling_params
 from nanovllm_jax.config import EngineConfig, EngineOptions
 
 
@@ -54,6 +56,9 @@ def test_defaults(directory):
         ("attention_backend", "cuda", "triton"),
         ("kv_cache_dtype", "int8", "fp8"),
         ("load_format", "pickle", "auto"),
+        ("gpu_memory_utilization", float("nan"), r"\(0, 1\]"),
+        ("seed", 2**64, r"-2\*\*63 to 2\*\*64 - 1"),
+        ("seed", -(2**63) - 1, "64-bit"),
     ],
 )
 def test_options_out_of_range_name_their_value_and_the_range(directory, name, value, rule):
@@ -73,10 +78,18 @@ def test_options_out_of_range_name_their_value_and_the_range(directory, name, va
         ("gpu_memory_utilization", "0.9"),
         ("num_kvcache_blocks", 1.5),
         ("seed", None),
+        ("seed", 1.0),
+        ("dtype", np.dtype("float32")),
+        ("attention_backend", None),
+        ("mesh_shape", 2),
+        ("sharding_rules", "tensor"),
+        ("sharding_rules", {"heads": 5}),
+        ("tensor_parallel_size", True),
     ],
 )
 def test_options_of_the_wrong_type(directory, name, value):
-    with pytest.raises(TypeError, match=f"{name}.*{value!r}"):
+    shown = re.escape(repr(value["heads"] if isinstance(value, dict) else value))
+    with pytest.raises(TypeError, match=f"{name}.*{shown}"):
         LLM(str(directory()), **{name: value})
 
 
@@ -96,9 +109,65 @@ def test_unknown_options_name_the_nearest(directory, wrong, nearest):
         LLM(str(directory()), **{wrong: 1})
 
 
-def test_a_hub_name_is_an_assertion_error():
-    with pytest.raises(AssertionError, match=r"Qwen/Qwen3-0\.6B"):
-        LLM("Qwen/Qwen3-0.6B")
+@pytest.mark.parametrize("wrong", ["xyzzy", "model_path", "platform", "do_sample"])
+def test_a_name_that_is_near_to_none_gets_no_guess(directory, wrong):
+    """`trust_remote_code` once got 'seed'."""
+    with pytest.raises(TypeError, match=rf"{wrong}'\. Valid: .*'seed'"):
+        LLM(str(directory()), **{wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("trust_remote_code", "no code of a checkpoint is run"),
+        ("enable_prefix_caching", "always on"),
+        ("block_size", "use kvcache_block_size"),
+        ("num_gpu_blocks_override", "use num_kvcache_blocks"),
+        ("quantization", "unquantized"),
+        ("swap_space", "nothing is moved"),
+    ],
+)
+def test_options_of_vllm_that_are_lacking_are_named_as_such(directory, name, reason):
+    with pytest.raises(TypeError, match=rf"no option '{name}', which vLLM has: .*{reason}"):
+        LLM(str(directory()), **{name: 1})
+
+
+@pytest.mark.parametrize("of_vllm", [config.OF_VLLM, sampling_params.OF_VLLM])
+def test_no_option_that_exists_is_said_to_be_lacking(of_vllm):
+    names = " ".join(of_vllm.values()).split()
+    assert len(names) == len({*names})
+    assert not {*names} & {*EngineOptions.__annotations__, *vars(SamplingParams())}
+
+
+def test_numpys_numbers_become_pythons(directory):
+    config = EngineConfig.resolve(
+        directory(),
+        max_num_seqs=np.int64(7),
+        gpu_memory_utilization=np.float32(0.5),
+        enforce_eager=np.True_,
+        seed=np.uint64(2**64 - 1),
+        mesh_shape={"tensor": np.int32(2)},
+    )
+    values = [config.max_num_seqs, config.gpu_memory_utilization, config.enforce_eager, config.seed]
+    assert values == [7, 0.5, True, 2**64 - 1]
+    assert [*map(type, [*values, config.num_devices])] == [int, float, bool, int, int]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("Qwen/Qwen3-0.6B", r"'Qwen/Qwen3-0\.6B'.*`hf download Qwen/Qwen3-0\.6B --local-dir DIR`"),
+        ("/no/such/place", "'/no/such/place'; there is no such directory$"),
+        ("~/model", "os.path.expanduser"),
+        (__file__, "pass the directory of this file"),
+        ("", "got ''"),
+        (None, "got None"),
+        (5, "got 5"),
+    ],
+)
+def test_anything_but_a_local_directory_is_an_assertion_error(model, message):
+    with pytest.raises(AssertionError, match=message):
+        LLM(model)
 
 
 def test_a_directory_without_config_json_is_an_assertion_error(tmp_path):
@@ -143,14 +212,14 @@ def test_the_platform_and_the_user_settle_the_dtype(
     directory, stored, platform, asked, computes_in
 ):
     path = directory(dtype=stored)
-    config = EngineConfig.resolve(path, platform=platform, dtype=asked)
+    config = EngineConfig.resolve(path, platform, dtype=asked)
     assert config.model_config.dtype == computes_in
 
 
 def test_float16_on_a_gpu_is_refused_with_the_types_to_ask_for(directory):
     path = directory(dtype="float16")
     with pytest.raises(ValueError, match=r"config\.json: dtype='float16'.*dtype='bfloat16'"):
-        EngineConfig.resolve(path, platform="gpu")
+        EngineConfig.resolve(path, "gpu")
 
 
 def test_options_are_documented_where_users_look():
@@ -180,6 +249,10 @@ def test_sampling_params_defaults():
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"top_p": float("nan")},
+        {"min_p": float("nan")},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
         {"max_tokens": 0},
         {"top_k": -2},
         {"top_p": 0.0},
@@ -207,9 +280,25 @@ def test_sampling_params_out_of_range(wrong):
         {"stop_token_ids": "ab"},
         {"stop_token_ids": ["a"]},
         {"detokenize": None},
+        {"stop_token_ids": b"ab"},
+        {"stop_token_ids": [True]},
+        {"stop_token_ids": [[1]]},
+        {"temperature": np.array([1.0])},
+        {"max_tokens": np.float32(3)},
+        {"seed": True},
     ],
 )
 def test_sampling_params_of_the_wrong_type(wrong):
     ((name, _),) = wrong.items()
     with pytest.raises(TypeError, match=name):
         SamplingParams(**wrong)
+
+
+def test_negative_stop_tokens_are_refused():
+    with pytest.raises(ValueError, match="each of stop_token_ids must be 0 or more, got -1"):
+        SamplingParams(stop_token_ids=[3, -1])
+
+
+@pytest.mark.parametrize("seed", [None, 0, -1, -(2**63), 2**64 - 1])
+def test_seeds_have_64_bits(seed):
+    assert SamplingParams(seed=seed).seed == seed

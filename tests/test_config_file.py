@@ -282,6 +282,7 @@ BASE = {"rope_theta": 1e4, "rope_type": "default"}
         ({"rope_theta": float("nan")}, "rope_theta .*nan"),
         ({"rope_theta": 10**400}, "rope_theta .*1000"),
         ({"rope_theta": [1e6]}, r"rope_theta .*\[1000000\.0\]"),
+        ({"rope_scaling": False}, "rope_scaling must be an object, got False"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
         ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type \['yarn'\]"),
         ({"rope_parameters": {"sliding_attention": BASE}}, "no settings for full_attention"),

@@ -52,7 +52,7 @@ def programs(tmp_path_factory):
         def make(head_dim, gpus):
             path = tmp_path_factory.mktemp("model")
             write_config(replace(QWEN3["0.6B"], num_layers=2, head_dim=head_dim), path)
-            config = EngineConfig.resolve(path, platform="gpu", tensor_parallel_size=gpus)
+            config = EngineConfig.resolve(path, "gpu", tensor_parallel_size=gpus)
             mesh = h100_mesh(**config.mesh_shape)
             return Programs(config, Sharding(mesh, config.sharding_rules))
 

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain
 
 import jax
@@ -395,7 +395,7 @@ def test_the_users_jax_settings_stay_outside(new_engine, engine, checkpoint, how
         if how == "for all threads":
             for name, value in SETTINGS.items():
                 jax.config.update(name, value)
-            context = suppress()
+            context = nullcontext()
         else:
             context = jax.transfer_guard("disallow")
         try:
@@ -472,7 +472,10 @@ def test_a_forgotten_engine_frees_its_memory(new_engine, checkpoint, monkeypatch
     with quick_start():
         llm = LLM(checkpoint(), max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64)
     tokens(llm, [prompt(5)], greedy())
-    arrays = jax.tree.leaves((llm.runner.weights, llm.runner.state.cache))
+    runner = llm.runner
+    assert runner and runner.state
+    arrays = jax.tree.leaves((runner.weights, runner.state.cache))
+    del runner
     thread, engine = llm._thread._thread, weakref.ref(llm)
     del llm
     gc.collect()

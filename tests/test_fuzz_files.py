@@ -112,7 +112,7 @@ class Reading(NamedTuple):
 
 def read(path):
     """Read a directory as an engine does when it starts on a CPU."""
-    config = EngineConfig.resolve(path, platform="cpu").model_config
+    config = EngineConfig.resolve(path, "cpu").model_config
     tokenizer = load_tokenizer(path)
     ends = set(eos_token_ids(config, tokenizer))
     state = load_weights(config, make_sharding({"tensor": 1}), path)

@@ -44,7 +44,7 @@ def read(packed, last_tokens, bucket):
         "query_starts": batch.query_starts,
         "slot": rows[:, Column.SLOT],
         "top_k": rows[:, Column.TOP_K],
-        "seed": seeds(rows),
+        "seed": seeds(rows),  # [low, high] words
         "temperature": floats(rows, Column.TEMPERATURE),
         "top_p": floats(rows, Column.TOP_P),
         "min_p": floats(rows, Column.MIN_P),
@@ -61,13 +61,13 @@ def sequences(draw):
     seqs = []
     for seq_id in range(count):
         params = SamplingParams(
-            temperature=draw(st.floats(0, 10, width=32)),
+            temperature=draw(st.floats(0, 10, width=32) | st.sampled_from([1e30, 1e300])),
             top_k=draw(st.one_of(st.integers(-1, 200), st.integers(2**31 - 2, 2**40))),
-            top_p=draw(st.floats(0.01, 1)),
+            top_p=draw(st.floats(0.01, 1) | st.sampled_from([1e-37, 1e-40, 1e-300])),
             min_p=draw(st.floats(0, 1)),
         )
         ids = draw(st.lists(st.integers(0, 150_000), min_size=1, max_size=20))
-        seed = draw(st.integers(0, 2**32 - 1))
+        seed = draw(st.integers(0, 2**64 - 1))
         seq = Sequence(seq_id, ids, params, seed=seed, max_tokens=1)
         seq.slot = slots[seq_id]
         seq.block_table = [next(blocks) for _ in range(-(-len(ids) // BLOCK))]
@@ -81,10 +81,13 @@ def check_row(got, i, seq, start, length):
     assert got["slot"][i] == seq.slot
     assert got["context_lens"][i] == got["sampled_positions"][i] == start + length
     assert got["block_tables"][i].tolist()[: len(seq.block_table)] == seq.block_table
-    assert got["seed"][i] == seq.seed
+    low, high = map(int, got["seed"][i])
+    assert (high << 32) + low == seq.seed
     assert got["top_k"][i] == min(seq.params.top_k, 2**31 - 1)
-    for name in ("temperature", "top_p", "min_p"):
-        assert got[name][i] == np.float32(getattr(seq.params, name))
+    # What is beyond float32's range stands for its nearest number that computes alike.
+    assert got["temperature"][i] == np.float32(min(seq.params.temperature, 1e30))
+    assert got["top_p"][i] == max(np.float32(seq.params.top_p), np.finfo(np.float32).tiny)
+    assert got["min_p"][i] == np.float32(seq.params.min_p)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -173,7 +173,7 @@ def test_a_partly_computed_prompt_stays_ahead_of_a_preempted_sequence():
     ("options", "error", "said"),
     [
         ({"mesh_shape": {"data": 3, "tensor": 3}}, ValueError, "9 devices"),
-        ({"mesh_shape": {"model": 2}}, ValueError, r"no axis 'model'; valid: \['data', 'tensor'\]"),
+        ({"mesh_shape": {"model": 2}}, ValueError, r"no axis 'model'. Valid: \['data', 'tensor'\]"),
         ({"mesh_shape": {"data": 0}}, ValueError, r"mesh_shape\['data'\] must be a positive"),
         ({"mesh_shape": 4}, TypeError, "mesh_shape must be a dict"),
         ({"mesh_shape": {"tensor": 2}, "tensor_parallel_size": 4}, ValueError, "contradicts"),

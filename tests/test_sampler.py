@@ -9,10 +9,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
+from nanovllm_jax.engine.request import stream_seed
 from nanovllm_jax.layers.sampler import filter_logits, gumbel_noise, sample
 from nanovllm_jax.sharding import make_sharding
 
 V = 200
+
+
+def words(seeds) -> np.ndarray:
+    """64-bit seeds as the device takes them: [low, high] words."""
+    return np.array([[seed % 2**32, seed >> 32] for seed in map(int, seeds)], np.uint32)
 
 
 def logits_of(kind: str, rows: int = 24, vocab: int = V) -> np.ndarray:
@@ -135,7 +141,7 @@ def test_padding_is_never_kept_nor_drawn():
         got = np.asarray(apply(logits, opts, vocab_size=190))
         assert np.all(got[:, 190:] == -np.inf)
     rows = np.arange(24)
-    drawn = sample(logits, np.ones(24, np.float32), rows.astype(np.uint32), rows, vocab_size=190)
+    drawn = sample(logits, np.ones(24, np.float32), words(rows), rows, vocab_size=190)
     assert np.all(np.asarray(drawn) < 190)
 
 
@@ -143,7 +149,7 @@ def test_greedy_takes_the_first_of_the_largest():
     logits = logits_of("ties")
     rows = np.arange(24)
     zeros = np.zeros(24, np.float32)
-    got = sample(logits, zeros, rows.astype(np.uint32), rows, vocab_size=V)
+    got = sample(logits, zeros, words(rows), rows, vocab_size=V)
     np.testing.assert_array_equal(got, logits.argmax(axis=1))
 
 
@@ -151,7 +157,7 @@ def test_greedy_ignores_the_filters():
     logits = logits_of("ties")
     rows = np.arange(24)
     kept = apply(logits, options(24, temperature=0.0), vocab_size=V)
-    got = sample(kept, np.zeros(24, np.float32), rows.astype(np.uint32), rows, vocab_size=V)
+    got = sample(kept, np.zeros(24, np.float32), words(rows), rows, vocab_size=V)
     np.testing.assert_array_equal(got, logits.argmax(axis=1))
 
 
@@ -161,7 +167,7 @@ def test_a_sharded_vocabulary_gives_the_same(devices, kind):
     sharding = make_sharding({"tensor": devices})
     vocab = V - 5  # the last shard is partly padding
     logits, opts = logits_of(kind), options(24)
-    seeds, positions = np.arange(24, dtype=np.uint32), np.arange(24, dtype=np.int32) * 7
+    seeds, positions = words(range(24)), np.arange(24, dtype=np.int32) * 7
 
     def run(logits, axis=()):
         kept = apply(logits, opts, vocab_size=vocab, axis=axis)
@@ -188,8 +194,7 @@ def draws(logits, n=20_000, **options):
     top_k = rows["top_k"].astype(np.int32)
     filters = (rows["temperature"], top_k, rows["top_p"], rows["min_p"])
     logits = filter_logits(logits, *filters, vocab_size=logits.shape[1])
-    seeds = np.full(n, 7, np.uint32)
-    positions = np.arange(n, dtype=np.int32)
+    seeds, positions = words([7] * n), np.arange(n, dtype=np.int32)
     drawn = sample(logits, rows["temperature"], seeds, positions, vocab_size=logits.shape[1])
     return np.bincount(np.asarray(drawn), minlength=logits.shape[1])
 
@@ -203,6 +208,7 @@ EIGHT_LOGITS = np.log([0.3, 0.02, 0.25, 0.15, 0.1, 0.08, 0.06, 0.04])
         ({}, range(8)),
         ({"temperature": 0.5}, range(8)),
         ({"temperature": 3.0}, range(8)),
+        ({"temperature": 1e30}, range(8)),  # the highest that `RowTable` writes: all are alike
         ({"top_k": 3}, [0, 2, 3]),
         ({"top_p": 0.75}, [0, 2, 3, 4]),
         ({"min_p": 0.3}, [0, 2, 3, 4]),
@@ -221,34 +227,87 @@ def test_samples_follow_the_distribution(options, kept):
     assert stats.chisquare(counts[mask], expected).pvalue > 1e-3
 
 
-def test_noise_is_standard_gumbel_in_each_direction():
-    """Over the vocabulary, over positions and over seeds."""
+def noise(seeds, positions, ids) -> np.ndarray:
+    return np.asarray(gumbel_noise(words(seeds), np.asarray(positions), jnp.asarray(ids)))
+
+
+@pytest.mark.parametrize("many", ["ids", "positions", "low", "high", "user's seeds"])
+def test_noise_is_standard_gumbel_in_each_direction(many):
     n = 20_000
-    one = {"seeds": np.array([3], np.uint32), "positions": np.array([5]), "ids": np.array([7])}
-    for many in ("ids", "positions", "seeds"):
-        args = one | {many: np.arange(n).astype(one[many].dtype)}
-        if many != "ids":
-            other = "positions" if many == "seeds" else "seeds"
-            args[other] = np.full(n, one[other][0])
-        noise = np.asarray(gumbel_noise(args["seeds"], args["positions"], jnp.asarray(args["ids"])))
-        assert np.all(np.isfinite(noise))
-        assert stats.kstest(noise.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3, many
+    seeds, positions, ids = [3], [5], [7]
+    if many == "ids":
+        ids = np.arange(n)
+    elif many == "positions":
+        seeds, positions = seeds * n, np.arange(n)
+    else:
+        positions = positions * n
+        seeds = {
+            "low": range(n),
+            "high": [i << 32 for i in range(n)],
+            "user's seeds": [stream_seed(i, [1, 2], 0, 0) for i in range(n)],
+        }[many]
+    got = noise(seeds, positions, ids)
+    assert got.size == n and np.all(np.isfinite(got))
+    assert stats.kstest(got.ravel(), stats.gumbel_r.cdf).pvalue > 1e-3
 
 
-def test_noise_of_neighbours_is_uncorrelated():
-    rows = np.arange(64)
-    ids = jnp.arange(4096)
-    by_position = np.asarray(gumbel_noise(np.full(64, 9, np.uint32), rows, ids))
-    by_seed = np.asarray(gumbel_noise(rows.astype(np.uint32), np.full(64, 9), ids))
-    for noise in (by_position, by_seed):
-        correlation = np.corrcoef(noise)[~np.eye(64, dtype=bool)]
-        assert np.abs(correlation).max() < 5.5 / np.sqrt(4096)
-        shifted = [np.corrcoef(noise[i, 1:], noise[i + 1, :-1])[0, 1] for i in range(63)]
-        assert np.abs(shifted).max() < 5.5 / np.sqrt(4096)
+@pytest.mark.parametrize("rows", ["positions", "low", "high", "requests", "engines", "prompts"])
+def test_noise_of_neighbours_is_uncorrelated(rows):
+    n, size = 64, 4096
+    positions = range(n) if rows == "positions" else [9] * n
+    seeds = {
+        "positions": [9] * n,
+        "low": range(n),
+        "high": [i << 32 for i in range(n)],
+        "requests": [stream_seed(None, [1], 0, i) for i in range(n)],
+        "engines": [stream_seed(None, [1], i, 0) for i in range(n)],
+        "prompts": [stream_seed(0, [i], 0, 0) for i in range(n)],
+    }[rows]
+    got = noise(seeds, positions, np.arange(size))
+    correlation = np.corrcoef(got)[~np.eye(n, dtype=bool)]
+    assert np.abs(correlation).max() < 5.5 / np.sqrt(size)
+    shifted = [np.corrcoef(got[i, 1:], got[i + 1, :-1])[0, 1] for i in range(n - 1)]
+    assert np.abs(shifted).max() < 5.5 / np.sqrt(size)
 
 
 def test_seed_and_position_are_not_interchangeable():
-    ids = jnp.arange(64)
-    a = gumbel_noise(np.array([1], np.uint32), np.array([2]), ids)
-    b = gumbel_noise(np.array([2], np.uint32), np.array([1]), ids)
-    assert not np.any(np.asarray(a) == np.asarray(b))
+    ids = np.arange(64)
+    a, b, c = noise([1, 2, 1 << 32], [2, 1, 2], ids)
+    assert not np.any(a == b) and not np.any(a == c)
+
+
+def drawn(seeds, positions=4, vocab=1000) -> np.ndarray:
+    """The tokens that seeds draw among equal ones at the first positions: [seeds, positions]."""
+    rows = words(np.repeat(np.array([*seeds], np.uint64), positions))
+    at = np.tile(np.arange(positions), len(rows) // positions)
+    logits = np.zeros((len(rows), vocab), np.float32)
+    tokens = sample(logits, np.ones(len(rows), np.float32), rows, at, vocab_size=vocab)
+    return np.asarray(tokens).reshape(-1, positions)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1, 0x0123456789ABCDEF])
+def test_every_bit_of_a_seed_counts(seed):
+    """Once half of the bits were dropped. Both on the device and as the user gives it."""
+    flipped = [seed, *(seed ^ (1 << bit) for bit in range(64))]
+    for seeds in (flipped, [stream_seed(s, [1, 2, 3], 0, 0) for s in flipped]):
+        streams = {tuple(stream) for stream in drawn(seeds).tolist()}
+        assert len(streams) == 65, "two streams of four tokens among 1000 are equal"
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        [stream_seed(None, [1], engine, n) for engine in range(-2, 8) for n in range(200)],
+        [stream_seed(seed, [prompt], 0, 0) for seed in range(-12, -2) for prompt in range(200)],
+        [stream_seed(7, [5] * n, 0, 0) for n in range(1, 2001)],
+        [stream_seed(seed, [1], 0, 0) for seed in range(2000)],
+    ],
+    ids=["engines and requests", "seeds and prompts", "lengths", "seeds"],
+)
+def test_streams_of_neighbours_do_not_collide(seeds):
+    """Sums of seed and request number did: seed 0's request 1 was seed 1's request 0."""
+    assert len({*seeds}) == len(seeds) == 2000
+    streams = drawn(seeds, positions=2, vocab=50)
+    assert stats.chisquare(np.bincount(streams[:, 0], minlength=50)).pvalue > 1e-3
+    pairs = np.bincount(streams[:, 0] * 50 + streams[:, 1], minlength=2500)
+    assert stats.chisquare(pairs).pvalue > 1e-3

@@ -10,7 +10,7 @@ from nanovllm_jax.engine import commands, multihost
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import RequestId
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
-from nanovllm_jax.engine.request import Owner, Request
+from nanovllm_jax.engine.request import Owner, Request, make_sequence
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.tokenizer import eos_token_ids
@@ -135,10 +135,7 @@ class EngineCore:
     def _add(self, command: commands.AddRequest, owner: Owner) -> Request:
         self.processes.record(command)
         seq_id, self.next_seq_id = self.next_seq_id, self.next_seq_id + 1
-        params, token_ids = command.params, command.token_ids
-        seed = params.seed if params.seed is not None else self.config.seed + seq_id
-        max_tokens = min(params.max_tokens, self.config.max_model_len - len(token_ids))
-        seq = Sequence(seq_id, list(token_ids), params, seed & 0xFFFFFFFF, max_tokens)
+        seq = make_sequence(command, seq_id, self.config)
         request_id = seq_id if command.request_id is None else command.request_id
         request = Request(request_id, command.prompt, seq, owner, self.tokenizer)
         self.requests[seq_id] = request

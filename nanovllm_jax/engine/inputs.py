@@ -11,6 +11,9 @@ from nanovllm_jax.engine.packed import Column
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
 
+HOTTEST = 1e30  # Temperature from which on float32 makes all tokens equally likely.
+LEAST_TOP_P = float(np.finfo(np.float32).tiny)  # below, float32 is 0 on the device: nothing is kept
+
 
 class PreparedBatch(NamedTuple):
     """A batch in the form that the compiled programs take."""
@@ -74,9 +77,11 @@ class RowTable:
         row[:] = 0
         row[Column.SLOT] = seq.slot
         row[Column.CACHED] = seq.num_cached
-        row[Column.SEED] = np.uint32(seq.seed).view(np.int32)
+        seed = np.array([seq.seed], np.dtype("<u8")).view(np.int32)
+        row[Column.SEED_LOW : Column.SEED_HIGH + 1] = seed
         row[Column.TOP_K] = min(params.top_k, np.iinfo(np.int32).max)
-        floats = (params.temperature, params.top_p, params.min_p)
+        temperature, top_p = min(params.temperature, HOTTEST), max(params.top_p, LEAST_TOP_P)
+        floats = (temperature, top_p, params.min_p)
         columns = [Column.TEMPERATURE, Column.TOP_P, Column.MIN_P]
         row[columns] = np.array(floats, np.float32).view(np.int32)
         row[len(Column) : len(Column) + len(seq.block_table)] = seq.block_table

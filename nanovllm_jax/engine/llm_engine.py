@@ -39,7 +39,7 @@ class LLMEngine:
         self.config = config.on(jax.default_backend())
         self.tokenizer = load_tokenizer(Path(config.model))
         self.vocab_size = config.model_config.vocab_size
-        if jax.config.jax_disable_jit:
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             log.warning("jax_disable_jit does not reach the engine: pass enforce_eager=True")
         make_core = functools.partial(EngineCore, self.config, self.tokenizer)
         self._thread = EngineThread(make_core)

@@ -23,11 +23,12 @@ class Column(IntEnum):
     START = 1  # position of the row's first token in this step
     LENGTH = 2  # number of tokens that the row computes; 0 marks a padding row
     CACHED = 3  # positions below it come from the prefix cache and are not written
-    SEED = 4
-    TEMPERATURE = 5
-    TOP_K = 6
-    TOP_P = 7
-    MIN_P = 8
+    SEED_LOW = 4  # the two words of a 64-bit number
+    SEED_HIGH = 5
+    TEMPERATURE = 6
+    TOP_K = 7
+    TOP_P = 8
+    MIN_P = 9
 
 
 class StepInputs(NamedTuple):
@@ -97,9 +98,10 @@ def _context_lens(rows: Int32[Array, "B R"]) -> Int32[Array, " B"]:
     return jnp.where(rows[:, Column.LENGTH] > 0, sampled_positions(rows), 0)
 
 
-def seeds(rows: Int32[Array, "B R"]) -> UInt32[Array, " B"]:
-    """The rows' random seeds."""
-    return jax.lax.bitcast_convert_type(rows[:, Column.SEED], jnp.uint32)
+def seeds(rows: Int32[Array, "B R"]) -> UInt32[Array, "B 2"]:
+    """The rows' random seeds, as words [low, high]."""
+    words = rows[:, Column.SEED_LOW : Column.SEED_HIGH + 1]
+    return jax.lax.bitcast_convert_type(words, jnp.uint32)
 
 
 def floats(rows: Int32[Array, "B R"], column: Column) -> Float[Array, " B"]:

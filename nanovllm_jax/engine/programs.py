@@ -216,7 +216,7 @@ class Programs:
             ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool,
             tqdm(
                 total=len(specs), desc="Compiling", dynamic_ncols=True,
-                disable=not log.isEnabledFor(logging.INFO),
+                disable=None if log.isEnabledFor(logging.INFO) else True,  # None: no terminal
             ) as bar,
         ):  # fmt: skip
 

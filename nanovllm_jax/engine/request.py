@@ -1,20 +1,21 @@
 """Requests: from a prompt, checked, to the outputs that its owner is told of."""
 
+from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from queue import SimpleQueue
 from typing import NamedTuple
 
-import numpy as np
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest, RequestId
 from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.prompts import Prompt, tokenized
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
-
-Prompt = str | Items[int]
 
 
 class Owner:
@@ -112,42 +113,66 @@ def checked_request(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the prompt could never run; the message has the numbers.
+        ValueError: the request could never run as it is meant; the message has the numbers.
     """
     if not isinstance(params, SamplingParams):
-        raise TypeError(f"sampling_params must be SamplingParams, got {params!r}")
+        raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
     if not isinstance(request_id, str | None):
         raise TypeError(f"request_id must be a string, got {request_id!r}")
-    text = prompt if isinstance(prompt, str) else None
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError(f"{config.model} has no tokenizer; pass the prompt as token ids")
-        prompt = tokenizer.encode(prompt)
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, list | tuple) or not all(type(t) is int for t in prompt):
-        raise TypeError(f"a prompt must be a string or a list of token ids, got {prompt!r:.80}")
-    token_ids = list(prompt)
+    text, token_ids = tokenized(prompt, tokenizer)
     _check_length(len(token_ids), config, num_blocks)
-    lowest, highest = min(token_ids), max(token_ids)
-    vocab_size = config.model_config.vocab_size
-    if lowest < 0 or highest >= vocab_size:
-        bad = lowest if lowest < 0 else highest
-        raise ValueError(f"token id {bad} is not in the vocabulary of {vocab_size}")
-    return AddRequest(token_ids, params, text, request_id)
+    _check_vocabulary("token id", token_ids, config)
+    _check_vocabulary("stop_token_ids: token id", params.stop_token_ids, config)
+    return AddRequest(token_ids, params.frozen(), text, request_id)
+
+
+def make_sequence(command: AddRequest, number: int, config: EngineConfig) -> Sequence:
+    """The sequence of the engine's request of this number."""
+    params, room = command.params, config.max_model_len - len(command.token_ids)
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    seed = stream_seed(params.seed, command.token_ids, config.seed, number)
+    return Sequence(number, list(command.token_ids), params, seed, max_tokens)
+
+
+def stream_seed(seed: int | None, token_ids: Items[int], engine_seed: int, number: int) -> int:
+    """64 bits that tell a request's random stream from all others.
+
+    They are a hash of what the stream depends on, because sums collide: seed 1 of request 0 and
+    seed 0 of request 1, or one seed given to every prompt of a batch.
+
+    Args:
+        seed: the user's seed, which with the prompt `token_ids` determines the stream; None or -1:
+            the engine's seed and the request's number do.
+    """
+    if seed is None or seed == -1:
+        return xxhash.xxh3_64_intdigest(f"engine {engine_seed} request {number}".encode())
+    return xxhash.xxh3_64_intdigest(f"seed {seed} ".encode() + array("q", token_ids).tobytes())
 
 
 def _check_length(n: int, config: EngineConfig, num_blocks: int) -> None:
-    block_size = config.kvcache_block_size
+    block_size, longest = config.kvcache_block_size, config.max_model_len
     if n == 0:
-        raise ValueError("the prompt is empty; at least one token is needed")
-    if n >= config.max_model_len:
+        raise ValueError("the prompt is empty; pass at least one token")
+    if n >= longest:
+        most = config.model_config.max_position_embeddings
+        remedy = f" or raise it (the model goes to {most})" if longest < most else ""
         raise ValueError(
             f"the prompt has {n} tokens, which leaves no room for an output within "
-            f"max_model_len={config.max_model_len}"
+            f"max_model_len={longest}; shorten the prompt{remedy}"
         )
     if (needed := -(-n // block_size)) > num_blocks:
         raise ValueError(
-            f"the prompt has {n} tokens and needs {needed} blocks of {block_size}, "
-            f"the KV cache has {num_blocks}"
+            f"the prompt has {n} tokens and needs {needed} blocks of {block_size}, the KV cache "
+            f"has {num_blocks}; shorten the prompt, or raise num_kvcache_blocks or "
+            f"gpu_memory_utilization"
+        )
+
+
+def _check_vocabulary(what: str, token_ids: Iterable[int] | None, config: EngineConfig) -> None:
+    vocab_size = config.model_config.vocab_size
+    token_ids = [] if token_ids is None else list(token_ids)
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise ValueError(
+            f"{what} {bad} is not in the vocabulary of {vocab_size}; is it of another model?"
         )

@@ -14,15 +14,25 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 
 def gumbel_noise(
-    seeds: UInt32[Array, " B"], positions: Int[Array, " B"], vocab_ids: Int[Array, " V"]
+    seeds: UInt32[Array, "B 2"], positions: Int[Array, " B"], vocab_ids: Int[Array, " V"]
 ) -> Float[Array, "B V"]:
     """Standard Gumbel noise from a counter-based hash.
 
     Row and vocabulary entry are hashed apart before they meet, so that the streams of two rows
-    are no shifted copies of one another.
+    are no shifted copies of one another. The second word of a row costs an entry nothing more than
+    an exclusive or.
+
+    Args:
+        seeds: 64 bits a row, as words [low, high].
     """
-    row = _hash(seeds ^ _hash(positions.astype(jnp.uint32)))
-    bits = _hash(row[:, None] ^ _hash(vocab_ids.astype(jnp.uint32))[None, :])
+    low, high = seeds[:, 0], seeds[:, 1]
+    # A Feistel network: at one position two seeds never have both words in common, and in one
+    # stream two positions never have the first. The constant (the golden ratio's) keeps the second
+    # word apart from what `_hash` makes of the first and an entry, or the two would cancel out.
+    first = low ^ _hash(high ^ _hash(positions.astype(jnp.uint32)))
+    second = high ^ _hash(first + jnp.uint32(0x9E3779B9))
+    entries = _hash(vocab_ids.astype(jnp.uint32))
+    bits = _hash(_hash(first)[:, None] ^ entries[None, :]) ^ _hash(second)[:, None]
     # An exponential variate -log(1 - u) keeps its precision where it matters, at small values,
     # that is at large Gumbel values; u stays below 1, so that the noise is finite.
     u = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
@@ -32,7 +42,7 @@ def gumbel_noise(
 def sample(
     logits: Float[Array, "B V"],
     temperatures: Float[Array, " B"],
-    seeds: UInt32[Array, " B"],
+    seeds: UInt32[Array, "B 2"],
     positions: Int[Array, " B"],
     *,
     vocab_size: int,
@@ -42,7 +52,8 @@ def sample(
     """One token a row. `logits` is this device's shard of the vocabulary over mesh axes `axis`.
 
     Args:
-        temperatures: 0 is greedy; ties go to the lowest token id.
+        temperatures: 0 is greedy; ties go to the lowest token id. At most 1e30, where all tokens
+            are equally likely already: much above, products with the noise are infinite.
         seeds, positions: the request's random stream, and where in it this token is.
         vocab_size: entries from here on are padding.
         largest_key: the maximum over `axis` of unsigned 64-bit integers, as words [low, high];
@@ -90,7 +101,7 @@ def filter_logits(
 
     Args:
         top_k: 0 or less keeps all.
-        top_p: in (0, 1]; 1 keeps all.
+        top_p: in (0, 1], and no subnormal number; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
     """
 

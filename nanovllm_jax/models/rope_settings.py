@@ -56,7 +56,7 @@ def _places(raw: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The dicts of settings by their place, one for each type of layer if nested; and problems."""
     places, problems = {}, []
     for name in ("rope_scaling", "rope_parameters"):
-        settings = raw.get(name) or {}
+        settings = {} if raw.get(name) is None else raw[name]
         if not isinstance(settings, dict):
             problems.append(f"{name} must be an object, got {settings!r}")
             continue

@@ -8,6 +8,8 @@ Three measurements: throughput (the workload of nano-vLLM's bench.py), --latency
 are outside every timed part, and no timed prompt is in the prefix cache.
 """
 
+from __future__ import annotations
+
 import argparse
 import functools
 import json
@@ -20,16 +22,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
+
+if TYPE_CHECKING:
+    from nanovllm_jax import LLM
 
 MAX_TOKEN_ID = 10_000  # largest token id of the prompts
 STANDARD = (256, 1024)  # requests and longest length of nano-vLLM's bench.py
@@ -115,7 +120,9 @@ def run(llm: LLM, work: Workload, temperature: float, detokenize: bool = False) 
         for _, token_ids in finished:
             lengths.append(len(token_ids))
             if detokenize and llm.tokenizer:
-                llm.tokenizer.decode(token_ids, skip_special_tokens=True)
+                llm.tokenizer.decode(
+                    token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
         if tokens:  # else nothing was read back yet, and the time belongs to the step that does
             phase, before, now = prefill if tokens > 0 else decode, now, time.perf_counter()
             phase.seconds += now - before
@@ -271,6 +278,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measure what the command line asks for, print it, and return 0; raises UsageError."""
     args = parse(argv)
+    from nanovllm_jax import LLM  # which imports transformers: --help does not wait for it
+
     given = {"max_model_len": 4096, **options.engine_options(args)}
     began = time.perf_counter()
     with model_directory(args) as path, options.refusals(*options.ENGINE_ERRORS):

@@ -31,7 +31,10 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad option like any other bad usage: in one line."""
+    """Reports a bad option like any other bad usage, in one line; options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help lists what there is)")

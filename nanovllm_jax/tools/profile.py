@@ -9,6 +9,8 @@ back to back without the engine, and the kernels in a trace of the loop. With --
 each step the trace (for XProf and Perfetto), the compiled program, and the tables as profile.json.
 """
 
+from __future__ import annotations
+
 import argparse
 import collections
 import json
@@ -19,20 +21,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.models import ModelConfig
+from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.tools import options, trace
 from nanovllm_jax.tools.bench import describe, fixed_workload
 from nanovllm_jax.tools.options import UsageError
 from nanovllm_jax.tools.roofline import TB, CostModel, Work, find_hardware
 from nanovllm_jax.tools.shapes import QWEN3, model_directory
+
+if TYPE_CHECKING:
+    from nanovllm_jax import LLM
 
 WARM_STEPS = 10  # decode steps before the first that counts
 SPARE_TOKENS = 16  # tokens that a sequence may have decoded before all of them do
@@ -302,6 +307,8 @@ def options_for(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """Profile what the command line asks for, print it, and return 0; raises UsageError."""
     args = parse(argv)
+    from nanovllm_jax import LLM  # which imports transformers: --help does not wait for it
+
     with model_directory(args) as path:
         with options.refusals(*options.ENGINE_ERRORS):
             llm = LLM(str(path), **options_for(args, ModelConfig.from_directory(path)))

@@ -192,7 +192,7 @@ def make_config(args: argparse.Namespace) -> EngineConfig:
     longest = args.context + 1
     with model_directory(args) as path, refusals(AssertionError, TypeError, ValueError):
         config = EngineConfig.resolve(
-            path, platform="gpu", mesh_shape=args.mesh, sharding_rules=args.rules,
+            path, "gpu", mesh_shape=args.mesh, sharding_rules=args.rules,
             max_model_len=longest, max_num_seqs=max(args.batch),
             max_num_batched_tokens=max(args.prefill, longest),
             dtype=args.dtype, kv_cache_dtype=args.kv_cache_dtype,

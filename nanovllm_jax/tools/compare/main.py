@@ -174,7 +174,8 @@ def run_worker(job: Job, folder: Path, python_path: str | None) -> None:
         cores = str(len(os.sched_getaffinity(0)))  # PyTorch may take fewer than JAX
         env = {"OMP_NUM_THREADS": cores, **env, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "nanovllm_jax.tools.compare.worker", str(path)]
-    process = subprocess.Popen(command, env=env, start_new_session=True)
+    # The worker ends when its standard input does, in whichever way this process has ended.
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
     try:
         code = process.wait(job.seconds + GRACE_S)
         reason = f"the process ended with {code}; see {job.log.name}" if code else ""

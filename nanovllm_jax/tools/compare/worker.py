@@ -10,7 +10,9 @@ import importlib
 import importlib.util
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -174,8 +176,22 @@ def _failures(job: Job, workload: str | None, emit: Emit) -> Iterator[None]:
         emit(Failure(job.engine, job.round, workload, f"{type(error).__name__}: {text}"))
 
 
+def end_with_parent() -> None:
+    """End this process, and those that its engine starts, as soon as the parent is gone.
+
+    Standard input is a pipe that only the parent writes to, and it never does.
+    """
+
+    def watch() -> None:
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(path: str) -> None:
     """Do the job of a file. Standard output shows progress; all else goes to the job's log."""
+    end_with_parent()
     job: Job = pickle.loads(Path(path).read_bytes())
     progress = os.fdopen(os.dup(1), "w")
     with open(job.log, "ab", buffering=0) as log:
