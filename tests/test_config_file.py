@@ -265,6 +265,7 @@ BASE = {"rope_theta": 1e4, "rope_type": "default"}
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, r"factor=4\.0"),
+        ({"rope_parameters": {"rope_type": None}}, "rope_type None"),
         ({"rope_scaling": {"factor": 4.0}}, r"rope_scaling: factor=4\.0"),
         ({"rope_parameters": BASE | {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),

@@ -20,7 +20,7 @@ def rope_theta(raw: dict[str, Any]) -> tuple[float, list[str]]:
     if "rope_theta" in raw and (outer is not None or not places):
         bases["config.json"] = outer
     for place, settings in places.items():
-        named = [settings[k] for k in ("rope_type", "type") if settings.get(k) is not None]
+        named = [settings[k] for k in ("rope_type", "type") if k in settings]
         others = [rope_type for rope_type in named if rope_type != "default"]
         problems += [
             f"{place}: rope_type {rope_type!r} is not supported; only 'default' is (Qwen3 runs as "
