@@ -22,8 +22,6 @@ from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from nanovllm_jax import LLM
 
 # First words that mean a tool, not a prompt, with the tool's module and what it does;
@@ -211,7 +209,9 @@ def _tokenize(
     (Only the engine knows whether a prompt fits into a cache that is sized by memory.)
     """
     from nanovllm_jax.config import EngineConfig
-    from nanovllm_jax.engine.request import checked_request, load_tokenizer
+    from nanovllm_jax.engine.prompts import encode_chat
+    from nanovllm_jax.engine.request import checked_request
+    from nanovllm_jax.tokenizer import load_tokenizer
 
     config = EngineConfig.resolve(args.model, **given)
     if (tokenizer := load_tokenizer(args.model)) is None:
@@ -220,19 +220,16 @@ def _tokenize(
     token_ids = []
     for number, text in enumerate(texts, 1):
         try:
-            prompt = _chat(tokenizer, text) if args.chat else text
+            message = {"role": "user", "content": text}
+            prompt = (
+                encode_chat(tokenizer, [message], add_generation_prompt=True) if args.chat else text
+            )
             command = checked_request(prompt, sampling, None, tokenizer, config, num_blocks)
         except (TypeError, ValueError) as error:
             which = f"prompt {number} of {len(texts)}: " if len(texts) > 1 else ""
             raise ValueError(f"{which}{error}") from error
         token_ids.append(command.token_ids)
     return token_ids
-
-
-def _chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(str(text), add_special_tokens=False)  # the template has written them
 
 
 def _print_stream(llm: "LLM", prompt: list[int], sampling: SamplingParams) -> int:

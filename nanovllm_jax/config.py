@@ -14,7 +14,7 @@ from nanovllm_jax.checks import (
     is_integer,
     seed_rule,
 )
-from nanovllm_jax.models import ModelConfig, check_architecture
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import MESH_AXES, Rule, merge_rules
 
 DTYPES = ("float32", "bfloat16")
@@ -120,9 +120,8 @@ class EngineConfig:
         path = _checked_directory(model)
         options = check_types(cls, options)
         model_config = ModelConfig.from_directory(path)
-        check_architecture(model_config)
-        dtype = options.get("dtype") or model_config.dtype
-        if dtype not in DTYPES:
+        dtype = options.get("dtype")
+        if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {dtype!r} is not supported; pass dtype= one of {DTYPES}")
         asked = options.get("max_model_len", cls.max_model_len)
         completed: dict[str, Any] = {
@@ -131,7 +130,11 @@ class EngineConfig:
             "max_model_len": min(asked, model_config.max_position_embeddings),
         }
         given = {name: value for name, value in options.items() if name != "tensor_parallel_size"}
-        config = cls(str(path), replace(model_config, dtype=dtype), **(given | completed))
+        config = cls(
+            str(path),
+            replace(model_config, dtype=dtype or model_config.dtype),
+            **(given | completed),
+        )
         return config.on(platform) if platform else config
 
     def __post_init__(self):
@@ -167,9 +170,14 @@ class EngineConfig:
 
         (XLA's CPU backend converts bfloat16 operands at every use: 7 times slower.)
         """
-        if platform != "cpu" or self.dtype is not None:
-            return self
-        return replace(self, model_config=replace(self.model_config, dtype="float32"))
+        if platform == "cpu" and self.dtype is None:
+            return replace(self, model_config=replace(self.model_config, dtype="float32"))
+        if self.model_config.dtype not in DTYPES:
+            raise ValueError(
+                f"config.json: dtype={self.model_config.dtype!r} is not computed on this platform; "
+                f"pass dtype='bfloat16', or dtype='float32', which keeps every bit"
+            )
+        return self
 
 
 def _checked_directory(model: Any) -> Path:

@@ -11,14 +11,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
-from safetensors import SafetensorError, safe_open
 
 from nanovllm_jax.models import ModelConfig, parameters
-from nanovllm_jax.models.checkpoint import STACKED, sources, tensor_shapes
-from nanovllm_jax.models.config import read_json
+from nanovllm_jax.models.checkpoint import STACKED, sources
 from nanovllm_jax.sharding import Sharding, place
-
-INDEX = "model.safetensors.index.json"
+from nanovllm_jax.tensor_files import Checkpoint
 
 # Maps (parameter path, layer number, shape of one layer's parameter) to its value.
 GetValue = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
@@ -29,15 +26,17 @@ def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nn
 
     Raises:
         FileNotFoundError: there is no safetensors file, or the index names one that is not there.
-        ValueError: a file is damaged, or weights are missing, unexpected or wrongly shaped; the
-            message names them.
+        ValueError: a file is damaged, or weights are missing, unexpected, of another shape or type,
+            or no numbers; the message names them.
     """
-    checkpoint, table = Checkpoint(directory), sources(config)
-    checkpoint.check(tensor_shapes(config), tied=config.tie_word_embeddings)
+    checkpoint, table, dtype = Checkpoint(directory), sources(config), jnp.dtype(config.dtype)
+    checkpoint.check(config)
 
     def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
         source = table[".".join(map(str, path))]
-        return source.join(*(checkpoint.read(name.format(i=layer)) for name, _ in source.tensors))
+        names = [name.format(i=layer) for name, _ in source.tensors]
+        # Converted one by one: NumPy joins no float16 with bfloat16.
+        return source.join(*(checkpoint.read(n).astype(dtype, copy=False) for n in names))
 
     return _place(abstract_weights(config, sharding), read)
 
@@ -126,61 +125,6 @@ def layers_apart(weights: nnx.State) -> list[Weight]:
 def stack(weights: list[Weight]) -> list[Array]:
     """The weights as `abstract_weights` describes them; for use inside a compiled step."""
     return [w.stacked() if isinstance(w, LayerWeights) else w for w in weights]
-
-
-class Checkpoint:
-    """Reads the tensors of a directory's safetensors files by name, when asked for."""
-
-    def __init__(self, directory: Path):
-        if (directory / INDEX).is_file():
-            index = read_json(directory / INDEX)
-            if "weight_map" not in index:
-                raise ValueError(f"{directory / INDEX} is damaged: it has no weight_map")
-            names = set(index["weight_map"].values())
-            files = [directory / name for name in sorted(names)]
-        else:
-            files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"{directory} has no *.safetensors file (pickled checkpoints are never loaded)"
-            )
-        self.tensors = {}  # name -> open file
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{directory / INDEX} names {file.name}, which is not there"
-                )
-            try:
-                handle = safe_open(file, framework="numpy")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged or truncated: {error}") from None
-            self.tensors |= dict.fromkeys(handle.keys(), handle)
-        self.directory = directory
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name].get_tensor(name)
-
-    def check(self, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-        """Raise ValueError unless the files hold exactly these names and shapes."""
-        # Checkpoints with tied embeddings may repeat the table under the head's name.
-        ignored = {"lm_head.weight"} if tied else set()
-        found = {n: tuple(f.get_slice(n).get_shape()) for n, f in self.tensors.items()}
-        problems = {
-            "missing": sorted(expected.keys() - found.keys()),
-            "unexpected": sorted(found.keys() - expected.keys() - ignored),
-            "wrongly shaped": [
-                f"{name} has {found[name]}, config.json implies {expected[name]}"
-                for name in sorted(expected.keys() & found.keys())
-                if found[name] != expected[name]
-            ],
-        }
-        said = [
-            f"{kind}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5))
-            for kind, names in problems.items()
-            if names
-        ]
-        if said:
-            raise ValueError(f"{self.directory}: weights do not fit; {'; '.join(said)}")
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""What is read from config.json, and which options an engine or a request accepts.
+"""Which options an engine or a request accepts.
 
 Whatever is refused is refused before any weight is read, with its value and what would be valid.
 """
@@ -12,7 +12,6 @@ from helpers import config_json
 
 from nanovllm_jax import LLM, SamplingParams, config, sampling_params
 from nanovllm_jax.config import EngineConfig, EngineOptions
-from nanovllm_jax.models import ModelConfig
 
 
 @pytest.fixture
@@ -24,97 +23,6 @@ def directory(tmp_path):
         return tmp_path
 
     return write
-
-
-# --- config.json ---
-
-
-@pytest.mark.parametrize(
-    "spelling", [{"dtype": "bfloat16"}, {"dtype": None, "torch_dtype": "bfloat16"}]
-)
-def test_both_spellings_of_dtype(directory, spelling):
-    assert ModelConfig.from_directory(directory(**spelling)).dtype == "bfloat16"
-
-
-def test_head_dim_and_kv_heads_have_defaults(directory):
-    path = directory(head_dim=None, num_key_value_heads=None)
-    config = ModelConfig.from_directory(path)
-    assert (config.head_dim, config.num_kv_heads) == (48 // 6, 6)
-
-
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-        {"rope_parameters": None, "rope_theta": 5e5},
-        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": None},
-        {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "default"}},
-    ],
-)
-def test_both_spellings_of_the_rope_settings(directory, spelling):
-    """nano-vLLM #167, #198: transformers 5 renamed them, and the base fell back to 10,000."""
-    assert ModelConfig.from_directory(directory(**spelling)).rope_theta == 5e5
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4}},
-        {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
-        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4}},
-    ],
-)
-def test_an_unknown_rope_type_is_named(directory, settings):
-    with pytest.raises(ValueError, match="rope_type 'yarn'"):
-        LLM(str(directory(**settings)))
-
-
-def test_every_eos_id_counts(directory):
-    """generation_config.json's list is used, not config.json's single id."""
-    path = directory(eos_token_id=5)
-    assert ModelConfig.from_directory(path).eos_token_ids == (5,)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert ModelConfig.from_directory(path).eos_token_ids == (7, 9)
-
-
-@pytest.mark.parametrize("shape", ["gqa", "mqa", "mha"])
-@pytest.mark.parametrize("eos", [None, 5, [7, 9]])
-def test_a_config_that_is_written_is_read_back(directory, tmp_path_factory, shape, eos):
-    config = ModelConfig.from_directory(directory(shape, eos_token_id=eos))
-    for written in (config, config.sharded(lambda axis: {"vocab": 4}.get(axis, 1))):
-        path = tmp_path_factory.mktemp("again")
-        (path / "config.json").write_text(json.dumps(written.as_json()))
-        assert ModelConfig.from_directory(path) == config
-
-
-def test_an_unknown_architecture_is_named(directory):
-    with pytest.raises(ValueError, match=r"'LlamaForCausalLM'.*Qwen3ForCausalLM"):
-        LLM(str(directory(architectures=["LlamaForCausalLM"])))
-
-
-@pytest.mark.parametrize("text", ["", "{", "no json"])
-def test_a_config_that_is_not_json_is_named(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
-        LLM(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": None}, "hidden_size must be an integer, got None"),
-        ({"vocab_size": "131"}, "vocab_size must be an integer, got '131'"),
-        ({"num_key_value_heads": 4}, "num_attention_heads=6 .*num_key_value_heads=4"),
-        ({"head_dim": 15}, "head_dim=15 is odd"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"dtype": "float16"}, "float16"),
-    ],
-)
-def test_a_config_that_the_engine_does_not_compute_is_refused(directory, change, message):
-    with pytest.raises(ValueError, match=message):
-        LLM(str(directory(**change)))
 
 
 # --- the engine's options ---
@@ -290,18 +198,28 @@ def test_both_ways_to_ask_for_a_mesh_give_the_same_config(directory):
 
 
 @pytest.mark.parametrize(
-    ("platform", "asked", "computes_in"),
+    ("stored", "platform", "asked", "computes_in"),
     [
-        ("cpu", None, "float32"),
-        ("gpu", None, "bfloat16"),
-        ("cpu", "bfloat16", "bfloat16"),
-        ("gpu", "float32", "float32"),
+        ("bfloat16", "cpu", None, "float32"),
+        ("bfloat16", "gpu", None, "bfloat16"),
+        ("bfloat16", "cpu", "bfloat16", "bfloat16"),
+        ("bfloat16", "gpu", "float32", "float32"),
+        ("float16", "cpu", None, "float32"),
+        ("float16", "gpu", "bfloat16", "bfloat16"),
     ],
 )
-def test_the_platform_and_the_user_settle_the_dtype(directory, platform, asked, computes_in):
-    path = directory(dtype="bfloat16")
+def test_the_platform_and_the_user_settle_the_dtype(
+    directory, stored, platform, asked, computes_in
+):
+    path = directory(dtype=stored)
     config = EngineConfig.resolve(path, platform, dtype=asked)
     assert config.model_config.dtype == computes_in
+
+
+def test_float16_on_a_gpu_is_refused_with_the_types_to_ask_for(directory):
+    path = directory(dtype="float16")
+    with pytest.raises(ValueError, match=r"config\.json: dtype='float16'.*dtype='bfloat16'"):
+        EngineConfig.resolve(path, "gpu")
 
 
 def test_options_are_documented_where_users_look():

@@ -24,6 +24,7 @@ WALLS = {
     "nanovllm_jax.tools": ["nanovllm_jax.cli", "nanovllm_jax.server"],
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("checks", "config", "outputs")},
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("sampling_params", "sharding", "weights")},
+    **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("files", "tensor_files", "tokenizer")},
 }
 # Modules that know no array.
 NO_JAX = ["engine.scheduler", "engine.block_manager", "engine.sequence"]

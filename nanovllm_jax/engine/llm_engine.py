@@ -18,16 +18,12 @@ from nanovllm_jax.engine.engine_thread import EngineThread
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.owner import Owner
 from nanovllm_jax.engine.prompts import Prompt
-from nanovllm_jax.engine.request import (
-    Request,
-    checked_request,
-    eos_token_ids,
-    load_tokenizer,
-)
+from nanovllm_jax.engine.request import Request, checked_request
 from nanovllm_jax.engine.runtime import check_not_forked, configure_runtime
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.tokenizer import eos_token_ids, load_tokenizer
 
 log = logging.getLogger("nanovllm_jax")
 
@@ -48,7 +44,7 @@ class LLMEngine:
         self.vocab_size = config.model_config.vocab_size
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             log.warning("jax_disable_jit does not reach the engine: pass enforce_eager=True")
-        eos = eos_token_ids(self.config, self.tokenizer)
+        eos = eos_token_ids(self.config.model_config, self.tokenizer)
         make_core = functools.partial(EngineCore, self.config, eos)
         self._thread = EngineThread(make_core)
         self._core = self._thread.core

@@ -4,10 +4,9 @@ from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from pathlib import Path
 
 import xxhash
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest
@@ -145,20 +144,3 @@ def _check_vocabulary(what: str, token_ids: Iterable[int] | None, config: Engine
         raise ValueError(
             f"{what} {bad} is not in the vocabulary of {vocab_size}; is it of another model?"
         )
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The directory's tokenizer; None if it has no tokenizer files at all."""
-    if not any(directory.glob("tokenizer*")) and not (directory / "vocab.json").is_file():
-        return None
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def eos_token_ids(
-    config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[int, ...]:
-    """End tokens that the model's files name; the tokenizer's own if they name none."""
-    named = config.model_config.eos_token_ids
-    if not named and tokenizer is not None and tokenizer.eos_token_id is not None:
-        return (int(tokenizer.eos_token_id),)  # pyright: ignore[reportArgumentType]
-    return named

@@ -3,20 +3,10 @@
 from flax import nnx
 
 from nanovllm_jax.models.config import ModelConfig
+from nanovllm_jax.models.config_file import ARCHITECTURES
 from nanovllm_jax.models.decoder import Decoder
 
-__all__ = ["Decoder", "ModelConfig", "check_architecture", "parameters"]
-
-ARCHITECTURES = ("Qwen3ForCausalLM",)
-
-
-def check_architecture(config: ModelConfig) -> None:
-    """Raise ValueError, naming what is supported, unless the engine can run this model."""
-    if config.architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"config.json: architecture {config.architecture!r} is not supported; "
-            f"have {list(ARCHITECTURES)}"
-        )
+__all__ = ["ARCHITECTURES", "Decoder", "ModelConfig", "parameters"]
 
 
 def parameters(config: ModelConfig) -> nnx.State:

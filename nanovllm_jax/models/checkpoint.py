@@ -4,6 +4,7 @@ Loading joins tensors into parameters, writing splits parameters into tensors, a
 need the shapes alone.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from nanovllm_jax.models.config import ModelConfig
 
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STACKED = "layers"  # Parameters whose path begins so have a leading axis of layers.
 
 
@@ -93,3 +95,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for i in range(config.num_layers if path.startswith(f"{STACKED}.") else 1)
         for name, shape in source.tensors
     }
+
+
+def determined_tensor(name: str, config: ModelConfig) -> np.ndarray | None:
+    """The value of a tensor that some checkpoints repeat from config.json; None for any other."""
+    if not re.fullmatch(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", name):
+        return None
+    return config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)

@@ -1,10 +1,11 @@
-"""ModelConfig: what config.json says about the model, read once and checked."""
+"""ModelConfig: the shape of a model, read from its directory once."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from nanovllm_jax.models.config_file import read_settings
 
 
 @dataclass(frozen=True)
@@ -12,9 +13,6 @@ class ModelConfig:
     """The shape of a Qwen3-like decoder.
 
     `from_directory` reads it from a checkpoint and `sharded` adapts it to a mesh.
-
-    Raises:
-        ValueError: config.json asks for something that the engine does not compute.
     """
 
     architecture: str
@@ -33,15 +31,6 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     kv_head_copies: int = 1  # num_kv_heads counts every copy
     vocab_padding: int = 0  # vocab_size counts the padding
-
-    def __post_init__(self):
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs")
 
     @property
     def group_size(self) -> int:
@@ -92,34 +81,12 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: Path) -> "ModelConfig":
-        """Read config.json and, for the end-of-sequence ids, generation_config.json."""
-        raw = read_json(path / "config.json")
-        architectures = raw.get("architectures") or ["(none)"]
-        hidden, heads = _require(raw, "hidden_size"), _require(raw, "num_attention_heads")
-        for flag in ("attention_bias", "mlp_bias", "use_sliding_window"):
-            if raw.get(flag):
-                raise ValueError(f"config.json: {flag}=true is not supported; only false is")
-        if (activation := raw.get("hidden_act", "silu")) != "silu":
-            raise ValueError(
-                f"config.json: hidden_act={activation!r} is not supported; only 'silu'"
-            )
-        return cls(
-            architecture=architectures[0],
-            vocab_size=_require(raw, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_require(raw, "intermediate_size"),
-            num_layers=_require(raw, "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position_embeddings=_require(raw, "max_position_embeddings"),
-            rope_theta=_rope_theta(raw),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            # "torch_dtype" until transformers 4.55, "dtype" since
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
-            eos_token_ids=_eos_token_ids(path, raw),
-        )
+        """Read config.json and, for the ends of a request, generation_config.json.
+
+        Raises:
+            ValueError: they ask for something that the engine does not compute, or are damaged.
+        """
+        return cls(**read_settings(path))
 
     def as_json(self) -> dict[str, Any]:
         """The config.json of this model, in the spelling that transformers 4 and 5 both read."""
@@ -144,38 +111,3 @@ class ModelConfig:
             "torch_dtype": self.dtype,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         }
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file; ValueError names the file if it holds none."""
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _require(raw: dict, key: str) -> int:
-    if not isinstance(raw.get(key), int):
-        raise ValueError(f"config.json: {key} must be an integer, got {raw.get(key)!r}")
-    return raw[key]
-
-
-def _rope_theta(raw: dict) -> float:
-    """RoPE base from either spelling: flat keys (transformers 4) or rope_parameters (5)."""
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type != "default":
-        raise ValueError(f"config.json: rope_type {rope_type!r} is not supported; only 'default'")
-    return float(scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-
-
-def _eos_token_ids(path: Path, raw: dict) -> tuple[int, ...]:
-    """End-of-sequence ids; generation_config.json's list wins over config.json's single id."""
-    eos = None
-    if (generation := path / "generation_config.json").is_file():
-        eos = read_json(generation).get("eos_token_id")
-    if eos is None:
-        eos = raw.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)

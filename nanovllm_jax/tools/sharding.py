@@ -24,8 +24,8 @@ import jax
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket, prefill_buckets
 from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.files import read_json
 from nanovllm_jax.layers.kv_cache import KVCache
-from nanovllm_jax.models.config import read_json
 from nanovllm_jax.sharding import Rule, make_sharding
 from nanovllm_jax.tools import roofline
 from nanovllm_jax.tools.hlo import Collective, collectives
@@ -153,8 +153,6 @@ def _rules(file: str) -> dict[str, Rule]:
     """Read a file of rules; `merge_rules` checks their names."""
     with refusals(OSError, ValueError):
         rules = read_json(Path(file))
-    if not isinstance(rules, dict):
-        raise UsageError(f"--rules: {file} holds no JSON object {{logical axis: mesh axis}}")
     for axis, rule in rules.items():
         names = rule if isinstance(rule, list) else [rule or ""]
         if not all(isinstance(name, str) for name in names):
