@@ -220,10 +220,10 @@ def _tokenize(
     token_ids = []
     for number, text in enumerate(texts, 1):
         try:
-            message = {"role": "user", "content": text}
-            prompt = (
-                encode_chat(tokenizer, [message], add_generation_prompt=True) if args.chat else text
-            )
+            prompt = text
+            if args.chat:
+                message = {"role": "user", "content": text}
+                prompt = encode_chat(tokenizer, [message], add_generation_prompt=True)
             command = checked_request(prompt, sampling, None, tokenizer, config, num_blocks)
         except (TypeError, ValueError) as error:
             which = f"prompt {number} of {len(texts)}: " if len(texts) > 1 else ""

@@ -90,7 +90,7 @@ class LLM(LLMEngine):
         waiter = Waiter()
         results: dict[Request, dict[str, Any]] = {}
         try:
-            requests = [self._request(command, waiter) for command in commands]
+            requests = [self._request(command) for command in commands]
             self._thread.add(requests, waiter)
             with _Progress(len(requests), use_tqdm) as progress:
                 while len(results) < len(requests) or not waiter.rounds.empty():
@@ -165,7 +165,7 @@ class LLM(LLMEngine):
         """
         command, waiter = self._check(prompt, sampling_params), Waiter()
         try:
-            request = self._request(command, waiter)
+            request = self._request(command)
             self._thread.add([request], waiter)
             seq, seen = request.seq, request.seq.num_prompt_tokens
             is_finished = False

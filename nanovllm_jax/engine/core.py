@@ -38,21 +38,23 @@ class EngineCore:
         )
         self.processes = multihost.Processes()  # does nothing if there is only one
         self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
+        self.owners: dict[int, Owner] = {}  # the same for their owners
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
 
-    def add(self, requests: Items[Request]) -> None:
-        """Queue requests.
+    def add(self, requests: Items[Request], owner: Owner) -> None:
+        """Queue requests of an owner.
 
         Raises:
-            ValueError: their owner has another one of the same id under way.
+            ValueError: the owner has another one of the same id under way.
         """
         for request in requests:
-            if request.owner.under_way.setdefault(request.request_id, request) is not request:
+            if owner.under_way.setdefault(request.request_id, request) is not request:
                 raise ValueError(
                     f"request_id {request.request_id!r} is under way already; choose another"
                 )
             self.processes.record(request.command)
             self.requests[request.seq.seq_id] = request
+            self.owners[request.seq.seq_id] = owner
             self.scheduler.add(request.seq)
 
     def abort(self, request_ids: list[RequestId]) -> None:
@@ -65,9 +67,8 @@ class EngineCore:
 
     def abort_all_of(self, owner: Owner) -> None:
         """End what an owner has under way."""
-        request_ids = [r.request_id for r in self.requests.values() if r.owner is owner]
-        if request_ids:
-            self.abort(request_ids)
+        if owner.under_way:
+            self.abort(list(owner.under_way))
 
     def run_round(self) -> int:
         """Dispatch the next batch, then read the one before it.
@@ -116,7 +117,7 @@ class EngineCore:
         match command:
             case commands.AddRequest():
                 assert command.number is not None
-                self.add([Request(command, command.number, Owner(), self.config, tokenizer=None)])
+                self.add([Request(command, command.number, self.config, tokenizer=None)], Owner())
             case commands.AbortRequests(request_ids):
                 self.abort(request_ids)
             case commands.ResetPrefixCache():
@@ -157,8 +158,8 @@ class EngineCore:
 
     def _end(self, seq: Sequence) -> None:
         """Tell the owner of a request whose sequence has ended."""
-        request = self.requests.pop(seq.seq_id)
-        request.owner.ended.append(request)  # first, so that it is never in neither
-        del request.owner.under_way[request.request_id]
+        request, owner = self.requests.pop(seq.seq_id), self.owners.pop(seq.seq_id)
+        owner.ended.append(request)  # first, so that it is never in neither
+        del owner.under_way[request.request_id]
         if not self.requests:
             self.in_flight.clear()  # only rows of finished sequences are left in them

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from nanovllm_jax.engine.ambient import default_settings
 from nanovllm_jax.engine.core import EngineCore
-from nanovllm_jax.engine.owner import Round, Waiter
+from nanovllm_jax.engine.owner import Owner, Round, Waiter
 from nanovllm_jax.engine.request import Request
 
 log = logging.getLogger("nanovllm_jax")
@@ -107,18 +107,14 @@ class EngineThread:
         if self._has_ended:
             raise RuntimeError(SHUT_DOWN)
 
-    def add(self, requests: list[Request], waiter: Waiter | None = None) -> None:
-        """Queue requests and return at once.
-
-        Args:
-            waiter: their owner, if rounds are to run until they have ended.
-        """
+    def add(self, requests: list[Request], owner: Owner) -> None:
+        """Queue requests and return at once; for a `Waiter`, rounds run until they have ended."""
         self.check_usable()
 
         def body() -> int:
-            self.core.add(requests)
-            if waiter:
-                self._waiters.append(waiter)
+            self.core.add(requests, owner)
+            if isinstance(owner, Waiter):
+                self._waiters.append(owner)
             return 0
 
         self._put(body)

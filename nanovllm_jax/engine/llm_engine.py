@@ -85,11 +85,11 @@ class LLMEngine:
             TypeError, ValueError: the request could never run (the message has the numbers), or
                 another one of that id is under way.
         """
-        request = self._request(self._check(prompt, sampling_params, request_id), self._owner)
+        request = self._request(self._check(prompt, sampling_params, request_id))
         if request_id is None:
-            self._thread.add([request])
+            self._thread.add([request], self._owner)
         else:  # wait: there may be one of that id
-            self._thread.call(self._core.add, [request])
+            self._thread.call(self._core.add, [request], self._owner)
         return request.request_id
 
     def abort_request(self, request_id: RequestId | list[RequestId]) -> None:
@@ -170,8 +170,8 @@ class LLMEngine:
             prompt, params, request_id, self.tokenizer, self.config, self._num_blocks
         )
 
-    def _request(self, command: AddRequest, owner: Owner) -> Request:
-        return Request(command, next(self._numbers), owner, self.config, self.tokenizer)
+    def _request(self, command: AddRequest) -> Request:
+        return Request(command, next(self._numbers), self.config, self.tokenizer)
 
     def _check_usable(self) -> None:
         self._thread.check_usable()

@@ -1,14 +1,10 @@
 """Owners: who is told how requests go, and waits for them."""
 
-from __future__ import annotations
-
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nanovllm_jax.engine.commands import RequestId
-
-if TYPE_CHECKING:
-    from nanovllm_jax.engine.request import Request
+from nanovllm_jax.engine.request import Request
 
 
 class Owner:

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.detokenizer import Detokenizer
-from nanovllm_jax.engine.owner import Owner
 from nanovllm_jax.engine.prompts import Prompt, tokenized
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import CompletionOutput, RequestOutput
@@ -19,7 +18,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 
 
 class Request:
-    """A request, its sequence, and what its owner has been told of it.
+    """A request, its sequence, and what has been told of it.
 
     Args:
         number: tells the engine's requests apart.
@@ -29,14 +28,12 @@ class Request:
         self,
         command: AddRequest,
         number: int,
-        owner: Owner,
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
         self.command = replace(command, number=number)
         self.request_id = number if command.request_id is None else command.request_id
         self.seq = make_sequence(command, number, config)
-        self.owner = owner
         self._detokenizer = None
         if tokenizer is not None and command.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)
