@@ -320,7 +320,7 @@ def test_an_end_that_is_no_token_is_named(written, file, wrong):
         path = written(config_json() | {"eos_token_id": wrong})
     else:
         path = written(config_json(), eos_token_id=wrong)
-    with pytest.raises(ValueError, match=rf"/{file}\.json: eos_token_id.*vocabulary of 131"):
+    with pytest.raises(ValueError, match=rf"/{file}\.json: eos_token_id.*vocabulary of 131 "):
         read(path)
 
 

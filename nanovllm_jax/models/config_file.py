@@ -203,7 +203,8 @@ def _token_ids(value: Any, vocab_size: int) -> tuple[tuple[int, ...], list[str]]
     ids = [] if value is None else value if isinstance(value, list) else [value]
     wrong = [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]
     return tuple(i for i in ids if i not in wrong), [
-        f"eos_token_id={i!r:.30} is not in the vocabulary of {vocab_size}" for i in wrong[:1]
+        f"eos_token_id={i!r:.30} is not in the vocabulary of {vocab_size} (config.json)"
+        for i in wrong[:1]
     ]
 
 
