@@ -122,7 +122,7 @@ def test_one_prompt_is_no_list_of_prompts(llm, prompts, message):
         ([1, "a"], TypeError, "got 'a' at position 1"),
         ([[1, 2]], TypeError, r"got \[1, 2\] at position 0"),
         ({1, 2}, TypeError, "token ids"),
-        (iter([1, 2]), TypeError, "a string or a list of token ids"),
+        pytest.param(iter([1, 2]), TypeError, "a string or a list of token ids", id="an iterator"),
         ({}, TypeError, r"'prompt' or 'prompt_token_ids'.* keys \[\]"),
         ({"prompt": [1]}, TypeError, "'prompt' must be a string"),
         ({"prompt_token_ids": "abc"}, TypeError, "'prompt_token_ids' must be a list"),
