@@ -105,7 +105,7 @@ class EngineThread:
                 f'example multiprocessing.get_context("spawn"), and make an LLM in each'
             )
         if self._has_ended:
-            raise RuntimeError(SHUT_DOWN)
+            raise RuntimeError(SHUT_DOWN) from self._failure
 
     def add(self, requests: list[Request], owner: Owner) -> None:
         """Queue requests and return at once; for a `Waiter`, rounds run until they have ended."""
