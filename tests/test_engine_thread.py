@@ -294,6 +294,28 @@ def test_a_state_that_a_failed_step_has_taken_is_made_anew(engine, monkeypatch):
     assert tokens(llm, [prompt(300)], LONG) == want
 
 
+def test_a_request_that_fails_in_a_failing_round_ends_once(fake_engine, monkeypatch):
+    """It has failed for want of room, and is aborted before the scheduler could report it."""
+    llm = fake_engine(num_kvcache_blocks=2)
+    other, schedule = llm.add_request(prompt(5), greedy(3, ignore_eos=True)), llm.scheduler.schedule
+
+    def failing():
+        batch = schedule()
+        if llm.scheduler.failed:
+            raise MemoryError("a device has no memory left")
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.scheduler, "schedule", failing)
+        with pytest.raises(MemoryError):
+            llm.generate([prompt(505)], greedy(100), use_tqdm=False)
+    reported = {}
+    while not llm.is_finished():
+        reported |= llm.step()[0]
+    assert len(reported[other]) == 3
+    check_idle(llm)
+
+
 def test_all_who_wait_are_told_of_a_failure(llm):
     gate = threading.Event()
 

@@ -152,7 +152,7 @@ class EngineCore:
         advanced = self.scheduler.postprocess(batch, token_ids)
         assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
         for seq in advanced:
-            if seq.finish_reason:
+            if seq.finish_reason and seq.seq_id in self.requests:  # else aborted since it failed
                 self._end(seq)
         return batch.num_tokens if batch.is_prefill else -len(batch.seqs)
 
