@@ -23,8 +23,8 @@ def model_dir(tmp_path_factory):
     """A tiny model's directory: a config.json is all that random weights need."""
     path = tmp_path_factory.mktemp("tiny")
     tiny = replace(
-        QWEN3["0.6B"], vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,
-        num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32",
+        QWEN3["0.6B"], vocab_size=300, eos_token_ids=(2,), hidden_size=32, intermediate_size=64,
+        num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32",
     )  # fmt: skip
     write_config(tiny, path)
     return path

@@ -13,6 +13,14 @@ COMMAND = [sys.executable, "-m", "nanovllm_jax"]
 GENERATE = [*COMMAND, "--ignore-eos", "--max-tokens", "4000", "Once upon a time"]
 
 
+@pytest.fixture(autouse=True)
+def interruptions_are_not_ignored():
+    """Let processes have them although this one may run in the background of a script."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
 def start(command, **options):
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
     return subprocess.Popen(command, **(pipes | options))
@@ -112,7 +120,7 @@ def test_the_command_ends_early_and_late(at):
 
 
 @pytest.mark.slow
-def test_the_command_ends_at_40_moments_of_its_life():
+def test_the_command_ends_at_any_moment_of_its_life():
     for _ in range(2):  # the second finds its programs compiled
         began = time.perf_counter()
         process = start(GENERATE)
@@ -120,8 +128,8 @@ def test_the_command_ends_at_40_moments_of_its_life():
         life = time.perf_counter() - began + 1
         interrupted(process)
     rng = random.Random(0)
-    for i in range(40):
-        check_moment(0.2 + (life - 0.2) * (i + rng.random()) / 40)
+    for i in range(16):
+        check_moment(0.2 + (life - 0.2) * (i + rng.random()) / 16)
 
 
 def check_moment(at):
