@@ -59,10 +59,11 @@ def _watch() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def run() -> None:
-        while signal.SIGINT not in os.read(reader, 64):
+        while not (count := os.read(reader, 64).count(signal.SIGINT)):
             pass
         tidies_up = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        select.select([reader], [], [], PATIENCE_S if tidies_up else 0.1)  # or until the next one
+        if count == 1:  # wait, or until the next one
+            select.select([reader], [], [], PATIENCE_S if tidies_up else 0.1)
         _end()
 
     threading.Thread(target=run, name="interruptions", daemon=True).start()
