@@ -131,12 +131,19 @@ def test_two_threads_that_step_report_each_request_once(llm):
     assert sorted(reported) == ids
 
 
-def test_a_long_generate_does_not_keep_another_thread_waiting(llm):
+@contextmanager
+def long_generate(llm):
+    """Generate 700 tokens slowly in another thread, and yield the future of them."""
     llm.runner.before_read = lambda: time.sleep(0.002)
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(tokens, llm, [prompt(5)], greedy(700, ignore_eos=True))
+        future = pool.submit(tokens, llm, [prompt(5)], greedy(700, ignore_eos=True))
         while llm.is_finished():
             time.sleep(0.001)
+        yield future
+
+
+def test_a_long_generate_does_not_keep_another_thread_waiting(llm):
+    with long_generate(llm) as long:
         tokens(llm, [prompt(6)], greedy(3))
         assert not long.done()
         llm.abort_request(0)
@@ -144,11 +151,7 @@ def test_a_long_generate_does_not_keep_another_thread_waiting(llm):
 
 
 def test_exit_ends_the_waits_of_other_threads(llm):
-    llm.runner.before_read = lambda: time.sleep(0.002)
-    with ThreadPoolExecutor(1) as pool:
-        waits = pool.submit(tokens, llm, [prompt(5)], greedy(700, ignore_eos=True))
-        while llm.is_finished():
-            time.sleep(0.001)
+    with long_generate(llm) as waits:
         llm.exit()
         with pytest.raises(RuntimeError, match=r"exit\(\)"):
             waits.result(timeout=10)

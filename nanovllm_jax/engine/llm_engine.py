@@ -32,7 +32,7 @@ class LLMEngine:
     """The engine behind `LLM`: checks requests, has them run, and reports them.
 
     An `EngineCore` does the work, in a thread of its own. The requests of `add_request` run while
-    somebody calls `step` or `step_outputs`, which report them, or waits for requests of his own.
+    somebody calls `step` or `step_outputs`, which report them, or waits for requests of their own.
     """
 
     def __init__(self, model: str | Path, **options: Unpack[EngineOptions]):
