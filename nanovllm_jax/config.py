@@ -60,6 +60,7 @@ class EngineOptions(TypedDict, total=False):
     max_num_batched_tokens: int
     max_num_seqs: int
     max_model_len: int
+    num_scheduler_steps: int
     gpu_memory_utilization: float
     tensor_parallel_size: int
     mesh_shape: Mapping[str, int] | None
@@ -90,6 +91,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 16384
     max_num_seqs: int = 512
     max_model_len: int = 4096
+    num_scheduler_steps: int = 4
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     kvcache_block_size: int = 256
@@ -149,6 +151,7 @@ class EngineConfig:
             "gpu_memory_utilization": (0 < self.gpu_memory_utilization <= 1, "in (0, 1]"),
             "kvcache_block_size": (size > 0 and size % 256 == 0, "a positive multiple of 256"),
             "num_kvcache_blocks": (blocks is None or blocks >= 1, "at least 1, or None to size it"),
+            "num_scheduler_steps": (1 <= self.num_scheduler_steps <= 64, "between 1 and 64"),
             "seed": seed_rule(self.seed),
         }
         for name, valid in CHOICES.items():

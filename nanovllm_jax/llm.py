@@ -23,6 +23,8 @@ class LLM(LLMEngine):
         max_num_seqs: most sequences in flight at once (default 512).
         max_model_len: longest sequence, prompt and completion (default 4096); capped to the model's
             max_position_embeddings.
+        num_scheduler_steps: most decode steps that the device takes in one call, while nothing
+            arrives and the host would hold it up otherwise; their tokens come together (default 4).
         gpu_memory_utilization: share, in (0, 1], of the memory that JAX holds of each GPU to use
             for weights, steps and KV cache (default 0.9).
         tensor_parallel_size: devices to split the model over, 1 to 8 (default 1).

@@ -80,6 +80,14 @@ def _shared_engines():
         yield engines
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _several_steps():
+    """Have calls take several decode steps wherever they may, however quick the host is."""
+    from nanovllm_jax.engine import pace
+
+    pace.MOST_LOAD = dict.fromkeys(pace.MOST_LOAD, -1.0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _clear_programs():
     """Forget the programs of plain `jax.jit` functions after each module.

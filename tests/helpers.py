@@ -184,7 +184,7 @@ def quick_start(every_bucket: bool = False):
 
     Compiling is what tests of engines spend their time on, so XLA optimizes little, and unless
     `every_bucket` an engine has one decode bucket and one prefill bucket, the largest of each, with
-    the same number of rows: three programs instead of a dozen.
+    the same number of rows: four programs instead of a dozen.
     """
     decode, prefill = programs.decode_buckets, programs.prefill_buckets
     quick = jax.config.read("jax_disable_most_optimizations")
@@ -218,23 +218,27 @@ class FakeRunner:
         self.num_blocks = config.num_kvcache_blocks or self.num_blocks
         bucket = Bucket(config.max_num_batched_tokens, config.max_num_seqs)
         self.programs = SimpleNamespace(
-            batch_shards=self.batch_shards, prefill_buckets=[self.largest_bucket or bucket]
-        )
+            batch_shards=self.batch_shards, prefill_buckets=[self.largest_bucket or bucket],
+            platform="cpu",
+        )  # fmt: skip
         self.known = {}  # seq_id -> its tokens
-        self.before_read = lambda: None  # called whenever the host waits for a step's tokens
+        self.before_read = lambda: None  # called whenever the host waits for a call's tokens
 
     def dispatch(self, batch):
-        tokens = []
-        for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+        sampled = [[-1] * len(batch.seqs) for _ in range(batch.num_steps)]
+        rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
+        for row, (seq, start, length) in enumerate(rows):
+            end = start + (length if batch.is_prefill else 1)
             if batch.is_prefill:
-                self.known[seq.seq_id] = seq.token_ids[: start + length]
+                self.known[seq.seq_id] = seq.token_ids[:end]
             known = self.known[seq.seq_id]
-            assert len(known) == start + length, "not the sequence's next token"
+            assert len(known) == end, "not the sequence's next token"
             seed = seq.seed if seq.params.temperature else 0
-            token = zlib.crc32(array("q", known).tobytes(), seed) % self.vocab
-            tokens.append(token)
-            known.append(token)
-        return FakeFuture(tokens, self)
+            for step in range(1 if batch.is_prefill else length):
+                token = zlib.crc32(array("q", known).tobytes(), seed) % self.vocab
+                sampled[step][row] = token
+                known.append(token)
+        return FakeFuture(sampled, self)
 
     def renew_state(self):
         self.known = {}
@@ -244,7 +248,7 @@ class FakeRunner:
 
 
 class FakeFuture:
-    """The tokens of one of `FakeRunner`'s steps."""
+    """The tokens of one of `FakeRunner`'s calls."""
 
     def __init__(self, tokens, runner):
         self.tokens, self.runner = tokens, runner
@@ -270,11 +274,13 @@ class Spy:
 
     def __init__(self, llm, monkeypatch):
         self.batches = []
+        self.num_steps = []  # decode steps of each batch
         self.preempted = []
         dispatch, preempt = llm.runner.dispatch, llm.scheduler.preempt
 
         def recording_dispatch(batch):
             rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
+            self.num_steps.append(batch.num_steps)
             self.batches.append((batch.is_prefill, [(s.seq_id, at, n) for s, at, n in rows]))
             return dispatch(batch)
 

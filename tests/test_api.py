@@ -265,7 +265,7 @@ def slow(llm):
 
 def test_stream_yields_what_generate_returns(slow):
     parts = list(slow.stream("abc", greedy(20, ignore_eos=True)))
-    assert len(parts) > 10 and all(parts)
+    assert len(parts) > 4 and all(parts)  # several tokens of one call may come together
     (want,) = tokens(slow, ["abc"], greedy(20, ignore_eos=True))
     assert [*chain(*parts)] == want
     assert slow.is_finished()

@@ -302,8 +302,8 @@ def test_a_request_that_fails_in_a_failing_round_ends_once(fake_engine, monkeypa
     llm = fake_engine(num_kvcache_blocks=2)
     other, schedule = llm.add_request(prompt(5), greedy(3, ignore_eos=True)), llm.scheduler.schedule
 
-    def failing():
-        batch = schedule()
+    def failing(num_steps):
+        batch = schedule(num_steps)
         if llm.scheduler.failed:
             raise MemoryError("a device has no memory left")
         return batch

@@ -1,16 +1,16 @@
-"""The one array that a step takes: what the host packs is what the step reads, for any batch."""
-
-import functools
+"""The one array that a step takes: what the host packs is what steps read, for any batch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine import packed as device
 from nanovllm_jax.engine.buckets import Bucket
-from nanovllm_jax.engine.inputs import RowTable
-from nanovllm_jax.engine.packed import Column, floats, sampled_positions, seeds, unpack
+from nanovllm_jax.engine.inputs import Packer
+from nanovllm_jax.engine.packed import Column, floats, seeds
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
 
@@ -19,20 +19,39 @@ SLOTS, WIDTH = 5, 6  # sequences at once, blocks of each at most
 PREFILL, DECODE = Bucket(64, 8), Bucket(0, 6)
 
 
-def pack(table, work, bucket):
+def pack(work, bucket, packer=None):
     """Pack rows of (sequence, start, length) for a bucket."""
+    packer = packer or Packer(SLOTS, WIDTH, BLOCK)
     seqs, starts, lengths = ([*column] for column in zip(*work, strict=True))
     batch = Batch(not bucket.is_decode, seqs, starts, lengths, [True] * len(seqs))
-    prepared = table.prepare(batch, bucket, [[*range(len(seqs))]])
+    prepared = packer.prepare(batch, bucket, [[*range(len(seqs))]])
     assert prepared.bucket == bucket and prepared.order == [*range(len(seqs))]
-    np.testing.assert_array_equal(prepared.packed[bucket.num_tokens :], prepared.rows.ravel())
+    padding = [SLOTS] * (bucket.num_rows - len(seqs))
+    assert prepared.slots.tolist() == [seq.slot for seq in seqs] + padding
     return prepared.packed
 
 
-@functools.partial(jax.jit, static_argnames="bucket")
-def read(packed, last_tokens, bucket):
-    """Everything that a step reads of its packed array, by name."""
-    inputs, rows = unpack(packed, last_tokens, bucket=bucket, block_size=BLOCK)
+@jax.jit
+def read_prefill(packed):
+    """What a prefill step reads of its packed array, by name, and the rows after it."""
+    token_ids, rows = device.read_prefill(packed, PREFILL)
+    inputs = device.prefill_inputs(token_ids, rows, BLOCK)
+    return by_name(inputs, rows), device.advanced(rows, jnp.zeros(len(rows), jnp.int32))
+
+
+@jax.jit
+def read_decode(packed, table):
+    """The rows that a decode call begins with."""
+    return device.read_decode(packed, table, BLOCK)
+
+
+@jax.jit
+def decode(rows, last_tokens, step):
+    """What a step of a decode call computes with, by name."""
+    return by_name(device.decode_inputs(rows, last_tokens, step, BLOCK), rows)
+
+
+def by_name(inputs, rows):
     batch = inputs.batch
     return {
         "token_ids": inputs.token_ids,
@@ -48,8 +67,17 @@ def read(packed, last_tokens, bucket):
         "temperature": floats(rows, Column.TEMPERATURE),
         "top_p": floats(rows, Column.TOP_P),
         "min_p": floats(rows, Column.MIN_P),
-        "sampled_positions": sampled_positions(rows),
     }
+
+
+def table_after(seqs):
+    """The device's table after a prefill of whole sequences, each of which drew 100 + its slot."""
+    bucket = Bucket(SLOTS * 20, SLOTS)
+    packed = pack([(seq, 0, seq.num_tokens) for seq in seqs], bucket)
+    rows = device.read_prefill(jnp.asarray(packed), bucket)[1]
+    rows = device.advanced(rows, 100 + rows[:, Column.SLOT])
+    table = jnp.full((SLOTS + 1, len(Column) + WIDTH), -7, jnp.int32)
+    return table.at[rows[:, Column.SLOT]].set(rows)
 
 
 @st.composite
@@ -79,7 +107,7 @@ def sequences(draw):
 def check_row(got, i, seq, start, length):
     """What row i says of its sequence, beside the tokens."""
     assert got["slot"][i] == seq.slot
-    assert got["context_lens"][i] == got["sampled_positions"][i] == start + length
+    assert got["context_lens"][i] == start + length
     assert got["block_tables"][i].tolist()[: len(seq.block_table)] == seq.block_table
     low, high = map(int, got["seed"][i])
     assert (high << 32) + low == seq.seed
@@ -93,15 +121,14 @@ def check_row(got, i, seq, start, length):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(seqs=sequences(), data=st.data())
 def test_a_packed_prefill_is_read_back(seqs, data):
-    table, work, room = RowTable(SLOTS, WIDTH, BLOCK), [], PREFILL.num_tokens
+    work, room = [], PREFILL.num_tokens
     for seq in seqs:
         start = data.draw(st.integers(0, seq.num_tokens - 1), label="start")
         length = data.draw(st.integers(1, seq.num_tokens - start), label="length")
         if length <= room:
             work.append((seq, start, length))
             room -= length
-    got = read(pack(table, work, PREFILL), np.zeros(SLOTS + 1, np.int32), PREFILL)
-    got = {name: np.asarray(value) for name, value in got.items()}
+    got, after = jax.device_get(read_prefill(pack(work, PREFILL)))
     token = 0
     for i, (seq, start, length) in enumerate(work):
         check_row(got, i, seq, start, length)
@@ -115,6 +142,7 @@ def test_a_packed_prefill_is_read_back(seqs, data):
             assert got["slot_mapping"][token] == (place if position >= seq.num_cached else -1)
             token += 1
         assert got["sample_indices"][i] == token - 1
+        assert after[i, Column.START] == start + length and after[i, Column.LENGTH] == 0
     assert np.all(got["query_starts"][len(work) :] == token)
     assert np.all(got["slot_mapping"][token:] == -1), "padding is written nowhere"
     assert np.all(got["context_lens"][len(work) :] == 0)
@@ -123,38 +151,52 @@ def test_a_packed_prefill_is_read_back(seqs, data):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(seqs=sequences(), data=st.data())
-def test_a_packed_decode_takes_its_tokens_from_the_device(seqs, data):
-    table, work = RowTable(SLOTS, WIDTH, BLOCK), []
-    pack(table, [(seq, 0, seq.num_tokens) for seq in seqs], Bucket(SLOTS * 20, SLOTS))
+def test_decode_steps_go_on_from_the_rows_on_the_device(seqs, data):
+    """A call may take several; each row stops after its own number of tokens."""
+    table, work = table_after(seqs), []
+    steps = data.draw(st.integers(1, BLOCK), label="steps")
     for block, seq in enumerate(seqs, start=SLOTS * WIDTH):
-        if seq.num_tokens % BLOCK == 0:  # the next token begins a block
-            seq.block_table.append(block)
-        if data.draw(st.booleans(), label="decodes") or not work:
-            work.append((seq, seq.num_tokens, 1))
-    last_tokens = np.arange(100, 100 + SLOTS + 1, dtype=np.int32)
-    got = read(pack(table, work, DECODE), last_tokens, DECODE)
-    assert got.pop("query_starts") is None
-    got = {name: np.asarray(value) for name, value in got.items()}
-    for i, (seq, position, _) in enumerate(work):
-        check_row(got, i, seq, position, 1)
-        assert got["token_ids"][i] == 100 + seq.slot
-        assert got["positions"][i] == position and got["sample_indices"][i] == i
-        place = seq.block_table[position // BLOCK] * BLOCK + position % BLOCK
-        assert got["slot_mapping"][i] == place
-    assert np.all(got["slot_mapping"][len(work) :] == -1)
-    assert np.all(got["context_lens"][len(work) :] == 0)
-    assert np.all(got["slot"][len(work) :] == SLOTS)
+        length = data.draw(st.integers(0 if work else 1, steps), label="length")
+        if length:
+            if seq.num_tokens + length > BLOCK * len(seq.block_table):
+                seq.block_table.append(block)
+            work.append((seq, seq.num_tokens, length))
+    rows = read_decode(pack(work, DECODE), table)
+    last_tokens = rows[:, Column.LAST_TOKEN]
+    slots = np.asarray(device.decoded_slots(rows, steps, BLOCK))
+    for step in range(steps):
+        got = jax.device_get(decode(rows, last_tokens + 1000 * step, step))
+        np.testing.assert_array_equal(got["slot_mapping"], slots[step])
+        assert got.pop("query_starts") is None
+        for i, (seq, start, length) in enumerate(work):
+            if step >= length:
+                assert got["slot_mapping"][i] == -1 and got["context_lens"][i] == 0
+                continue
+            position = start + step
+            check_row(got, i, seq, position, 1)
+            assert got["token_ids"][i] == 100 + seq.slot + 1000 * step
+            assert got["positions"][i] == position and got["sample_indices"][i] == i
+            place = seq.block_table[position // BLOCK] * BLOCK + position % BLOCK
+            assert got["slot_mapping"][i] == place
+        assert np.all(got["slot_mapping"][len(work) :] == -1)
+        assert np.all(got["context_lens"][len(work) :] == 0)
+        assert np.all(got["slot"][len(work) :] == SLOTS)
+    after = device.advanced(rows, last_tokens + 7)
+    for i, (seq, start, length) in enumerate(work):
+        assert after[i, Column.START] == start + length and after[i, Column.LENGTH] == 0
+        assert after[i, Column.LAST_TOKEN] == 107 + seq.slot
 
 
 def test_a_reused_row_keeps_nothing_of_its_last_sequence():
-    used, fresh = (RowTable(num_slots=1, table_width=4, block_size=BLOCK) for _ in range(2))
     seq = Sequence(0, [1] * 16, SamplingParams(top_k=3), seed=1, max_tokens=1)
     seq.slot, seq.block_table = 0, [4, 5, 6, 7]
     other = Sequence(1, [1], SamplingParams(temperature=0), seed=0, max_tokens=1)
     other.slot, other.block_table = 0, [9]
-    pack(used, [(seq, 0, 16)], PREFILL)
-    packed = [pack(table, [(other, 0, 1)], PREFILL) for table in (used, fresh)]
+    used, packer = Packer(SLOTS, WIDTH, BLOCK), Packer(SLOTS, WIDTH, BLOCK)
+    pack([(seq, 0, 16)], PREFILL, used)
+    packed = [pack([(other, 0, 1)], PREFILL, p) for p in (used, packer)]
     np.testing.assert_array_equal(*packed)
+    assert packed[0][PREFILL.num_tokens :][len(Column) :][:2].tolist() == [9, 0]
 
 
 def test_shards_are_packed_one_after_another():
@@ -162,21 +204,26 @@ def test_shards_are_packed_one_after_another():
     seqs = []
     for slot, length in enumerate((3, 7, 1, 5)):
         seq = Sequence(slot, [10 * slot + i for i in range(length)], SamplingParams(), slot, 1)
-        seq.slot, seq.block_table = slot, [slot, 9]
+        seq.slot, seq.block_table = slot, [slot, 9, 8]
         seqs.append(seq)
-    batch = Batch(True, seqs, [0] * 4, [3, 7, 1, 5], [True] * 4)
-    table = RowTable(SLOTS, WIDTH, BLOCK)
-    shards, bucket = [[0, 2, 3], [1]], Bucket(16, 4)
-    whole = table.prepare(batch, bucket, shards)
-    assert whole.order == [0, 4, 1, 2]
-    alone = [pack(table, [(seqs[i], 0, batch.lengths[i]) for i in s], bucket) for s in shards]
-    np.testing.assert_array_equal(whole.packed, np.concatenate(alone))
+    shards = [[0, 2, 3], [1]]
+    for bucket in (Bucket(16, 4), Bucket(0, 4)):
+        starts = [len(seq.token_ids) for seq in seqs] if bucket.is_decode else [0] * 4
+        lengths = [1] * 4 if bucket.is_decode else [3, 7, 1, 5]
+        batch = Batch(not bucket.is_decode, seqs, starts, lengths, [True] * 4)
+        whole = Packer(SLOTS, WIDTH, BLOCK).prepare(batch, bucket, shards)
+        assert whole.order == [0, 4, 1, 2]
+        assert whole.slots.tolist() == [0, 2, 3, SLOTS, 1, SLOTS, SLOTS, SLOTS]
+        alone = [pack([(seqs[i], starts[i], lengths[i]) for i in s], bucket) for s in shards]
+        np.testing.assert_array_equal(whole.packed, np.concatenate(alone))
 
 
 def test_a_batch_of_padding_is_written_nowhere():
-    table = RowTable(SLOTS, WIDTH, BLOCK)
-    for bucket in (PREFILL, DECODE):
-        packed = table.padding(bucket, num_shards=1).packed
-        got = read(packed, np.zeros(SLOTS + 1, np.int32), bucket)
+    packer = Packer(SLOTS, WIDTH, BLOCK)
+    table = jnp.full((SLOTS + 1, len(Column) + WIDTH), 3, jnp.int32)
+    prefill, _ = read_prefill(packer.padding(PREFILL, num_shards=1).packed)
+    rows = read_decode(packer.padding(DECODE, num_shards=1).packed, table)
+    for got in (prefill, decode(rows, rows[:, Column.LAST_TOKEN], 0)):
         assert np.all(np.asarray(got["slot_mapping"]) == -1)
         assert np.all(np.asarray(got["slot"]) == SLOTS)
+    assert np.all(np.asarray(rows[:, len(Column) :]) == 3), "a block was written"

@@ -364,6 +364,82 @@ def test_asynchronous_equals_synchronous_in_chunks(engine):
     assert [len(out) for out in ahead] == [p.max_tokens for p in params]
 
 
+# --- several decode steps in a call ---
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_any_number_of_decode_steps_in_a_call(poisoned, expected, monkeypatch, steps, ahead):
+    """Requests end inside a call, by max_tokens and by a token; blocks begin inside."""
+    llm, prompts = poisoned(num_scheduler_steps=steps, async_scheduling=ahead), edge_prompts()
+    spy = Spy(llm, monkeypatch)
+    assert tokens(llm, prompts, greedy()) == expected()
+    assert set(spy.num_steps) == {1, steps} or steps > NEW
+    whole = tokens(llm, prompts, greedy(40, ignore_eos=True))
+    params = [
+        greedy(40 - i, ignore_eos=True, stop_token_ids=whole[i][7 * i : 7 * i + 1])
+        for i in range(len(prompts))
+    ]
+    want = [
+        tokens[: min(40 - i, tokens.index(*params[i].stop_token_ids) + 1)]
+        for i, tokens in enumerate(whole)
+    ]
+    assert len(set(map(len, want))) > 3
+    assert tokens(llm, prompts, params) == want
+    assert max(spy.num_steps) == steps
+
+
+def test_a_request_may_be_aborted_inside_a_call(poisoned, reference):
+    prompts = [prompt(n, seed=n) for n in (9, 254, 30)]
+    want = reference(prompts, greedy(40, ignore_eos=True))
+    llm = poisoned(num_scheduler_steps=16)
+    for rounds in range(2, 12):  # of which the first ones are prefill and its read
+        ids = [llm.add_request(text, greedy(40, ignore_eos=True)) for text in prompts]
+        reported = {}
+        for count in range(200):
+            if count == rounds:
+                llm.abort_request(ids[0])
+            reported |= dict(llm.step()[0])
+            if llm.is_finished():
+                break
+        assert [reported[i] for i in ids[1:]] == want[1:]
+        assert reported[ids[0]] == want[0][: len(reported[ids[0]])]
+        assert len(reported[ids[0]]) <= rounds
+        llm.pools[0].check([])
+
+
+def test_a_round_of_step_is_one_token_of_each_sequence(engine):
+    """nano-vLLM's contract, however many steps a call takes."""
+    llm = engine(num_scheduler_steps=16)
+    for n in (20, 30):
+        llm.add_request(prompt(n), greedy(33, ignore_eos=True))
+    counts = []
+    while not llm.is_finished():
+        before = [seq.num_completion_tokens for seq in llm.scheduler.running]
+        counts.append(llm.step()[1])
+        after = [seq.num_completion_tokens for seq in llm.scheduler.running]
+        if before and after:
+            assert after == [n + 1 for n in before]
+    assert counts == [50] + 32 * [-2]
+
+
+def test_the_device_knows_the_tokens_whose_keys_it_holds(poisoned, expected):
+    """What penalties and drafts will read: under chunks, hits, preemption and several steps."""
+    for options in ({}, CHUNKED, TINY_POOL, {"mesh_shape": {"data": 2}}):
+        llm = poisoned(**options)
+        for _ in range(2):
+            assert tokens(llm, edge_prompts(), greedy()) == expected()
+        table = np.asarray(llm.runner.state.token_ids)
+        blocks_of_a_shard = len(table) // len(llm.pools)
+        known = 0
+        for shard, pool in enumerate(llm.pools):
+            for block in pool.cached.values():
+                held = table[shard * blocks_of_a_shard + block.block_id]
+                assert held.tobytes() == block.content.tokens
+                known += 1
+        assert known >= 3
+
+
 # --- seeds ---
 
 

@@ -66,12 +66,19 @@ def test_buckets_reach_any_max_num_seqs(n):
 def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkeypatch, count):
     llm = engine(every_bucket=True)
     used = []
-    run = llm.runner.run
-    monkeypatch.setattr(llm.runner, "run", lambda b: (used.append(b.bucket), run(b))[1])
-    tokens(llm, [prompt(30, seed=s) for s in range(count)], greedy(3, ignore_eos=True))
-    prefill, *decode = used
+    prepare = llm.runner.prepare_inputs
+
+    def recording(batch):
+        inputs = prepare(batch)
+        used.append((inputs.bucket, inputs.num_steps))
+        return inputs
+
+    monkeypatch.setattr(llm.runner, "prepare_inputs", recording)
+    tokens(llm, [prompt(30, seed=s) for s in range(count)], greedy(7, ignore_eos=True))
+    (prefill, _), *decode = used
     assert prefill.num_tokens == {1: 64, 2: 64, 3: 128, 4: 128}[count]
-    assert decode == [Bucket(0, {1: 1, 2: 2, 3: 4, 4: 4}[count])] * 2
+    bucket = Bucket(0, {1: 1, 2: 2, 3: 4, 4: 4}[count])
+    assert decode == [(bucket, 4), (bucket, 1), (bucket, 1)], "six tokens after the first"
 
 
 # --- kernels ---
@@ -146,8 +153,14 @@ def test_nothing_compiles_after_start_up(new_engine, checkpoint):
 def test_every_bucket_is_compiled_at_start_up(engine):
     programs = engine(every_bucket=True).runner.programs
     assert (len(programs.steps), len(programs.samples)) == (3 + 5, 4)
+    assert set(programs.decode_steps) == set(programs.decode_buckets)
     assert set(programs.steps) == {*programs.prefill_buckets, *programs.decode_buckets}
     assert set(programs.samples) == {bucket.num_rows for bucket in programs.steps}
+
+
+def all_programs(runner):
+    p = runner.programs
+    return [*p.steps.values(), *p.decode_steps.values(), *p.samples.values()]
 
 
 # --- the cache ---
@@ -167,8 +180,9 @@ def cache_shapes(llm):
 def test_no_compiled_step_copies_the_cache(engine, shape, options):
     llm = engine(shape, **options)
     shapes = cache_shapes(llm)
-    programs = {**llm.runner.programs.steps, **llm.runner.programs.samples}
-    for bucket, program in programs.items():
+    programs = llm.runner.programs
+    steps = [*programs.steps.items(), *programs.decode_steps.items()]
+    for bucket, program in [*steps, *programs.samples.items()]:
         text = program.as_text()
         if isinstance(bucket, Bucket):
             assert shapes[0] in text
@@ -180,7 +194,7 @@ def test_no_compiled_step_copies_the_cache(engine, shape, options):
 def test_the_state_is_donated_whole(engine):
     runner = engine().runner
     leaves = len(jax.tree.leaves(runner.state))
-    for program in [*runner.programs.steps.values(), *runner.programs.samples.values()]:
+    for program in all_programs(runner):
         header = program.as_text().splitlines()[0]
         aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)[1]
         assert aliases.count("-alias") == leaves
@@ -212,7 +226,7 @@ def test_the_cache_stays_where_it_is(engine, shape, options):
 # --- memory ---
 
 
-def test_a_cache_of_8_bits_has_four_times_the_blocks_of_float32(engine, caplog):
+def test_a_cache_of_8_bits_has_nearly_four_times_the_blocks_of_float32(engine, caplog):
     """Sized as on a GPU with 2 GiB; test_memory.py has the arithmetic."""
     blocks = {}
     stats = {"bytes_limit": 2 << 30, "bytes_in_use": 0}
@@ -228,7 +242,8 @@ def test_a_cache_of_8_bits_has_four_times_the_blocks_of_float32(engine, caplog):
         with caplog.at_level(logging.INFO, "nanovllm_jax"):
             blocks[kind] = runner._num_cache_blocks()
         assert f"{blocks[kind]} blocks of {BLOCK} tokens" in caplog.text
-    assert blocks["fp8"] == 4 * blocks["auto"]
+    # Not quite four times: the cache also keeps each token's id.
+    assert 3.7 * blocks["auto"] < blocks["fp8"] < 4 * blocks["auto"]
     block = 2 * 2 * 2 * 16 * 4 * BLOCK  # k and v, layers, KV heads, head_dim, float32
     assert 1000 << 20 < block * blocks["auto"] < 1232 << 20
 
@@ -267,7 +282,8 @@ def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
 
         monkeypatch.setitem(programs, key, run)
 
-    for programs in (runner.programs.steps, runner.programs.samples):
+    p = runner.programs
+    for programs in (p.steps, p.decode_steps, p.samples):
         for key in list(programs):
             keep(programs, key)
     prompts, params = varied_requests()
@@ -276,7 +292,6 @@ def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
     assert len(handed) > 30
     for array, before in handed:
         np.testing.assert_array_equal(array, before)
-        assert not np.shares_memory(array, runner.table.rows)
 
 
 def test_a_warm_up_runs_every_program_and_changes_nothing(engine, monkeypatch):

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.scheduler import Batch, Scheduler
+from nanovllm_jax.engine.scheduler import QUIET_ROUNDS, Batch, Scheduler
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -255,6 +255,79 @@ def test_abort_frees_everything_whatever_the_state(rounds):
     assert sorted(scheduler.free_slots[0]) == list(range(4))
 
 
+# --- several decode steps in a call ---
+
+
+def decoding(count=2, tokens=3, num_blocks=20, **options):
+    """A scheduler with sequences that have computed their prompts, and drawn a token."""
+    scheduler = make_scheduler(num_blocks)
+    seqs = [add(scheduler, i, tokens, **({"max_tokens": 12} | options)) for i in range(count)]
+    step(scheduler)
+    return scheduler, seqs
+
+
+def test_a_call_may_take_several_decode_steps_of_every_sequence():
+    scheduler, (a, b) = decoding()
+    b.max_tokens = 3  # it has drawn one
+    batch = scheduler.schedule(4)
+    assert batch.num_steps == 4 and rows(batch) == [(0, 3, 4), (1, 3, 2)]
+    assert (a.in_flight, b.in_flight) == (4, 2)
+    assert len(a.block_table) == 2, "room for all of its steps"
+    counts = []
+    for part, token_ids in batch.rounds([[5, 6], [7, 8], [9, -1], [10, -1]]):
+        counts.append(len(part.seqs))
+        scheduler.postprocess(part, token_ids)
+    assert counts == [2, 2, 1, 1]
+    assert a.completion_token_ids == [9, 5, 7, 9, 10]
+    assert b.completion_token_ids == [9, 6, 8] and b.finish_reason == "length"
+
+
+def test_steps_behind_the_end_of_a_sequence_are_dropped():
+    scheduler, (a, b) = decoding()
+    first, second = scheduler.schedule(4), scheduler.schedule(4)
+    for part, token_ids in first.rounds([[5, 5], [EOS, 5], [6, 5], [6, 5]]):
+        scheduler.postprocess(part, token_ids)
+    assert a.completion_token_ids == [9, 5, EOS] and a.is_finished
+    for part, token_ids in second.rounds([[7, 6]] * 4):
+        assert scheduler.postprocess(part, token_ids) == [b]
+    assert b.completion_token_ids == [9, 5, 5, 5, 5, 6, 6, 6, 6]
+    scheduler.pools[0].check([b])
+
+
+def test_steps_are_taken_one_by_one_while_somebody_waits():
+    scheduler, _ = decoding(count=4)
+    add(scheduler, 4, 3)  # no slot is free
+    assert scheduler.schedule(4).num_steps == 1
+
+
+def test_steps_are_taken_one_by_one_for_a_while_after_an_arrival():
+    """The next one to arrive waits for one step, not for a long call."""
+    scheduler, _ = decoding(max_tokens=1000, num_blocks=600)
+    add(scheduler, 2, 3, max_tokens=1000)
+    batches = [scheduler.schedule(4) for _ in range(QUIET_ROUNDS + 2)]
+    sizes = [batch.num_steps for batch in batches if not batch.is_prefill]
+    assert sizes == [1] * (QUIET_ROUNDS - 1) + [4] * 2
+
+
+def test_requests_that_come_together_do_not_keep_each_other_waiting():
+    scheduler, _ = decoding(count=4)
+    assert scheduler.schedule(4).num_steps == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 4},  # three are left: a call of four would compute for nobody
+        {"top_k": 5},  # `sample` comes between
+        {"num_blocks": 3},  # each has a block with one position left, and would need another
+    ],
+)
+def test_steps_are_taken_one_by_one_where_the_host_is_needed(options):
+    scheduler, _ = decoding(**options)
+    batch = scheduler.schedule(4)
+    assert batch.num_steps == 1 and batch.lengths == [1, 1]
+
+
 # --- a random machine ---
 
 
@@ -340,13 +413,17 @@ class EngineMachine(RuleBasedStateMachine):
         self.scheduler.add(seq)
 
     @precondition(lambda self: len(self.in_flight) < 2)
-    @rule()
-    def dispatch(self):
+    @rule(num_steps=st.integers(1, BLOCK))
+    def dispatch(self, num_steps):
         scheduler, self.sound = self.scheduler, False
-        decodable = [seq for seq in scheduler.running if seq.wants_token]
+        decodable = [seq for seq in scheduler.running if seq.num_wanted]
         half_done = bool(scheduler.waiting and scheduler.waiting[0].block_table)
         self.preempted = []
-        batch = scheduler.schedule()
+        free = self.books.num_free_blocks
+        quiet = scheduler.quiet_rounds
+        waiting = bool(scheduler.waiting)
+        wanted = [min(num_steps, seq.num_wanted) for seq in decodable]
+        batch = scheduler.schedule(num_steps)
         if batch is None:
             if not self.in_flight:
                 self.collect(scheduler.postprocess(Batch.empty(), []))
@@ -358,24 +435,35 @@ class EngineMachine(RuleBasedStateMachine):
             assert batch.is_prefill, "prefill starves"
         self.after_prefill = batch.is_prefill
         self.check_limits(batch)
+        if batch.num_steps > 1:
+            assert not waiting and quiet <= 1 and batch.num_steps == num_steps
+            assert batch.lengths == wanted and max(wanted) == num_steps and not self.preempted
+            assert self.books.num_free_blocks <= free
         self.in_flight.append((batch, self.execute(batch)))
         self.sound = True
 
     @precondition(lambda self: self.in_flight)
     @rule()
     def read(self):
-        self.collect(self.scheduler.postprocess(*self.in_flight.pop(0)))
+        """Read a call, and take in its steps one after another."""
+        batch, token_ids = self.in_flight.pop(0)
+        for step in batch.rounds(token_ids):
+            self.collect(self.scheduler.postprocess(*step))
 
-    @rule(rounds=st.integers(1, 6))
-    def run_one_ahead(self, rounds):
+    @rule(rounds=st.integers(1, 6), num_steps=st.integers(1, BLOCK))
+    def run_one_ahead(self, rounds, num_steps):
         for _ in range(rounds):
             while len(self.in_flight) < 2:
                 before = len(self.in_flight)
-                self.dispatch()
+                self.dispatch(num_steps)
                 if len(self.in_flight) == before:
                     break
             if self.in_flight:
                 self.read()
+
+    @rule()
+    def nothing_arrives_for_a_while(self):
+        self.scheduler.quiet_rounds = 0
 
     @precondition(lambda self: self.seqs)
     @rule(data=st.data())
@@ -416,7 +504,7 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(3000):
             if self.scheduler.is_finished and not self.in_flight:
                 break
-            self.run_one_ahead(1)
+            self.run_one_ahead(1, BLOCK)
             self.books_balance()
         assert self.scheduler.is_finished, "the machine does not come to an end"
         assert sorted(map(id, self.ended)) == sorted(
@@ -444,7 +532,19 @@ class EngineMachine(RuleBasedStateMachine):
     # The parts of a step.
 
     def execute(self, batch):
-        """Run a batch on the device that is a dictionary; returns each row's token."""
+        """Run a batch on the device that is a dictionary; returns each step's tokens."""
+        if batch.is_prefill:
+            return [self.execute_step(batch)]
+        sampled = []
+        for step in range(batch.num_steps):  # as `decode_steps`
+            row_of = {seq: i for i, seq in enumerate(batch.seqs) if batch.lengths[i] > step}
+            (part, _) = batch.rounds([[0] * len(batch.seqs)] * batch.num_steps)[step]
+            assert part.seqs == [*row_of]
+            tokens = dict(zip(part.seqs, self.execute_step(part), strict=True))
+            sampled.append([tokens.get(seq, -1) for seq in batch.seqs])
+        return sampled
+
+    def execute_step(self, batch):
         work = []
         for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
             if seq in self.computed:
@@ -494,7 +594,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
             assert len(batch.seqs) <= self.scheduler.max_prefill_seqs
         else:
-            assert batch.lengths == [1] * len(batch.seqs) and all(batch.yields_token)
+            assert all(n <= batch.num_steps for n in batch.lengths) and all(batch.yields_token)
         slots = [seq.slot for seq in self.seqs if seq.slot != NO_SLOT]
         assert len(set(slots)) == len(slots) <= self.max_num_seqs
         assert all(0 <= slot < self.max_num_seqs for slot in slots)

@@ -95,10 +95,10 @@ class BlockManager:
         seq.num_computed = min(seq.num_cached, seq.num_tokens - 1)
         return True
 
-    def append(self, seq: Sequence) -> bool:
-        """Make room for the token at position `num_computed`; False if no block is free."""
-        num_blocks_needed = self.blocks_for(seq.num_computed + 1)
-        if num_blocks_needed > len(seq.block_table):
+    def append(self, seq: Sequence, num_tokens: int = 1) -> bool:
+        """Make room for `num_tokens` more at position `num_computed`; False if no block is free."""
+        num_blocks_needed = self.blocks_for(seq.num_computed + num_tokens)
+        while num_blocks_needed > len(seq.block_table):
             if not self.free_blocks:
                 return False
             seq.block_table.append(self._take_free_block())

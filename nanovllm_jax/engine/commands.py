@@ -44,9 +44,13 @@ class StartOver:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Schedule and start the next batch, which has this digest in the process that leads."""
+    """Schedule and start the next batch, which has this digest in the process that leads.
+
+    `num_steps` is what its scheduler was asked for.
+    """
 
     digest: int
+    num_steps: int
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import RequestId
 from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
 from nanovllm_jax.engine.owner import Owner
+from nanovllm_jax.engine.pace import Pace
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
@@ -39,7 +40,9 @@ class EngineCore:
         self.processes = multihost.Processes()  # does nothing if there is only one
         self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
         self.owners: dict[int, Owner] = {}  # the same for their owners
+        self.pace = Pace(config, programs.platform)
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
+        self.rounds: deque[tuple[Batch, list[int]]] = deque()  # read, with their tokens
 
     def add(self, requests: Items[Request], owner: Owner) -> None:
         """Queue requests of an owner.
@@ -71,7 +74,7 @@ class EngineCore:
             self.abort(list(owner.under_way))
 
     def run_round(self) -> int:
-        """Dispatch the next batch, then read the one before it.
+        """Dispatch the next batch, then take in a step of the one before it.
 
         Returns:
             The prompt tokens of a prefill round, or minus the sequences of a decode round.
@@ -79,7 +82,8 @@ class EngineCore:
         if not self.requests:
             return 0
         try:
-            while len(self.in_flight) < 1 + self.config.async_scheduling and self._dispatch():
+            most = 0 if self.rounds else 1 + self.config.async_scheduling
+            while len(self.in_flight) < most and self._dispatch(self.pace.num_steps):
                 pass
             return self._collect()
         except BaseException:
@@ -94,7 +98,7 @@ class EngineCore:
         nothing but the request, so the tokens come out as they would have.
         """
         self.processes.record(commands.StartOver())
-        self.in_flight.clear()
+        self._forget_calls()
         self.scheduler.recompute_all()
         assert self.runner
         self.runner.renew_state()
@@ -108,7 +112,7 @@ class EngineCore:
         """Free all device memory."""
         if self.runner is not None:
             self.processes.exit()
-            self.in_flight.clear()
+            self._forget_calls()
             self.runner.shut_down()
             self.runner = None
 
@@ -124,30 +128,33 @@ class EngineCore:
                 self.reset_prefix_cache()
             case commands.StartOver():
                 self.start_over()
-            case commands.Dispatch(digest):
-                self._dispatch(digest)
+            case commands.Dispatch(digest, num_steps):
+                self._dispatch(num_steps, digest)
             case commands.Collect():
                 self._collect()
             case commands.Exit():
                 self.shut_down()
 
-    def _dispatch(self, expected_digest: int | None = None) -> bool:
+    def _dispatch(self, num_steps: int, expected_digest: int | None = None) -> bool:
         """Start the next batch; False if none can run before pending tokens are read."""
-        batch = self.scheduler.schedule()
-        self.processes.agree(batch, expected_digest)
-        if batch is None:
-            return False
-        assert self.runner
-        self.in_flight.append((batch, self.runner.dispatch(batch)))
-        return True
+        with self.pace.dispatching():
+            batch = self.scheduler.schedule(num_steps)
+            self.processes.agree(batch, num_steps, expected_digest)
+            if batch is None:
+                return False
+            assert self.runner
+            self.in_flight.append((batch, self.runner.dispatch(batch)))
+            return True
 
     def _collect(self) -> int:
-        """Read the oldest batch; returns the count of `run_round`."""
-        batch, token_ids = Batch.empty(), []
-        if self.in_flight:
+        """Take in the oldest step, having read its batch; returns the count of `run_round`."""
+        if self.in_flight and not self.rounds:
             batch, tokens = self.in_flight[0]
-            token_ids = tokens.result()
+            with self.pace.waiting(batch):
+                token_ids = tokens.result()
             self.in_flight.popleft()
+            self.rounds.extend(batch.rounds(token_ids))
+        batch, token_ids = self.rounds.popleft() if self.rounds else (Batch.empty(), [])
         self.processes.record(commands.Collect())
         advanced = self.scheduler.postprocess(batch, token_ids)
         assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
@@ -162,4 +169,8 @@ class EngineCore:
         owner.ended.append(request)  # first, so that it is never in neither
         del owner.under_way[request.request_id]
         if not self.requests:
-            self.in_flight.clear()  # only rows of finished sequences are left in them
+            self._forget_calls()  # only rows of finished sequences are left in them
+
+    def _forget_calls(self) -> None:
+        self.in_flight.clear()
+        self.rounds.clear()

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import cuda_driver, host, memory
 from nanovllm_jax.engine.ambient import default_settings
-from nanovllm_jax.engine.inputs import PreparedBatch, RowTable
+from nanovllm_jax.engine.inputs import Packer, PreparedBatch
 from nanovllm_jax.engine.multihost import check_same_options, smallest
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.engine.scheduler import Batch
@@ -25,21 +25,22 @@ log = logging.getLogger("nanovllm_jax")
 
 
 class TokenFuture:
-    """A step's sampled tokens on their way to the host."""
+    """The tokens that a call samples, on their way to the host."""
 
     def __init__(self, tokens: jax.Array, order: list[int]):
         self._tokens, self._order = tokens, order
         tokens.copy_to_host_async()
 
-    def result(self) -> list[int]:
-        """Wait for the tokens, one for each row of the batch."""
-        return np.asarray(self._tokens)[self._order].tolist()
+    def result(self) -> list[list[int]]:
+        """Wait for the tokens: for each step, one for each row of the batch."""
+        return np.atleast_2d(np.asarray(self._tokens))[:, self._order].tolist()
 
 
 class ModelRunner:
     """Owns what is on the devices: the weights, and the state that steps update in place.
 
-    `dispatch` is `prepare_inputs`, then `run`, then `sample` if the batch asks for it.
+    `dispatch` is `prepare_inputs`, then `run`, then `sample` if the batch asks for it; or
+    `run_steps` for several decode steps.
     """
 
     def __init__(self, config: EngineConfig):
@@ -47,7 +48,7 @@ class ModelRunner:
         self.config = config
         self.sharding = make_sharding(config.mesh_shape, config.sharding_rules)
         self.programs = Programs(config, self.sharding)
-        self.table = RowTable(
+        self.packer = Packer(
             config.max_num_seqs, self.programs.table_width, config.kvcache_block_size
         )
         with memory.memory_errors(self.describe_memory):
@@ -62,6 +63,8 @@ class ModelRunner:
     def dispatch(self, batch: Batch) -> TokenFuture:
         """Start a step on the devices and return at once; its tokens come with the future."""
         inputs = self.prepare_inputs(batch)
+        if batch.num_steps > 1:
+            return TokenFuture(self.run_steps(inputs), inputs.order)
         hidden, tokens = self.run(inputs)
         if any(seq.params.filters for seq in batch.seqs):
             tokens = self.sample(inputs, hidden)
@@ -77,21 +80,24 @@ class ModelRunner:
         else:
             num_tokens, buckets = 0, self.programs.decode_buckets
         bucket = next(b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows)
-        return self.table.prepare(batch, bucket, shards)
+        return self.packer.prepare(batch, bucket, shards)
 
     def run(self, inputs: PreparedBatch) -> tuple[Float[Array, "B D"], Int32[Array, " B"]]:
-        """Start the step; returns the hidden state behind each row's new token, and the tokens.
-
-        Repeated calls read and write the same positions of the cache.
-        """
+        """Start the step; returns the hidden state behind each row's new token, and the tokens."""
         step, packed = self.programs.steps[inputs.bucket], self._place(inputs.packed)
         self.state, hidden, tokens = step(self.weights, self.state, packed)
         return hidden, tokens
 
+    def run_steps(self, inputs: PreparedBatch) -> Int32[Array, "steps B"]:
+        """Start several decode steps; returns the tokens of each."""
+        steps, packed = self.programs.decode_steps[inputs.bucket], self._place(inputs.packed)
+        self.state, tokens = steps(self.weights, self.state, packed)
+        return tokens
+
     def sample(self, inputs: PreparedBatch, hidden: Float[Array, "B D"]) -> Int32[Array, " B"]:
         """Draw the tokens of a step again, with top-k, top-p and min-p."""
-        sample, rows = self.programs.samples[inputs.bucket.num_rows], self._place(inputs.rows)
-        self.state, tokens = sample(self.weights, self.state, hidden, rows)
+        sample, slots = self.programs.samples[inputs.bucket.num_rows], self._place(inputs.slots)
+        self.state, tokens = sample(self.weights, self.state, hidden, slots)
         return tokens
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[np.ndarray, "B V"]:
@@ -106,10 +112,12 @@ class ModelRunner:
         """
         smallest(0)  # several processes begin together, so that none waits for another's compiler
         for bucket in 2 * list(self.programs.steps):
-            inputs = self.table.padding(bucket, self.programs.batch_shards)
+            inputs = self.packer.padding(bucket, self.programs.batch_shards)
 
             def run(inputs=inputs):
                 with default_settings():  # it runs in a thread of its own
+                    if inputs.bucket in self.programs.decode_steps:
+                        self.run_steps(inputs)
                     hidden, _ = self.run(inputs)
                     # There is memory for two steps' results, not for all.
                     self.sample(inputs, hidden).block_until_ready()
@@ -130,7 +138,7 @@ class ModelRunner:
         """Give all device memory back."""
         _delete((self.weights, self.state, self.mailboxes))
         self.weights, self.mailboxes = [], None
-        self.programs.steps, self.programs.samples = {}, {}
+        self.programs.steps, self.programs.decode_steps, self.programs.samples = {}, {}, {}
 
     def describe_memory(self) -> str:
         """The devices' memory in words."""
@@ -165,7 +173,7 @@ class ModelRunner:
         c, config = self.programs.model_config, self.config
         heads = c.num_kv_heads // self.sharding.size("kv_heads")
         token_bytes = 2 * c.num_layers * heads * c.head_dim * self.programs.cache_dtype.itemsize
-        block_bytes = token_bytes * config.kvcache_block_size
+        block_bytes = (token_bytes + 4) * config.kvcache_block_size  # with the token's id
         if self.programs.platform == "cpu":
             budget = memory.cpu_budget(host.memory_bytes())
             most = config.max_num_seqs * self.programs.table_width

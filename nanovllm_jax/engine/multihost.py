@@ -64,7 +64,7 @@ class Processes:
         if self.leads:
             self.commands.append(command)
 
-    def agree(self, batch: Batch | None, expected_digest: int | None) -> None:
+    def agree(self, batch: Batch | None, num_steps: int, expected_digest: int | None) -> None:
         """Make sure that every process has scheduled the same batch.
 
         The leader has the followers dispatch what they schedule now. A follower compares its batch
@@ -74,7 +74,7 @@ class Processes:
             RuntimeError: this process has scheduled another batch than process 0.
         """
         if self.leads:
-            self.record(Dispatch(_digest(batch)))
+            self.record(Dispatch(_digest(batch), num_steps))
             if batch is not None:
                 self.send()
         elif self.follows and _digest(batch) != expected_digest:

@@ -1,8 +1,11 @@
 """The one int32 array that a step takes, and how the step reads it. `inputs.py` writes it.
 
-    [ token ids of a prefill, T | row 0 | row 1 | ... ]     row = [ Column fields | block table, W ]
+    prefill: [ token ids, T | row 0 | row 1 | ... ]     row = [ Column fields | block table, W ]
+    decode:  [ change 0 | change 1 | ... ]              change = [ Change fields ]
 
-One array a step keeps the dispatch cheap. Floats travel as their bits.
+A prefill brings whole rows. They stay on the device, one for each slot, and every step brings its
+own up to date; so a decode step only has to be told which slots it is for, and of new blocks. One
+array a step keeps the dispatch cheap. Floats travel as their bits.
 """
 
 from enum import IntEnum
@@ -19,20 +22,29 @@ from nanovllm_jax.layers.attention import PagedBatch
 class Column(IntEnum):
     """The fields of a row, ahead of its block table."""
 
-    SLOT = 0  # row of the runner's tables: where the row's last token is kept on the device
-    START = 1  # position of the row's first token in this step
-    LENGTH = 2  # number of tokens that the row computes; 0 marks a padding row
-    CACHED = 3  # positions below it come from the prefix cache and are not written
-    SEED_LOW = 4  # the two words of a 64-bit number
-    SEED_HIGH = 5
-    TEMPERATURE = 6
-    TOP_K = 7
-    TOP_P = 8
-    MIN_P = 9
+    SLOT = 0  # where the row is kept on the device
+    START = 1  # tokens computed so far, which is the position of the next one
+    LENGTH = 2  # tokens that the row computes in this call; 0 marks a padding row
+    LAST_TOKEN = 3  # the token that was drawn last, which is the next one to compute
+    CACHED = 4  # positions below it come from the prefix cache and are not written
+    SEED_LOW = 5  # the two words of a 64-bit number
+    SEED_HIGH = 6
+    TEMPERATURE = 7
+    TOP_K = 8
+    TOP_P = 9
+    MIN_P = 10
+
+
+class Change(IntEnum):
+    """The fields of what a decode step is told of a row."""
+
+    SLOT = 0
+    LENGTH = 1  # tokens to compute in this call, one after another; 0 marks a padding row
+    NEW_BLOCK = 2  # the block of the last of them, if it is new; or -1
 
 
 class StepInputs(NamedTuple):
-    """What a step computes with, unpacked on the device: T tokens in B rows."""
+    """What a step computes with: T tokens in B rows."""
 
     token_ids: Int32[Array, " T"]
     positions: Int32[Array, " T"]
@@ -40,34 +52,42 @@ class StepInputs(NamedTuple):
     batch: PagedBatch
 
 
-def unpack(
-    packed: Int32[Array, " n"],
-    last_token_of_slot: Int32[Array, " slots"],
-    *,
-    bucket: Bucket,
-    block_size: int,
-) -> tuple[StepInputs, Int32[Array, "B R"]]:
-    """Read a packed array; returns the step's inputs and the rows."""
+def read_prefill(
+    packed: Int32[Array, " n"], bucket: Bucket
+) -> tuple[Int32[Array, " T"], Int32[Array, "B R"]]:
+    """The token ids and the rows of a prefill's packed array."""
     token_ids, rows = packed[: bucket.num_tokens], packed[bucket.num_tokens :]
-    rows = rows.reshape(bucket.num_rows, -1)
-    if bucket.is_decode:
-        return _decode_inputs(rows, last_token_of_slot, block_size), rows
-    return _prefill_inputs(token_ids, rows, block_size), rows
+    return token_ids, rows.reshape(bucket.num_rows, -1)
 
 
-def _decode_inputs(rows, last_token_of_slot, block_size: int) -> StepInputs:
-    """Each row computes one token: the one that was drawn last in its slot."""
+def read_decode(
+    packed: Int32[Array, " n"], table: Int32[Array, "slots R"], block_size: int
+) -> Int32[Array, "B R"]:
+    """The rows of a decode call: those of the table, with the changes of a packed array."""
+    slots, lengths, new_blocks = packed.reshape(-1, len(Change)).T
+    rows = table.at[slots].get(mode="promise_in_bounds")
+    last_block = len(Column) + (rows[:, Column.START] + lengths - 1) // block_size
+    is_new = (_columns(rows) == last_block[:, None]) & (new_blocks >= 0)[:, None]
+    rows = jnp.where(is_new, new_blocks[:, None], rows)
+    # The row of a padding slot has never been written.
+    return _replace(rows, {Column.SLOT: slots, Column.LENGTH: lengths})
+
+
+def advanced(rows: Int32[Array, "B R"], last_tokens: Int32[Array, " B"]) -> Int32[Array, "B R"]:
+    """The rows after a call, with the tokens that were drawn last."""
+    ends = rows[:, Column.START] + rows[:, Column.LENGTH]
+    none_left = jnp.zeros_like(ends)
+    return _replace(
+        rows, {Column.START: ends, Column.LENGTH: none_left, Column.LAST_TOKEN: last_tokens}
+    )
+
+
+def prefill_inputs(
+    token_ids: Int32[Array, " T"], rows: Int32[Array, "B R"], block_size: int
+) -> StepInputs:
+    """Each row computes all of its tokens, which follow one another in `token_ids`."""
     starts, lengths = rows[:, Column.START], rows[:, Column.LENGTH]
-    every_row = jnp.arange(len(rows))
-    slot_mapping = _slot_mapping(rows, every_row, starts, lengths > 0, block_size)
-    batch = PagedBatch(slot_mapping, rows[:, len(Column) :], _context_lens(rows))
-    token_ids = last_token_of_slot[rows[:, Column.SLOT]]
-    return StepInputs(token_ids, starts, every_row, batch)
-
-
-def _prefill_inputs(token_ids, rows, block_size: int) -> StepInputs:
-    """Each row computes its next tokens, which follow one another in `token_ids`."""
-    starts, ends = rows[:, Column.START], jnp.cumsum(rows[:, Column.LENGTH])
+    ends = jnp.cumsum(lengths)
     query_starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
     tokens = jnp.arange(len(token_ids), dtype=jnp.int32)
     row_of = jnp.searchsorted(ends, tokens, side="right", method="compare_all")
@@ -75,27 +95,34 @@ def _prefill_inputs(token_ids, rows, block_size: int) -> StepInputs:
     valid = tokens < ends[-1]
     positions = jnp.where(valid, tokens - query_starts[row_of] + starts[row_of], 0)
     slot_mapping = _slot_mapping(rows, row_of, positions, valid, block_size)
-    batch = PagedBatch(slot_mapping, rows[:, len(Column) :], _context_lens(rows), query_starts)
+    context_lens = jnp.where(lengths > 0, starts + lengths, 0)
+    batch = PagedBatch(slot_mapping, rows[:, len(Column) :], context_lens, query_starts)
     return StepInputs(token_ids, positions, jnp.maximum(ends - 1, 0), batch)
 
 
-def _slot_mapping(
+def decode_inputs(
     rows: Int32[Array, "B R"],
-    row_of: Int32[Array, " T"],
-    positions: Int32[Array, " T"],
-    valid: Bool[Array, " T"],
+    last_tokens: Int32[Array, " B"],
+    step: Int32[Array, ""] | int,
     block_size: int,
-) -> Int32[Array, " T"]:
-    """Where in the cache each token's key and value are written; -1: nowhere."""
-    tables = rows[:, len(Column) :]
-    page = tables[row_of, jnp.minimum(positions // block_size, tables.shape[1] - 1)]
-    written = valid & (positions >= rows[row_of, Column.CACHED])
-    return jnp.where(written, page * block_size + positions % block_size, -1)
+) -> StepInputs:
+    """Each row computes the token that was drawn last, if it has so many to compute.
+
+    Args:
+        step: number of the decode step within the call.
+    """
+    positions, every_row = rows[:, Column.START] + step, jnp.arange(len(rows))
+    goes_on = step < rows[:, Column.LENGTH]
+    slot_mapping = _slot_mapping(rows, every_row, positions, goes_on, block_size)
+    batch = PagedBatch(slot_mapping, rows[:, len(Column) :], jnp.where(goes_on, positions + 1, 0))
+    return StepInputs(last_tokens, positions, every_row, batch)
 
 
-def _context_lens(rows: Int32[Array, "B R"]) -> Int32[Array, " B"]:
-    """Tokens that each row attends to, with those of this step; 0 for a padding row."""
-    return jnp.where(rows[:, Column.LENGTH] > 0, sampled_positions(rows), 0)
+def decoded_slots(rows: Int32[Array, "B R"], num_steps: int, block_size: int):
+    """The slot mapping of each of a call's decode steps, [steps, B]."""
+    every_row, steps = jnp.arange(len(rows)), jnp.arange(num_steps)[:, None]
+    goes_on = steps < rows[:, Column.LENGTH]
+    return _slot_mapping(rows, every_row, rows[:, Column.START] + steps, goes_on, block_size)
 
 
 def seeds(rows: Int32[Array, "B R"]) -> UInt32[Array, "B 2"]:
@@ -109,6 +136,28 @@ def floats(rows: Int32[Array, "B R"], column: Column) -> Float[Array, " B"]:
     return jax.lax.bitcast_convert_type(rows[:, column], jnp.float32)
 
 
-def sampled_positions(rows: Int32[Array, "B R"]) -> Int32[Array, " B"]:
-    """The position that each row's new token will take."""
-    return rows[:, Column.START] + rows[:, Column.LENGTH]
+def _slot_mapping(
+    rows: Int32[Array, "B R"],
+    row_of: Int32[Array, " T"],
+    positions: Int32[Array, "*steps T"],
+    valid: Bool[Array, "*steps T"],
+    block_size: int,
+) -> Int32[Array, "*steps T"]:
+    """Where in the cache each token's key and value are written; -1: nowhere."""
+    tables = rows[:, len(Column) :]
+    page = tables[row_of, jnp.minimum(positions // block_size, tables.shape[1] - 1)]
+    written = valid & (positions >= rows[row_of, Column.CACHED])
+    return jnp.where(written, page * block_size + positions % block_size, -1)
+
+
+def _replace(
+    rows: Int32[Array, "B R"], values: dict[Column, Int32[Array, " B"]]
+) -> Int32[Array, "B R"]:
+    """The rows with other values in some columns, in one pass; scatters would be a kernel each."""
+    for column, value in values.items():
+        rows = jnp.where(_columns(rows) == column, value[:, None], rows)
+    return rows
+
+
+def _columns(rows: Int32[Array, "B R"]) -> Int32[Array, "1 R"]:
+    return jnp.arange(rows.shape[1])[None, :]

@@ -16,7 +16,7 @@ from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import host, memory
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
-from nanovllm_jax.engine.packed import Column
+from nanovllm_jax.engine.packed import Change, Column
 from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.step import DeviceState, StepFunctions
 from nanovllm_jax.layers.collectives import AXIS, Collectives
@@ -55,8 +55,9 @@ class Spec(NamedTuple):
 class Programs:
     """Owns the buckets, and lowers and compiles the engine's steps; allocates nothing.
 
-    `steps` (by bucket) and `samples` (by rows of a shard) are there once `compile` has run. They
-    are called as the methods of `StepFunctions` are.
+    `steps` (by bucket), `decode_steps` (by decode bucket; empty if a call takes one step only) and
+    `samples` (by rows of a shard) are there once `compile` has run. They are called as the methods
+    of `StepFunctions` are.
     """
 
     def __init__(self, config: EngineConfig, sharding: Sharding):
@@ -82,6 +83,7 @@ class Programs:
         )
         self.program_cache: ProgramCache | None = None
         self.steps: dict[Bucket, Callable] = {}
+        self.decode_steps: dict[Bucket, Callable] = {}
         self.samples: dict[int, Callable] = {}
 
     # --- what the programs work on ---
@@ -124,8 +126,13 @@ class Programs:
         return jnp.dtype(jnp.float8_e4m3fn if fp8 else self.model_config.dtype)
 
     @property
+    def row_width(self) -> int:
+        """Integers in the row of a slot."""
+        return len(Column) + self.table_width
+
+    @property
     def rows_sharding(self) -> jax.sharding.NamedSharding:
-        """The layout of rows and packed arrays."""
+        """The layout of tables and packed arrays."""
         return self.sharding.named("batch")
 
     @property
@@ -137,15 +144,16 @@ class Programs:
     def make_state(
         self, num_blocks: int, collectives: Collectives | None, make: Callable = jnp.zeros
     ) -> DeviceState:
-        """The cache and the last tokens, zeroed on the devices (or other arrays, by `make`)."""
-        c = self.model_config
-        shape = (c.num_layers, self.batch_shards * num_blocks, self.config.kvcache_block_size)
-        shape += (c.num_kv_heads, c.head_dim)
+        """The cache and the tables, zeroed on the devices (or other arrays, by `make`)."""
+        c, config = self.model_config, self.config
+        shards, size = self.batch_shards, config.kvcache_block_size
+        shape = (c.num_layers, shards * num_blocks, size, c.num_kv_heads, c.head_dim)
         layout = self.sharding.named(*KVCache.AXES)
         k, v = (make(shape, self.cache_dtype, device=layout) for _ in range(2))
-        slots = (self.batch_shards * (self.config.max_num_seqs + 1),)
-        last_tokens = make(slots, jnp.int32, device=self.rows_sharding)
-        return DeviceState(KVCache(k, v), collectives, last_tokens)
+        tables = {"dtype": jnp.int32, "device": self.rows_sharding}
+        rows = make((shards * (config.max_num_seqs + 1), self.row_width), **tables)
+        token_ids = make((shards * (num_blocks + 1), size), **tables)
+        return DeviceState(KVCache(k, v), collectives, rows, token_ids)
 
     def abstract_state(self, num_blocks: int) -> DeviceState:
         """The state as shapes and layouts."""
@@ -167,14 +175,25 @@ class Programs:
             weights: as they lie on the devices; default: as `self.weights` says.
         """
         state = self.abstract_state(num_blocks)
-        row = len(Column) + self.table_width
-        packed = self._integers(self.batch_shards * (bucket.num_tokens + bucket.num_rows * row))
         return Spec(
             f"step-{bucket.num_tokens}-{bucket.num_rows}-{num_blocks}",
             functools.partial(self.functions.run, bucket=bucket),
-            (self._shapes(weights), state, packed),
+            (self._shapes(weights), state, self._packed(bucket)),
             1,
             (_layout(state), self._hidden_sharding, self.sharding.named()),
+        )
+
+    def decode_steps_spec(
+        self, bucket: Bucket, num_blocks: int, weights: list[Weight] | None = None
+    ) -> Spec:
+        """The program that takes several decode steps; see `step_spec`."""
+        state, num_steps = self.abstract_state(num_blocks), self.config.num_scheduler_steps
+        return Spec(
+            f"decode-{num_steps}-{bucket.num_rows}-{num_blocks}",
+            functools.partial(self.functions.decode_steps, bucket=bucket, num_steps=num_steps),
+            (self._shapes(weights), state, self._packed(bucket)),
+            1,
+            (_layout(state), self.sharding.named()),
         )
 
     def sample_spec(
@@ -189,12 +208,7 @@ class Programs:
         return Spec(
             f"sample-{num_rows}-{num_blocks}",
             self.functions.sample,
-            (
-                self._shapes(weights),
-                state,
-                hidden,
-                self._integers(rows, len(Column) + self.table_width),
-            ),
+            (self._shapes(weights), state, hidden, self._integers(rows)),
             1,
             (_layout(state), self.sharding.named()),
         )
@@ -217,11 +231,14 @@ class Programs:
             self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
             self.samples = dict.fromkeys(row_counts, self.functions.sample)
             return
+        loops = self.decode_buckets if self.config.num_scheduler_steps > 1 else []
         specs = [self.step_spec(bucket, num_blocks, weights) for bucket in buckets]
+        specs += [self.decode_steps_spec(bucket, num_blocks, weights) for bucket in loops]
         specs += [self.sample_spec(n, num_blocks, weights) for n in row_counts]
-        programs = self._compile(specs, weights)
-        self.steps = dict(zip(buckets, programs[: len(buckets)], strict=True))
-        self.samples = dict(zip(row_counts, programs[len(buckets) :], strict=True))
+        programs = iter(self._compile(specs, weights))
+        self.steps = {bucket: next(programs) for bucket in buckets}
+        self.decode_steps = {bucket: next(programs) for bucket in loops}
+        self.samples = {num_rows: next(programs) for num_rows in row_counts}
 
     def step_bytes(self, weights: list[Weight]) -> int:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
@@ -307,7 +324,7 @@ class Programs:
         f, config = self.functions, self.config
         key_parts = (
             *(self.model_config, f.prefill, f.decode, f.block_size, f.vocab_size),
-            *(self.cache_dtype, config.max_num_seqs, self.table_width),
+            *(self.cache_dtype, config.max_num_seqs, self.row_width),
             *(self.sharding.mesh.shape_tuple, sorted(self.sharding.rules.items(), key=str)),
             [(w.shape, w.dtype, w.sharding.spec) for w in jax.tree.leaves(weights)],
             self.compiler_options,
@@ -334,6 +351,10 @@ class Programs:
     @property
     def _hidden_sharding(self) -> jax.sharding.NamedSharding:
         return self.sharding.named("batch", "activation_embed")
+
+    def _packed(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        size = bucket.num_rows * (len(Change) if bucket.is_decode else self.row_width)
+        return self._integers(self.batch_shards * (bucket.num_tokens + size))
 
     def _integers(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.rows_sharding)

@@ -8,8 +8,9 @@ The batch may be sharded: a sequence then lives in one shard, with the blocks of
 from its admission until it ends or is preempted. Each shard has its part of the slots and of the
 token budget; without sharding there is one shard, which has it all.
 
-The scheduler works one step ahead of what the host has read: a sequence may have a sampled token
-`in_flight`. It decides from counts alone, never from the value of such a token.
+The scheduler works one call of the device ahead of what the host has read: a sequence may have
+sampled tokens `in_flight`. It decides from counts alone, never from the value of such a token. So a
+call may take several decode steps, if nothing that the host has to do could come between them.
 """
 
 import itertools
@@ -21,25 +22,53 @@ from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.outputs import FinishReason
 
+# Rounds after an arrival in which decode steps are taken one by one, so that the next one to arrive
+# does not wait long for its prefill.
+QUIET_ROUNDS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The work of one step. Row i computes tokens starts[i] : starts[i] + lengths[i] of seqs[i]."""
+    """The work of one call: a prefill step, or `num_steps` decode steps.
+
+    Row i computes tokens starts[i] : starts[i] + lengths[i] of seqs[i], in decode steps one in each
+    of the first lengths[i] steps.
+    """
 
     is_prefill: bool
     seqs: list[Sequence]
     starts: list[int]
     lengths: list[int]
     yields_token: list[bool]  # whether a row's last token yields a new one (no: unfinished prompt)
+    num_steps: int = 1
 
     @classmethod
-    def empty(cls, is_prefill: bool = False) -> "Batch":
+    def empty(cls, is_prefill: bool = False, num_steps: int = 1) -> "Batch":
         """A batch without rows."""
-        return cls(is_prefill, [], [], [], [])
+        return cls(is_prefill, [], [], [], [], num_steps)
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    def rounds(self, token_ids: list[list[int]]) -> list[tuple["Batch", list[int]]]:
+        """Take the call apart into its steps.
+
+        Args:
+            token_ids: for each step the tokens that it sampled, one for each row.
+
+        Returns:
+            Each step as a batch of its own, and its tokens.
+        """
+        if self.num_steps == 1:
+            return [(self, token_ids[0])]
+        rounds = []
+        for step, sampled in enumerate(token_ids):
+            rows = [i for i, length in enumerate(self.lengths) if length > step]
+            seqs, starts = [self.seqs[i] for i in rows], [self.starts[i] + step for i in rows]
+            batch = Batch(False, seqs, starts, [1] * len(rows), [True] * len(rows))
+            rounds.append((batch, [sampled[i] for i in rows]))
+        return rounds
 
     def token_ids(self, rows: list[int]) -> list[int]:
         """The tokens that these rows compute, one row after another; for a prefill."""
@@ -84,20 +113,27 @@ class Scheduler:
         self.free_slots = [list(range(s, max_num_seqs, len(pools)))[::-1] for s in shards]
         self.failed: list[Sequence] = []  # ended with an error since the last postprocess
         self.decode_next = False
+        self.quiet_rounds = 0  # for which decode steps are still taken one by one
 
     @property
     def is_finished(self) -> bool:
         return not (self.waiting or self.running or self.failed)
 
     def add(self, seq: Sequence) -> None:
+        if self.running:
+            self.quiet_rounds = QUIET_ROUNDS
         self.waiting.append(seq)
 
-    def schedule(self) -> Batch | None:
-        """Choose the next step's work; None if nothing can run before pending tokens are read."""
+    def schedule(self, num_steps: int = 1) -> Batch | None:
+        """Choose the next call's work; None if nothing can run before pending tokens are read.
+
+        Args:
+            num_steps: decode steps of the call, if they can be taken without the host.
+        """
         if self.decode_next:
-            batch = self._schedule_decode() or self._schedule_prefill()
+            batch = self._schedule_decode(num_steps) or self._schedule_prefill()
         else:
-            batch = self._schedule_prefill() or self._schedule_decode()
+            batch = self._schedule_prefill() or self._schedule_decode(num_steps)
         if batch:
             self.decode_next = batch.is_prefill
         return batch
@@ -182,14 +218,33 @@ class Scheduler:
                 self.running.append(seq)
         return batch if batch.seqs else None
 
-    def _schedule_decode(self) -> Batch | None:
-        batch = Batch.empty()
+    def _schedule_decode(self, num_steps: int) -> Batch | None:
+        self.quiet_rounds = max(0, self.quiet_rounds - 1)
+        if num_steps > 1 and not self._can_take(num_steps):
+            num_steps = 1
+        batch = Batch.empty(num_steps=num_steps)
         for seq in list(self.running):
-            if seq.status is not Status.RUNNING or not seq.wants_token:
+            if seq.status is not Status.RUNNING or not seq.num_wanted:
                 continue  # preempted in this round, or its last token is in flight
-            if self._make_room(seq):
-                self._add_row(batch, seq, 1, True)
+            length = min(num_steps, seq.num_wanted)
+            if self._make_room(seq, length):
+                self._add_row(batch, seq, length, True)
         return batch if batch.seqs else None
+
+    def _can_take(self, num_steps: int) -> bool:
+        """Whether nothing can come between this many decode steps that needs the host."""
+        if self.waiting or self.quiet_rounds:
+            return False
+        blocks_left = [pool.num_free_blocks for pool in self.pools]
+        longest = 0
+        for seq in self.running:
+            length = min(num_steps, seq.num_wanted)
+            blocks_needed = self.pools[seq.shard].blocks_for(seq.num_computed + length)
+            blocks_left[seq.shard] -= max(0, blocks_needed - len(seq.block_table))
+            longest = max(longest, length)
+            if seq.params.filters:  # the `sample` program runs between its steps
+                return False
+        return longest == num_steps and min(blocks_left) >= 0
 
     def _outgrew_pool(self, seq: Sequence) -> bool:
         """Whether a sequence, which has grown and been preempted, can never be computed again."""
@@ -212,9 +267,9 @@ class Scheduler:
         pool = self.pools[shard]
         return pool.num_cached(seq), len(self.free_slots[shard]), pool.num_free_blocks
 
-    def _make_room(self, seq: Sequence) -> bool:
-        """A block for the sequence's next token, preempting the newest others if need be."""
-        while not self.pools[seq.shard].append(seq):
+    def _make_room(self, seq: Sequence, length: int) -> bool:
+        """Blocks for the sequence's next tokens, preempting the newest others if need be."""
+        while not self.pools[seq.shard].append(seq, length):
             victim = self._newest(seq.shard)
             if victim is not seq:
                 self.preempt(victim)
@@ -250,7 +305,7 @@ class Scheduler:
         batch.lengths.append(length)
         batch.yields_token.append(yields_token)
         seq.num_computed += length
-        seq.in_flight += yields_token
+        seq.in_flight += yields_token if batch.is_prefill else length
         # Readers may be in this very step: every layer writes keys and values before it attends.
         self.pools[seq.shard].cache_full_blocks(seq)
 

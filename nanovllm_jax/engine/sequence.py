@@ -65,6 +65,6 @@ class Sequence:
         return self.status is Status.FINISHED
 
     @property
-    def wants_token(self) -> bool:
-        """Whether tokens remain to be sampled after those in flight."""
-        return self.num_completion_tokens + self.in_flight < self.max_tokens
+    def num_wanted(self) -> int:
+        """How many tokens remain to be sampled after those in flight."""
+        return self.max_tokens - self.num_completion_tokens - self.in_flight

@@ -1,15 +1,27 @@
 """One step of the engine as pure functions of arrays: the programs that are compiled."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from nanovllm_jax.engine.buckets import Bucket
-from nanovllm_jax.engine.packed import Column, floats, sampled_positions, seeds, unpack
+from nanovllm_jax.engine.packed import (
+    Column,
+    advanced,
+    decode_inputs,
+    decoded_slots,
+    floats,
+    prefill_inputs,
+    read_decode,
+    read_prefill,
+    seeds,
+)
 from nanovllm_jax.layers.attention import PagedBatch
 from nanovllm_jax.layers.backend import GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import AXIS, Collectives
@@ -25,8 +37,11 @@ class DeviceState(NamedTuple):
 
     cache: KVCache
     collectives: Collectives | None  # None: XLA sums over devices
-    # The last token of each slot, plus one slot for padding rows; one such table per data shard.
-    last_tokens: Int32[Array, " slots"]
+    # The row of each slot (`packed.py`), plus one for padding rows; one such table per data shard.
+    rows: Int32[Array, "slots R"]
+    # The tokens whose keys and values the cache holds, plus one page for padding; one such table
+    # per data shard.
+    token_ids: Int32[Array, "P+1 S"]
 
 
 @dataclass(frozen=True)
@@ -58,33 +73,65 @@ class StepFunctions:
             The state, the hidden state of each row's last token, from which `sample` can draw
             again, and the tokens.
         """
+        if bucket.is_decode:
+            rows = self._read_decode(packed, state.rows)
+            state, hidden, tokens = self._decode_step(
+                weights, state, rows, rows[:, Column.LAST_TOKEN], 0
+            )
+            return self._after_decode(state, rows, tokens[None]), hidden, tokens
+        rows, inputs, known = self._read_prefill(packed, state.token_ids, bucket)
         model = self._model(weights)
-        inputs, rows = self._unpack(packed, state.last_tokens, bucket)
-        backend = self._backend(
-            self.decode if bucket.is_decode else self.prefill, inputs.batch, state.collectives
-        )
+        backend = self._backend(self.prefill, inputs.batch, state.collectives)
         hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
-        if not bucket.is_decode:
-            hidden = self._take_rows(hidden, inputs.sample_indices)
-        last_tokens, tokens = self._draw(
-            state.last_tokens, self._logits(model, hidden, backend), rows, state.collectives,
-            filtered=False,
-        )  # fmt: skip
-        return DeviceState(cache, state.collectives, last_tokens), hidden, tokens
+        hidden = self._take_rows(hidden, inputs.sample_indices)
+        logits, ends = (
+            self._logits(model, hidden, backend),
+            rows[:, Column.START] + rows[:, Column.LENGTH],
+        )
+        tokens = self._draw(logits, rows, ends, state.collectives, filtered=False)
+        state = state._replace(cache=cache, token_ids=known)
+        return self._put_rows(state, rows, tokens), hidden, tokens
+
+    def decode_steps(
+        self,
+        weights: list[Weight],
+        state: DeviceState,
+        packed: Int32[Array, " n"],
+        *,
+        bucket: Bucket,
+        num_steps: int,
+    ) -> tuple[DeviceState, Int32[Array, "steps B"]]:
+        """Take several decode steps in one call; returns the state and each step's tokens.
+
+        A row stops after its own number of tokens; what it draws after that means nothing. The
+        host starts one program for all steps, and on a GPU XLA records one command buffer: within
+        a call no address changes.
+        """
+
+        rows = self._read_decode(packed, state.rows)
+
+        def one(step, carry):
+            state, last_tokens, tokens = carry
+            state, _, drawn = self._decode_step(weights, state, rows, last_tokens, step)
+            return state, drawn, jax.lax.dynamic_update_slice(tokens, drawn[None], (step, 0))
+
+        tokens = jnp.zeros((num_steps, len(rows)), jnp.int32)
+        carry = state, rows[:, Column.LAST_TOKEN], tokens
+        state, _, tokens = jax.lax.fori_loop(0, num_steps, one, carry)
+        return self._after_decode(state, rows, tokens), tokens
 
     def sample(
         self,
         weights: list[Weight],
         state: DeviceState,
         hidden: Float[Array, "B D"],
-        rows: Int32[Array, "B R"],
+        slots: Int32[Array, " B"],
     ) -> tuple[DeviceState, Int32[Array, " B"]]:
-        """Draw the rows' tokens again, with top-k, top-p and min-p."""
+        """Draw the tokens of a step's rows again, with top-k, top-p and min-p."""
         logits = self.logits(weights, hidden, state.collectives)
-        last_tokens, tokens = self._draw(
-            state.last_tokens, logits, rows, state.collectives, filtered=True
-        )
-        return state._replace(last_tokens=last_tokens), tokens
+        rows = self._take_rows(state.rows, slots)
+        tokens = self._draw(logits, rows, rows[:, Column.START], state.collectives, filtered=True)
+        return self._put_rows(state, rows, tokens), tokens
 
     def logits(
         self,
@@ -97,6 +144,30 @@ class StepFunctions:
         return self._logits(
             self._model(weights), hidden, self._backend(self.decode, nowhere, collectives)
         )
+
+    def _decode_step(
+        self, weights, state: DeviceState, rows, last_tokens, step
+    ) -> tuple[DeviceState, Float[Array, "B D"], Int32[Array, " B"]]:
+        """One decode step of a call that began with `rows`; returns as `run`.
+
+        The weights are put together inside, so that in a loop, too, XLA reads them where they lie.
+        """
+        model, inputs = self._model(weights), self._decode_inputs(rows, last_tokens, step)
+        backend = self._backend(self.decode, inputs.batch, state.collectives)
+        hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
+        logits = self._logits(model, hidden, backend)
+        tokens = self._draw(logits, rows, inputs.positions + 1, state.collectives, filtered=False)
+        return state._replace(cache=cache), hidden, tokens
+
+    def _after_decode(self, state: DeviceState, rows, tokens) -> DeviceState:
+        """The state with its tables brought up to date.
+
+        Args:
+            rows: as they were before the decode steps.
+            tokens: that the steps have drawn, [steps, B].
+        """
+        known = self._remember(state.token_ids, rows, tokens)
+        return self._put_rows(state._replace(token_ids=known), rows, tokens[-1])
 
     def _model(self, weights: list[Weight]) -> Decoder:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, stack(weights)))
@@ -116,22 +187,69 @@ class StepFunctions:
     # passes through a jitted function undonated is copied.
 
     @functools.partial(jax.jit, static_argnames=("self", "bucket"))
-    def _unpack(self, packed, last_tokens, bucket: Bucket):
-        read = functools.partial(unpack, bucket=bucket, block_size=self.block_size)
-        rows = self.sharding.spec("batch")
-        return self.sharding.shard_map(read, (rows, rows), rows)(packed, last_tokens)
+    def _read_prefill(self, packed, known, bucket: Bucket):
+        """The rows, what the step computes with, and the tokens that the cache holds after it."""
+
+        def on_shard(packed, known):
+            token_ids, rows = read_prefill(packed, bucket)
+            inputs = prefill_inputs(token_ids, rows, self.block_size)
+            return rows, inputs, _remember(known, inputs.batch.slot_mapping, token_ids)
+
+        return self._by_row(on_shard)(packed, known)
 
     @functools.partial(jax.jit, static_argnames="self")
-    def _take_rows(self, hidden, indices):
-        rows = self.sharding.spec("batch")
-        take = self.sharding.shard_map(lambda h, i: h[i], (rows, rows), rows)
-        return take(hidden, indices)
+    def _read_decode(self, packed, table):
+        def on_shard(packed, table):
+            # The barrier keeps XLA from reading the table again after it has been written.
+            return jax.lax.optimization_barrier(read_decode(packed, table, self.block_size))
+
+        return self._by_row(on_shard)(packed, table)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _decode_inputs(self, rows, last_tokens, step):
+        def on_shard(rows, last_tokens, step):
+            return decode_inputs(rows, last_tokens, step, self.block_size)
+
+        by_row, one = self.sharding.spec("batch"), self.sharding.spec()
+        read = self.sharding.shard_map(on_shard, (by_row, by_row, one), by_row)
+        return read(rows, last_tokens, step)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _remember(self, known, rows, tokens):
+        """The tokens that the cache holds after decode steps that have drawn `tokens`."""
+
+        def on_shard(known, rows, tokens):
+            computed = jnp.concatenate([rows[None, :, Column.LAST_TOKEN], tokens.T[:-1]])
+            slots = decoded_slots(rows, len(computed), self.block_size)
+            return _remember(known, slots, computed)
+
+        return self._by_row(on_shard)(known, rows, tokens.T)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _take_rows(self, table, indices):
+        def on_shard(table, indices):
+            return table.at[indices].get(mode="promise_in_bounds")
+
+        return self._by_row(on_shard)(table, indices)
+
+    def _put_rows(self, state: DeviceState, rows, last_tokens) -> DeviceState:
+        """The state with these rows, as they are after the call, in its table."""
+        return state._replace(rows=self._put(state.rows, rows, last_tokens))
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _put(self, table, rows, last_tokens):
+        def on_shard(table, rows, last_tokens):
+            at = table.at[rows[:, Column.SLOT]]
+            return at.set(advanced(rows, last_tokens), mode="promise_in_bounds")
+
+        return self._by_row(on_shard)(table, rows, last_tokens)
 
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
-    def _draw(self, last_tokens, logits, rows, collectives, *, filtered: bool):
+    def _draw(self, logits, rows, positions, collectives, *, filtered: bool):
+        """Draw a token for each row, for these positions."""
         axis, spec = self.sharding.mesh_axes("vocab"), self.sharding.spec
 
-        def on_shard(last_tokens, logits, rows, collectives):
+        def on_shard(logits, rows, positions, collectives):
             temperatures = floats(rows, Column.TEMPERATURE)
             if filtered:
                 top_p, min_p = floats(rows, Column.TOP_P), floats(rows, Column.MIN_P)
@@ -139,17 +257,34 @@ class StepFunctions:
                     logits, temperatures, rows[:, Column.TOP_K], top_p, min_p,
                     vocab_size=self.vocab_size, axis=axis,
                 )  # fmt: skip
-            tokens = sample(
-                logits, temperatures, seeds(rows), sampled_positions(rows),
+            return sample(
+                logits, temperatures, seeds(rows), positions,
                 vocab_size=self.vocab_size, axis=axis,
                 largest_key=collectives.max if collectives and axis == (AXIS,) else None,
             )  # fmt: skip
-            return last_tokens.at[rows[:, Column.SLOT]].set(tokens), tokens
 
         by_row = spec("batch")
         draw = self.sharding.shard_map(
             on_shard,
-            (by_row, spec("batch", "vocab"), by_row, Collectives.spec(self.sharding)),
-            (by_row, by_row),
+            (spec("batch", "vocab"), by_row, by_row, Collectives.spec(self.sharding)),
+            by_row,
         )
-        return draw(last_tokens, logits, rows, collectives)
+        return draw(logits, rows, positions, collectives)
+
+    def _by_row(self, on_shard: Callable) -> Callable:
+        """Run a function of arrays that are split by row or by page on each shard of the batch."""
+        rows = self.sharding.spec("batch")
+
+        def run(*arrays):
+            return self.sharding.shard_map(on_shard, (rows,) * len(arrays), rows)(*arrays)
+
+        return run
+
+
+def _remember(
+    known: Int32[Array, "P+1 S"], slots: Int32[Array, "..."], token_ids: Int32[Array, "..."]
+) -> Int32[Array, "P+1 S"]:
+    """Put tokens into the table of those that the cache holds; -1 among the slots: nowhere."""
+    padding = known.size - 1
+    at = known.reshape(-1).at[jnp.where(slots < 0, padding, slots)]
+    return at.set(token_ids, mode="promise_in_bounds").reshape(known.shape)
