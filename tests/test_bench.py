@@ -59,7 +59,8 @@ def test_all_measurements_run_and_are_written_as_one_json_line(model_dir, tmp_pa
     assert result["throughput"]["prefill_tokens"] == work.prompt_tokens
     assert result["throughput"]["output_tok_s"] > 0
     assert result["throughput"]["share_of_limit"] > 0
-    assert set(result["latency"]) == {"output_tokens", "batch_1", "batch_16", "batch_64"}
+    names = {"output_tokens", "batch_1", "batch_16", "batch_64", "newcomer"}
+    assert set(result["latency"]) == names and result["latency"]["newcomer"]["ttft_ms"] > 0
     assert result["prefill"]["input_tok_s"] > 0
     assert "at 0.01 TB/s is the limit" in capsys.readouterr().out
 

@@ -41,6 +41,7 @@ STANDARD = (256, 1024)  # requests and longest length of nano-vLLM's bench.py
 BATCHES = (1, 16, 64)  # requests of the latency runs
 LATENCY_PROMPT = 128  # tokens
 PREFILL_PROMPTS = 64
+RUNNING, NEWCOMERS = 32, 20  # requests that decode while others arrive, one after another
 say = functools.partial(print, flush=True)  # progress is seen through a pipe, too
 
 
@@ -209,7 +210,50 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
         say("  batch {:<5} {ms_per_token:.2f} ms per token, {output_tok_s:,.0f} output tok/s, "
             "first token after {ttft_ms:.1f} ms".format(batch, **row))  # fmt: skip
+    running = min(RUNNING, llm.config.max_num_seqs - 1)
+    if waits := newcomers(llm, rng, running):
+        row = {"running": running, "count": len(waits), "ttft_ms": statistics.median(waits) * 1e3}
+        results["newcomer"] = row
+        say("  first token of {count} newcomers beside {running} that decode after {ttft_ms:.1f} ms"
+            .format(**row))  # fmt: skip
     return results
+
+
+def newcomers(llm: LLM, rng: random.Random, running: int) -> list[float]:
+    """Time the first tokens of requests that arrive one by one while others decode.
+
+    Each arrives at a random moment, 20 to 100 steps after the one before it, and is added at the
+    end of the round in which it does, as a server would. Returns the seconds from arrival to token.
+    """
+    output = llm.config.max_model_len - LATENCY_PROMPT
+    work = fixed_workload(rng, running + NEWCOMERS, LATENCY_PROMPT, output, llm.vocab_size)
+    forced = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False)
+    others = [llm.add_request(prompt, forced) for prompt in work.prompts[:running]]
+    while llm.step()[1] != -running:
+        pass
+    waits, steps, began = [], 0, time.perf_counter()
+
+    def step() -> tuple[set, float]:
+        nonlocal steps
+        steps += 1
+        return {request_id for request_id, _ in llm.step()[0]}, time.perf_counter()
+
+    ended, now = step()
+    for prompt in work.prompts[running:]:
+        arrival = now + rng.uniform(20, 100) * (now - began) / steps
+        while now < arrival and not ended:
+            ended, now = step()
+        if ended:  # the others have come to their ends
+            break
+        newcomer = llm.add_request(prompt, SamplingParams(max_tokens=1, detokenize=False))
+        while newcomer not in ended:
+            ended, now = step()
+        waits.append(now - arrival)
+        ended -= {newcomer}
+    llm.abort_request(others)
+    while not llm.is_finished():
+        llm.step()
+    return waits
 
 
 def prefill(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:

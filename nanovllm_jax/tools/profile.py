@@ -19,14 +19,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from nanovllm_jax.engine.buckets import Bucket
-from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.engine.inputs import PreparedBatch
+from nanovllm_jax.engine.model_runner import TokenFuture
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sampling_params import SamplingParams
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from nanovllm_jax import LLM
 
 WARM_STEPS = 10  # decode steps before the first that counts
-SPARE_TOKENS = 16  # tokens that a sequence may have decoded before all of them do
+SPARE_TOKENS = 32  # tokens decoded before all sequences decode, or between the measurements
 PREFILL_RUNS = 6
 
 # What is profiled unless the user says otherwise; --prefill has prompts and the tokens of each.
@@ -76,17 +75,9 @@ def measure(
             "raise --num-kvcache-blocks or --gpu-memory-utilization"
         )
     timed, traced = (PREFILL_RUNS, 1) if case.is_prefill else (args.timed_steps, args.steps)
-    loop, ids = time_loop(llm, case, timed, traced, folder)
-    batch = llm.scheduler.schedule()  # one more step, which the engine will not run
-    assert batch and len(batch.seqs) == case.prompts
-    if not case.is_prefill:  # back to the middle of the traced steps, whose keys are cached already
-        back = timed - timed // 2 + traced // 2
-        batch = replace(batch, starts=[start - back for start in batch.starts])
-    bucket, alone = time_alone(runner, batch, timed)
-    llm.abort_request(ids)
-    while not llm.is_finished():
-        llm.step()
-
+    loop, alone, inputs, batch = time_steps(llm, case, timed, traced, folder)
+    assert len(batch.seqs) == case.prompts
+    bucket = inputs.bucket
     hlo = runner.programs.steps[bucket].as_text() or ""
     events = trace.read_events(folder, trace.module_name(hlo))
     events = [event for event in events if trace.category(event[2]) != "copies"]
@@ -104,21 +95,30 @@ def measure(
     return table | tabulate(events, traced, last, trace.origins(hlo), work, rates, layers), hlo
 
 
-def time_loop(llm: LLM, case: Case, timed: int, traced: int, folder: Path) -> tuple[float, list]:
-    """Run the engine's loop, with half of the timed steps before the traced ones, half behind.
+def time_steps(
+    llm: LLM, case: Case, timed: int, traced: int, folder: Path
+) -> tuple[float, float, PreparedBatch, Batch]:
+    """Run the engine's loop, a traced part in the middle, and the compiled step without the loop.
 
-    Both see the same contexts on average. Returns the seconds of a timed step, and the ids of
-    requests that are ready for one more.
+    Half of the loop's timed steps are ahead of the others and half behind, so that all see the same
+    contexts on average. Outside the timed loop a call takes one step.
+
+    Returns:
+        The seconds of a step in the loop and alone, and one of the steps that ran alone.
     """
     work = fixed_workload(random.Random(0), case.prompts, case.length, 1, llm.vocab_size)
     params = SamplingParams(temperature=0.6, max_tokens=case.output, ignore_eos=True)
+    pace = llm._core.pace
+    most = pace.most
 
-    def add() -> list:
+    def add() -> None:
         llm.reset_prefix_cache()
-        return [llm.add_request(prompt, params) for prompt in work.prompts]
+        for prompt in work.prompts:
+            llm.add_request(prompt, params)
 
-    def run(count: int) -> float:
+    def run(count: int, steps_in_a_call: int = 1) -> float:
         """Decode `count` steps, or prefill as many batches; return the seconds."""
+        pace.most = steps_in_a_call
         began = time.perf_counter()
         for _ in range(count):
             if case.is_prefill:
@@ -129,33 +129,66 @@ def time_loop(llm: LLM, case: Case, timed: int, traced: int, folder: Path) -> tu
                 llm.step()
         return time.perf_counter() - began
 
-    ids, tokens = [] if case.is_prefill else add(), 0
-    while ids and tokens < case.prompts * case.length:
+    add()
+    tokens = 0
+    while tokens < case.prompts * case.length:
         tokens += max(0, llm.step()[1])
-    run(1 if case.is_prefill else WARM_STEPS)
-    seconds = run(timed // 2)
+    if case.is_prefill:
+        llm.step()
+        assert llm.is_finished()
+    run(1 if case.is_prefill else WARM_STEPS, most)
+    seconds = run(timed // 2, most)
+    run(0 if case.is_prefill else most)  # what is left of calls of several steps
     with trace.tracing(folder, perfetto=True):
         run(traced)
-    seconds += run(timed - timed // 2)
-    return seconds / timed, ids or add()
+    if case.is_prefill:
+        add()
+    alone, inputs, batch = time_alone(llm, timed, case.is_prefill)
+    run(0 if case.is_prefill else most)
+    seconds += run(timed - timed // 2, most)
+    for _ in range(case.output):
+        llm.step()
+    assert llm.is_finished()
+    return seconds / timed, alone, inputs, batch
 
 
-def time_alone(runner: ModelRunner, batch: Batch, calls: int) -> tuple[Bucket, float]:
-    """Return the bucket of a batch, and the seconds of one of `calls` calls of its step in a row.
+def time_alone(llm: LLM, calls: int, is_prefill: bool) -> tuple[float, PreparedBatch, Batch]:
+    """Time the engine's next steps back to back, without its loop.
 
-    They have the same input: the same positions of the cache are read and written every time.
+    Their inputs are made before. The engine then reads what decode steps have drawn, as if it had
+    run them; a prefill is repeated, with the same positions of the cache.
+
+    Returns:
+        The seconds of a step, and the middle one.
     """
-    inputs = runner.prepare_inputs(batch)
-    packed = jax.device_put(inputs.packed, runner.programs.sharding.named("batch"))
-    _, before = runner.run(inputs._replace(packed=packed))
-    before.block_until_ready()
+    core, runner = llm._core, llm.runner
+    assert runner
+    batches = [llm.scheduler.schedule() for _ in range(1 if is_prefill else calls)]
+    work = []
+    for batch in batches:
+        assert batch
+        inputs = runner.prepare_inputs(batch)
+        packed = jax.device_put(inputs.packed, runner.programs.sharding.named("batch"))
+        work.append((batch, inputs._replace(packed=packed)))
+    if is_prefill:
+        work *= calls
+        runner.run(work[0][1])[1].block_until_ready()
+    before = None
     began = time.perf_counter()
-    for _ in range(calls):
-        _, after = runner.run(inputs._replace(packed=packed))
-        before.block_until_ready()  # two steps are under way: the engine has memory for no more
+    for batch, inputs in work:
+        _, after = runner.run(inputs)
+        if before is not None:
+            before.block_until_ready()  # the engine has memory for two steps under way
         before = after
+        if not is_prefill:
+            core.in_flight.append((batch, TokenFuture(after, inputs.order)))
+    assert before is not None
     before.block_until_ready()
-    return inputs.bucket, (time.perf_counter() - began) / calls
+    seconds = time.perf_counter() - began
+    if is_prefill:
+        core.in_flight.append((batch, TokenFuture(before, inputs.order)))
+    batch, inputs = work[len(work) // 2]
+    return seconds / len(work), inputs, batch
 
 
 def tabulate(
@@ -273,7 +306,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.out:
         with options.refusals(OSError):
             args.out.mkdir(parents=True, exist_ok=True)
-    output = WARM_STEPS + args.timed_steps + args.steps + SPARE_TOKENS
+    output = WARM_STEPS + 2 * args.timed_steps + args.steps + SPARE_TOKENS
     args.cases = [Case(f"decode-{n}", False, n, args.context, output) for n in args.batch]
     args.cases.append(Case("prefill-{}x{}".format(*args.prefill), True, *args.prefill, output=1))
     return args
