@@ -203,10 +203,10 @@ def test_a_follower_that_decides_otherwise_stops(pair, drift):
     else:
         dispatch = follower.runner.dispatch
         follower.runner.dispatch = lambda batch: FakeFuture(
-            [token ^ 2 for token in dispatch(batch).tokens], follower.runner
+            [[token ^ 2 for token in row] for row in dispatch(batch).tokens], follower.runner
         )
     leader.add_request([1], SamplingParams(max_tokens=40, ignore_eos=True))
-    for _ in range(5):
+    for _ in range(20):
         leader.step()
     leader.exit()
     with pytest.raises(RuntimeError, match="another batch than process 0"):

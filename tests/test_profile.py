@@ -50,7 +50,7 @@ def model_dir(tmp_path_factory):
 
 WORK = ["--batch", "1", "2", "--context", "16", "--prefill", "2", "16", "--steps", "6",
         "--timed-steps", "6", "--bandwidth", "0.01", "--flops", "0.1"]  # fmt: skip
-ENGINE = ["--load-format", "dummy", "--max-model-len", "64", "--max-num-batched-tokens", "64"]
+ENGINE = ["--load-format", "dummy", "--max-model-len", "96", "--max-num-batched-tokens", "96"]
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
