@@ -17,6 +17,7 @@ ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "max_num_batched_tokens": (int, "most tokens that one step processes"),
     "gpu_memory_utilization": (float, "share of the device's memory to use, in (0, 1]"),
     "tensor_parallel_size": (int, "number of devices to split the model over"),
+    "num_scheduler_steps": (int, "most decode steps of one call of the device (default: 4)"),
     "kvcache_block_size": (int, "tokens of a cache block, a multiple of 256"),
     "num_kvcache_blocks": (int, "size of the cache in blocks, instead of sizing it by memory"),
     "dtype": (str, "float32 or bfloat16, instead of config.json's"),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.inputs import PreparedBatch
 from nanovllm_jax.engine.model_runner import TokenFuture
 from nanovllm_jax.engine.scheduler import Batch
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from nanovllm_jax import LLM
 
 WARM_STEPS = 10  # decode steps before the first that counts
-SPARE_TOKENS = 32  # tokens decoded before all sequences decode, or between the measurements
+SPARE_TOKENS = 16  # tokens that a sequence may have decoded before all of them do
 PREFILL_RUNS = 6
 
 # What is profiled unless the user says otherwise; --prefill has prompts and the tokens of each.
@@ -138,13 +139,14 @@ def time_steps(
         assert llm.is_finished()
     run(1 if case.is_prefill else WARM_STEPS, most)
     seconds = run(timed // 2, most)
-    run(0 if case.is_prefill else most)  # what is left of calls of several steps
+    drain = 0 if case.is_prefill else 2 * most  # ends two calls of several steps
+    run(drain)
     with trace.tracing(folder, perfetto=True):
         run(traced)
     if case.is_prefill:
         add()
     alone, inputs, batch = time_alone(llm, timed, case.is_prefill)
-    run(0 if case.is_prefill else most)
+    run(drain)
     seconds += run(timed - timed // 2, most)
     for _ in range(case.output):
         llm.step()
@@ -306,7 +308,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.out:
         with options.refusals(OSError):
             args.out.mkdir(parents=True, exist_ok=True)
-    output = WARM_STEPS + 2 * args.timed_steps + args.steps + SPARE_TOKENS
+    steps_in_a_call = args.num_scheduler_steps or EngineConfig.num_scheduler_steps
+    output = WARM_STEPS + 2 * args.timed_steps + args.steps + SPARE_TOKENS + 4 * steps_in_a_call
     args.cases = [Case(f"decode-{n}", False, n, args.context, output) for n in args.batch]
     args.cases.append(Case("prefill-{}x{}".format(*args.prefill), True, *args.prefill, output=1))
     return args
