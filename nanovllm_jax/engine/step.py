@@ -75,19 +75,16 @@ class StepFunctions:
         """
         if bucket.is_decode:
             rows = self._read_decode(packed, state.rows)
-            state, hidden, tokens = self._decode_step(
-                weights, state, rows, rows[:, Column.LAST_TOKEN], 0
-            )
+            last_tokens = rows[:, Column.LAST_TOKEN]
+            state, hidden, tokens = self._decode_step(weights, state, rows, last_tokens, step=0)
             return self._after_decode(state, rows, tokens[None]), hidden, tokens
         rows, inputs, known = self._read_prefill(packed, state.token_ids, bucket)
         model = self._model(weights)
         backend = self._backend(self.prefill, inputs.batch, state.collectives)
         hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
         hidden = self._take_rows(hidden, inputs.sample_indices)
-        logits, ends = (
-            self._logits(model, hidden, backend),
-            rows[:, Column.START] + rows[:, Column.LENGTH],
-        )
+        logits = self._logits(model, hidden, backend)
+        ends = rows[:, Column.START] + rows[:, Column.LENGTH]
         tokens = self._draw(logits, rows, ends, state.collectives, filtered=False)
         state = state._replace(cache=cache, token_ids=known)
         return self._put_rows(state, rows, tokens), hidden, tokens
@@ -107,7 +104,6 @@ class StepFunctions:
         host starts one program for all steps, and on a GPU XLA records one command buffer: within
         a call no address changes.
         """
-
         rows = self._read_decode(packed, state.rows)
 
         def one(step, carry):
