@@ -10,8 +10,9 @@ Every function of attention takes `implementation`:
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
-Three functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
-`one_shot_all_reduce` and `one_shot_max` combine small arrays over the GPUs of a process.
+Four functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
+`one_shot_all_reduce`, `one_shot_sum` and `one_shot_max` combine small arrays over the GPUs of a
+process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
 `supports_one_shot`, `supports_mosaic_prefill`. `mosaic_problem` tells why a GPU does not run
@@ -24,6 +25,7 @@ from pallas_kernels.all_reduce import (
     make_mailboxes,
     one_shot_all_reduce,
     one_shot_max,
+    one_shot_sum,
     supports_one_shot,
 )
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
@@ -43,6 +45,7 @@ __all__ = [
     "norm_rope_write",
     "one_shot_all_reduce",
     "one_shot_max",
+    "one_shot_sum",
     "paged_decode",
     "paged_prefill",
     "supports_fused_linear",

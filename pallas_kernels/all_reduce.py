@@ -166,12 +166,36 @@ def one_shot_max(
     Raises:
         ValueError: there are more keys than fit into the mailboxes.
     """
-    padding = -keys.size % _MIN_BLOCK
-    if keys.size + padding > max_words:
+    if keys.size > max_words:
         raise ValueError(f"one_shot_max takes up to {max_words // 2} keys, not {len(keys)}")
-    words = jnp.pad(keys.reshape(-1), (0, padding))
-    out = _exchange(_MAX, words, words, address, axis, max_words)
-    return out[: keys.size].reshape(keys.shape)
+    return _exchange_padded(_MAX, keys, address, axis, max_words)
+
+
+def one_shot_sum(
+    x: Float[Array, "..."], address: Int32[Array, "1 2"], axis: str, max_words: int
+) -> Float[Array, "..."]:
+    """Return the float32 sum of `x` over mesh axis `axis`, added up in the order of the devices.
+
+    Raises:
+        ValueError: there are more numbers than fit into the mailboxes, or they are not float32.
+    """
+    if x.size > max_words or x.dtype != jnp.float32:
+        raise ValueError(
+            f"one_shot_sum takes up to {max_words} numbers in float32, not {x.dtype}{x.shape}"
+        )
+    words = lax.bitcast_convert_type(x, jnp.int32)
+    out = _exchange_padded(_ADD, words, address, axis, max_words)
+    return lax.bitcast_convert_type(out, jnp.float32)
+
+
+def _exchange_padded(combine: "Combine", x, address, axis: str, max_words: int):
+    """Combine an array of words of any shape, padded to as few programs as possible."""
+    padded = max(_MIN_BLOCK, pl.next_power_of_2(x.size))
+    if x.size > _MAX_BLOCK:
+        padded = pl.cdiv(x.size, _MAX_BLOCK) * _MAX_BLOCK
+    words = jnp.pad(x.reshape(-1), (0, padded - x.size))
+    out = _exchange(combine, words, words, address, axis, max_words)
+    return out[: x.size].reshape(x.shape)
 
 
 def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: int):
@@ -236,12 +260,21 @@ def _round_pairs(residual: list[str], out: list[str]) -> str:
     return _add_pairs(residual) + "".join(rounded)
 
 
+def _add_floats(words: list[str]) -> str:
+    return "".join(f"mov.b32 f, {word}; add.f32 s{i}, s{i}, f;" for i, word in enumerate(words))
+
+
 def _max_keys(words: list[str]) -> str:
     pairs = ((0, words[0], words[1]), (1, words[2], words[3]))
     return "".join(f"mov.b64 k, {{{lo}, {hi}}}; max.u64 m{i}, m{i}, k;" for i, lo, hi in pairs)
 
 
 _SUM = Combine("".join(f"mov.f32 s{i}, 0f00000000;" for i in range(8)), _add_pairs, _round_pairs)
+_ADD = Combine(
+    "".join(f"mov.f32 s{i}, 0f00000000;" for i in range(4)),
+    _add_floats,
+    lambda _, out: "".join(f"mov.b32 {out[i]}, s{i};" for i in range(4)),
+)
 _MAX = Combine(
     "mov.u64 m0, 0; mov.u64 m1, 0;",
     _max_keys,

@@ -12,8 +12,15 @@ import pytest
 from h100 import h100_mesh, kernels_in, lower_for_h100
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max, supports_one_shot
-from pallas_kernels.all_reduce import _MAX, _SUM, Layout, _ptx
+from pallas_kernels import (
+    all_reduce,
+    make_mailboxes,
+    one_shot_all_reduce,
+    one_shot_max,
+    one_shot_sum,
+    supports_one_shot,
+)
+from pallas_kernels.all_reduce import _ADD, _MAX, _MAX_BLOCK, _SUM, Layout, _block, _ptx
 
 MOST = 1 << 14  # words
 
@@ -89,6 +96,10 @@ def test_they_lower_for_a_gpu():
         assert kernels_in(text) == ["one_shot_all_reduce"] and 'all_reduce"(' not in text
     text = lowered(largest, shape(3, 2, dtype=jnp.int32), ADDRESSES)
     assert kernels_in(text) == ["one_shot_all_reduce"]
+    total = functools.partial(one_shot_sum, axis="tensor", max_words=MOST)
+    for rows in (1, 3, 256):
+        text = lowered(total, shape(rows, 15, dtype=jnp.float32), ADDRESSES)
+        assert kernels_in(text) == ["one_shot_all_reduce"] and 'all_reduce"(' not in text
 
 
 def test_too_much_is_refused():
@@ -100,11 +111,29 @@ def test_too_much_is_refused():
         lowered(add, shape(2, 1024), shape(1, 1024), ADDRESSES)
     with pytest.raises(ValueError, match="up to 8192 keys, not 9000"):
         lowered(largest, shape(9000, 2, dtype=jnp.int32), ADDRESSES)
+    total = functools.partial(one_shot_sum, axis="tensor", max_words=MOST)
+    with pytest.raises(ValueError, match="up to 16384 numbers in float32"):
+        lowered(total, shape(4097, 4, dtype=jnp.float32), ADDRESSES)
+    with pytest.raises(ValueError, match="in float32, not bfloat16"):
+        lowered(total, shape(4, 4), ADDRESSES)
+
+
+@pytest.mark.parametrize("words", [1, 45, 128, 1100, 2048, 2049, 7680, MOST])
+def test_an_array_of_any_size_gets_programs_of_its_own(words, monkeypatch):
+    """1,100 words, 1,152 with padding, were once cut into nine programs for mailboxes of eight."""
+    cut = []
+    monkeypatch.setattr(
+        all_reduce, "_exchange", lambda _, x, *rest: cut.append(x.size // _block(x.size)) or x
+    )
+    x = jnp.arange(words, dtype=jnp.int32)
+    got = all_reduce._exchange_padded(_MAX, x, None, "tensor", MOST)
+    np.testing.assert_array_equal(got, x)
+    assert cut == [-(-words // _MAX_BLOCK)] and cut[0] <= Layout(2, MOST).programs
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is part of the CUDA toolkit")
 @pytest.mark.parametrize("peers", [2, 8])
-@pytest.mark.parametrize("combine", [_SUM, _MAX], ids=["sum", "max"])
+@pytest.mark.parametrize("combine", [_SUM, _ADD, _MAX], ids=["sum", "float32", "max"])
 def test_the_snippet_assembles(combine, peers, tmp_path):
     """XLA hands the snippet to ptxas only when it compiles for a GPU."""
     snippet = re.sub(r"\$(\d+)", r"%r\1", _ptx(Layout(peers, MOST), combine, block=2048))

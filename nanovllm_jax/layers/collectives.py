@@ -16,6 +16,7 @@ from pallas_kernels import (
     make_mailboxes,
     one_shot_all_reduce,
     one_shot_max,
+    one_shot_sum,
     supports_one_shot,
 )
 
@@ -70,3 +71,7 @@ class Collectives:
     def max(self, keys: Int32[Array, "B 2"]) -> Int32[Array, "B 2"]:
         """The largest of each key, taken as unsigned 64-bit integers [low, high]."""
         return one_shot_max(keys, self.addresses, AXIS, MAX_WORDS)
+
+    def total(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The sum of every GPU's float32 numbers; every GPU gets the same bits."""
+        return one_shot_sum(x, self.addresses, AXIS, MAX_WORDS)

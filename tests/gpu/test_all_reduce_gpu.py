@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max
+from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max, one_shot_sum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -127,6 +127,33 @@ def test_max(mesh, mailboxes, rows):
     assert (got == got[0]).all()
     bits = got[0].view(np.uint32).astype(np.uint64)
     np.testing.assert_array_equal(bits[:, 0] | bits[:, 1] << np.uint64(32), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (16, 15), (64, 15), (256, 15), (500, 15)])
+def test_float32_sum(mesh, mailboxes, shape):
+    """Exactly the sum in the order of the devices, alone and in a loop that reuses mailboxes."""
+
+    def loop(parts, _, address):
+        def add(i, x):
+            return one_shot_sum(x, address, "tensor", MOST) / (i + 2)
+
+        return jax.lax.fori_loop(0, 33, add, parts[0])
+
+    def once(parts, _, address):
+        return one_shot_sum(parts[0], address, "tensor", MOST)
+
+    for seed in range(3):
+        numbers = np.random.default_rng(seed).standard_normal((mesh.size, *shape), np.float32)
+        x = jax.device_put(numbers, NamedSharding(mesh, PartitionSpec("tensor")))
+        got = np.asarray(reduce_on(mesh, once, 1)([x], jnp.zeros(1), mailboxes.addresses))
+        want = functools.reduce(np.add, numbers)
+        assert (got == want).all()
+        got = np.asarray(reduce_on(mesh, loop, 1)([x], jnp.zeros(1), mailboxes.addresses))
+        for i in range(33):
+            want = functools.reduce(np.add, [want] * mesh.size if i else numbers)
+            want = want / np.float32(i + 2)
+        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), rtol=1e-5)
+        assert (got == got[0]).all()
 
 
 def test_too_much_is_refused(mesh, mailboxes):
