@@ -24,9 +24,11 @@ from pallas_kernels.all_reduce import (
     Mailboxes,
     make_mailboxes,
     one_shot_all_reduce,
+    one_shot_all_reduce_norm,
     one_shot_max,
     one_shot_sum,
     supports_one_shot,
+    supports_one_shot_norm,
 )
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.kv_write import norm_rope_write
@@ -44,6 +46,7 @@ __all__ = [
     "most_tokens",
     "norm_rope_write",
     "one_shot_all_reduce",
+    "one_shot_all_reduce_norm",
     "one_shot_max",
     "one_shot_sum",
     "paged_decode",
@@ -51,4 +54,5 @@ __all__ = [
     "supports_fused_linear",
     "supports_mosaic_prefill",
     "supports_one_shot",
+    "supports_one_shot_norm",
 ]
