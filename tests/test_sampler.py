@@ -189,7 +189,7 @@ def filter_over(devices: int, bits: int, kernels: bool, vocab_size: int):
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "masked", "zeros", "huge"])
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("bits", [1, 3, 4])
 @pytest.mark.parametrize(
     ("devices", "kernels"), [(1, False), (2, False), (8, False), (2, True), (4, True), (8, True)]
 )

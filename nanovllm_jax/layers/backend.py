@@ -91,11 +91,15 @@ class _PlainLinear:
     ):  # fmt: skip
         x, norm = _split(x, norm)
         if norm is not None:
-            x = norm(x, layer)
+            x = self.norm(x, norm, layer)
         y = linear(x, layer, dtype)
         if gated:
             y = jax.nn.silu(y[:, 0]) * y[:, 1]
         return y if residual is None else plain(residual) + y
+
+    def norm(self, x, norm, layer):
+        """The norm before a Linear, by whatever computes it best."""
+        return norm(x, layer)
 
 
 @dataclass(frozen=True)
