@@ -10,12 +10,14 @@ Every function of attention takes `implementation`:
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
-Three functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
-`one_shot_all_reduce` and `one_shot_max` combine small arrays over the GPUs of a process.
+Five functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
+`one_shot_all_reduce`, `one_shot_all_reduce_norm`, `one_shot_sum` and `one_shot_max` combine small
+arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
-`supports_one_shot`, `supports_mosaic_prefill`. `mosaic_problem` tells why a GPU does not run
-Mosaic's. How large a cache and a step may be is told by `addressable_pages` and `most_tokens`.
+`supports_one_shot`, `supports_one_shot_norm`, `supports_mosaic_prefill`. `mosaic_problem` tells why
+a GPU does not run Mosaic's. How large a cache and a step may be is told by `addressable_pages` and
+`most_tokens`.
 """
 
 from pallas_kernels._common import addressable_pages, mosaic_problem, most_tokens
@@ -23,8 +25,11 @@ from pallas_kernels.all_reduce import (
     Mailboxes,
     make_mailboxes,
     one_shot_all_reduce,
+    one_shot_all_reduce_norm,
     one_shot_max,
+    one_shot_sum,
     supports_one_shot,
+    supports_one_shot_norm,
 )
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.kv_write import norm_rope_write
@@ -42,10 +47,13 @@ __all__ = [
     "most_tokens",
     "norm_rope_write",
     "one_shot_all_reduce",
+    "one_shot_all_reduce_norm",
     "one_shot_max",
+    "one_shot_sum",
     "paged_decode",
     "paged_prefill",
     "supports_fused_linear",
     "supports_mosaic_prefill",
     "supports_one_shot",
+    "supports_one_shot_norm",
 ]

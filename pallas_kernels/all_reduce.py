@@ -5,15 +5,16 @@ takes one crossing of the link. Beside its operands it needs a *mailbox* on each
 the others know:
 
     addresses [peers]                      the peers' mailboxes, 8 bytes each
-    calls     [programs]                   how often each program has run
-    data      [2, peers, programs, block]  this call's words and the last one's: a fast GPU may be
+    calls     [slots]                      how often each slot has been used
+    data      [2, peers, slots, block]     this call's words and the last one's: a fast GPU may be
                                            one call ahead of a slow one, never two
 
 A program sends its block of words to the same program on every GPU, each word beside the number of
 the call, and reads its mailbox until it finds that number beside every word. (NCCL calls this
-protocol LL.) A pair of words arrives as one, so there is nothing else to wait for. A peer whose
-words do not come within `_LIMIT_SECONDS` has failed: the program traps, and the GPU reports an
-error instead of spinning for ever.
+protocol LL.) A pair of words arrives as one, so there is nothing else to wait for. A program uses
+one slot of the mailbox, or two next to each other if its block is that large. A peer whose words
+do not come within `_LIMIT_SECONDS` has failed: the program traps, and the GPU reports an error
+instead of spinning for ever.
 
 Mailboxes are reached by address, in inline PTX. XLA knows nothing of them; to XLA, and to its
 command buffers, the kernel is like any other.
@@ -34,12 +35,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-# Words of 4 bytes per program, at most; a thread loads four at a time. On two H200s the small sums
-# of decoding took 5.1 us (2 KiB) and 8.5 us (160 KiB) with 2,048, and 9.0 and 9.8 us with 512. From
-# 640 KiB on, 512 was faster: 10.0 against 11.1 us.
+# Words of 4 bytes in a slot, and so per program at most; a thread loads four at a time. On two
+# H200s the small sums of decoding took 5.1 us (2 KiB) and 8.5 us (160 KiB) with 2,048, and 9.0 and
+# 9.8 us with 512. From 640 KiB on, 512 was faster: 10.0 against 11.1 us.
 _MAX_BLOCK = 2048
-# Words per program, at least.
+# Words per program, at least: those of a warp.
 _MIN_BLOCK = 128
+# Words in a row that one program takes whole, in order to norm it: those of 1,024 threads.
+_MAX_ROW = 2 * _MAX_BLOCK
 # Seconds that a program waits for its peers. They start together but for what delays a healthy GPU:
 # another queue, a module's first load.
 _LIMIT_SECONDS = 20
@@ -54,7 +57,7 @@ class Layout(NamedTuple):
     max_words: int
 
     @property
-    def programs(self) -> int:
+    def slots(self) -> int:
         return self.max_words // _MAX_BLOCK
 
     @property
@@ -63,7 +66,7 @@ class Layout(NamedTuple):
 
     @property
     def data(self) -> int:
-        end = self.calls + 4 * self.programs
+        end = self.calls + 4 * self.slots
         return end + -end % 128
 
     @property
@@ -73,7 +76,7 @@ class Layout(NamedTuple):
     @property
     def part(self) -> int:
         """The bytes of one peer's data, together with the numbers of the calls."""
-        return 8 * _MAX_BLOCK * self.programs
+        return 8 * _MAX_BLOCK * self.slots
 
 
 class Mailboxes(NamedTuple):
@@ -150,12 +153,8 @@ def one_shot_all_reduce(
             f"one_shot_all_reduce takes up to {2 * max_words} numbers in bfloat16, a multiple of "
             f"{2 * _MIN_BLOCK}, not {x.dtype}{x.shape} and a residual of {residual.shape}"
         )
-
-    def words(x):
-        return lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
-
-    out = _exchange(_SUM, words(x), words(residual), address, axis, max_words)
-    return lax.bitcast_convert_type(out, jnp.bfloat16).reshape(x.shape)
+    out = _exchange(_SUM, _as_words(x), _as_words(residual), address, axis, max_words)
+    return _as_bfloat16(out, x.shape)
 
 
 def one_shot_max(
@@ -166,12 +165,98 @@ def one_shot_max(
     Raises:
         ValueError: there are more keys than fit into the mailboxes.
     """
-    padding = -keys.size % _MIN_BLOCK
-    if keys.size + padding > max_words:
+    if keys.size > max_words:
         raise ValueError(f"one_shot_max takes up to {max_words // 2} keys, not {len(keys)}")
-    words = jnp.pad(keys.reshape(-1), (0, padding))
-    out = _exchange(_MAX, words, words, address, axis, max_words)
-    return out[: keys.size].reshape(keys.shape)
+    return _exchange_padded(_MAX, keys, address, axis, max_words)
+
+
+def one_shot_sum(
+    x: Float[Array, "..."], address: Int32[Array, "1 2"], axis: str, max_words: int
+) -> Float[Array, "..."]:
+    """Return the float32 sum of `x` over mesh axis `axis`, added up in the order of the devices.
+
+    Raises:
+        ValueError: there are more numbers than fit into the mailboxes, or they are not float32.
+    """
+    if x.size > max_words or x.dtype != jnp.float32:
+        raise ValueError(
+            f"one_shot_sum takes up to {max_words} numbers in float32, not {x.dtype}{x.shape}"
+        )
+    words = lax.bitcast_convert_type(x, jnp.int32)
+    out = _exchange_padded(_ADD, words, address, axis, max_words)
+    return lax.bitcast_convert_type(out, jnp.float32)
+
+
+def _exchange_padded(combine: "Combine", x, address, axis: str, max_words: int):
+    """Combine an array of words of any shape, padded to as few programs as possible."""
+    padded = max(_MIN_BLOCK, pl.next_power_of_2(x.size))
+    if x.size > _MAX_BLOCK:
+        padded = pl.cdiv(x.size, _MAX_BLOCK) * _MAX_BLOCK
+    words = jnp.pad(x.reshape(-1), (0, padded - x.size))
+    out = _exchange(combine, words, words, address, axis, max_words)
+    return out[: x.size].reshape(x.shape)
+
+
+def supports_one_shot_norm(shape: tuple[int, ...], dtype: DTypeLike, max_words: int) -> bool:
+    """Whether `one_shot_all_reduce_norm` takes an array of this shape: a program takes a row."""
+    if len(shape) != 2 or jnp.dtype(dtype) != jnp.bfloat16:
+        return False
+    rows, words = shape[0], shape[1] // 2
+    slots = rows * pl.cdiv(words, _MAX_BLOCK)
+    return (
+        words <= _MAX_ROW and shape[1] % (2 * _MIN_BLOCK) == 0 and slots <= max_words // _MAX_BLOCK
+    )
+
+
+def one_shot_all_reduce_norm(
+    x: Float[Array, "M D"],
+    residual: Float[Array, "M D"],
+    weight: Float[Array, "L D"],
+    layer: Int32[Array, ""],
+    address: Int32[Array, "1 2"],
+    axis: str,
+    max_words: int,
+    *,
+    eps: float,
+) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
+    """Return what `one_shot_all_reduce` does, and the RMSNorm of that, in one kernel.
+
+    Args:
+        weight: the norm's weights of all layers, so that no slice must be copied for the kernel.
+        layer: the layer whose weights are used; one past the last is taken for the last.
+
+    Raises:
+        ValueError: `supports_one_shot_norm` denies these shapes or this dtype.
+    """
+    if not supports_one_shot_norm(x.shape, x.dtype, max_words) or residual.shape != x.shape:
+        raise ValueError(
+            f"one_shot_all_reduce_norm takes rows of up to {2 * _MAX_ROW} numbers in bfloat16, a "
+            f"multiple of {2 * _MIN_BLOCK}, not {x.dtype}{x.shape} and a residual of "
+            f"{residual.shape}"
+        )
+    rows, words = x.shape[0], x.shape[1] // 2
+    block = pl.next_power_of_2(words)
+    code = _ptx(Layout(lax.axis_size(axis), max_words), _SUM, block)
+    out, normed = pl.pallas_call(
+        functools.partial(_norm_kernel, words=words, block=block, code=code, eps=eps),
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct((rows * words,), jnp.int32)] * 2,
+        compiler_params=plgpu.CompilerParams(num_warps=block // 4 // 32, num_stages=1),
+        name="one_shot_all_reduce_norm",
+    )(
+        _as_words(x), _as_words(residual), _as_words(weight), jnp.reshape(layer, 1),
+        address.reshape(2), lax.axis_index(axis).reshape(1),
+    )  # fmt: skip
+    return _as_bfloat16(out, x.shape), _as_bfloat16(normed, x.shape)
+
+
+def _as_words(x: Float[Array, "..."]) -> Int32[Array, " n"]:
+    """View bfloat16 as words of 4 bytes, the number at the even index in the lower half."""
+    return lax.bitcast_convert_type(x.reshape(-1, 2), jnp.int32)
+
+
+def _as_bfloat16(words: Int32[Array, " n"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    return lax.bitcast_convert_type(words, jnp.bfloat16).reshape(shape)
 
 
 def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: int):
@@ -188,21 +273,66 @@ def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: in
 
 
 def _kernel(x_ref, residual_ref, address_ref, me_ref, out_ref, *, block: int, code: str):
-    """Run one program per `block` words. Each thread runs the snippet once, on four words."""
-    own = jnp.arange(block)
-    mine = pl.program_id(0) * block + own
+    """Run one program per `block` words."""
+    own = pl.program_id(0) * block + jnp.arange(block)
+    x, residual = plgpu.load(x_ref.at[own]), plgpu.load(residual_ref.at[own])
+    plgpu.store(out_ref.at[own], _run(code, x, residual, address_ref, me_ref, block, block))
+
+
+def _norm_kernel(
+    x_ref, residual_ref, weight_ref, layer_ref, address_ref, me_ref, out_ref, normed_ref, *,
+    words: int, block: int, code: str, eps: float,
+):  # fmt: skip
+    """Run one program per row of `words` words, of which it computes the norm as well."""
+    column = jnp.arange(block)
+    here = column < words
+    own = pl.program_id(0) * words + column
+    layer = jnp.minimum(layer_ref[0], weight_ref.shape[0] // words - 1)
+    weight = plgpu.load(weight_ref.at[layer * words + column], mask=here, other=0)
+    x, residual = (plgpu.load(ref.at[own], mask=here, other=0) for ref in (x_ref, residual_ref))
+    out = _run(code, x, residual, address_ref, me_ref, words, block)
+    plgpu.store(out_ref.at[own], out, mask=here)
+    # As in layers/norm.py: the mean in float32, x and the result rounded to bfloat16.
+    low, high = _unpack(out)
+    scale = lax.rsqrt((low * low + high * high).sum() * (0.5 / words) + eps)
+    low_weight, high_weight = _unpack(weight)
+    normed = _pack(_rounded(low * scale) * low_weight, _rounded(high * scale) * high_weight)
+    plgpu.store(normed_ref.at[own], normed, mask=here)
+
+
+def _unpack(words: Int32[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """The float32 values of the bfloat16 in the lower and the upper halves of words."""
+    low, high = (lax.bitcast_convert_type(w, jnp.float32) for w in (words << 16, words & -65536))
+    return low, high
+
+
+def _pack(low: Float[Array, " n"], high: Float[Array, " n"]) -> Int32[Array, " n"]:
+    """Round float32 to bfloat16 and store them in the lower and the upper halves of words."""
+    lower, upper = (lax.bitcast_convert_type(_rounded(x), jnp.int32) for x in (low, high))
+    return lower >> 16 & 0xFFFF | upper
+
+
+def _rounded(x: Float[Array, " n"]) -> Float[Array, " n"]:
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _run(code: str, x, residual, address_ref, me_ref, words: int, block: int):
+    """Run the snippet in every thread once, on four of `block` words, of which `words` exist."""
+    column = jnp.arange(block)
+    slots = pl.cdiv(block, _MAX_BLOCK)
+    slot = pl.program_id(0) * slots + column // _MAX_BLOCK
 
     def spread(scalar):
         return jnp.full((block,), scalar, jnp.int32)
 
     args = [
-        plgpu.load(x_ref.at[mine]),
-        plgpu.load(residual_ref.at[mine]),
-        pl.program_id(0) * (8 * _MAX_BLOCK) + 4 * own,
+        x,
+        residual,
+        slot * (8 * _MAX_BLOCK) + 4 * (column % _MAX_BLOCK),
         spread(address_ref[0]),
         spread(address_ref[1]),
         spread(me_ref[0]),
-        spread(pl.program_id(0)),
+        jnp.where(column < words, slot, -1),
     ]
     (out,) = plgpu.elementwise_inline_asm(
         code,
@@ -211,7 +341,7 @@ def _kernel(x_ref, residual_ref, address_ref, me_ref, out_ref, *, block: int, co
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct((block,), jnp.int32)],
     )
-    plgpu.store(out_ref.at[mine], out)
+    return out
 
 
 class Combine(NamedTuple):
@@ -236,12 +366,21 @@ def _round_pairs(residual: list[str], out: list[str]) -> str:
     return _add_pairs(residual) + "".join(rounded)
 
 
+def _add_floats(words: list[str]) -> str:
+    return "".join(f"mov.b32 f, {word}; add.f32 s{i}, s{i}, f;" for i, word in enumerate(words))
+
+
 def _max_keys(words: list[str]) -> str:
     pairs = ((0, words[0], words[1]), (1, words[2], words[3]))
     return "".join(f"mov.b64 k, {{{lo}, {hi}}}; max.u64 m{i}, m{i}, k;" for i, lo, hi in pairs)
 
 
 _SUM = Combine("".join(f"mov.f32 s{i}, 0f00000000;" for i in range(8)), _add_pairs, _round_pairs)
+_ADD = Combine(
+    "".join(f"mov.f32 s{i}, 0f00000000;" for i in range(4)),
+    _add_floats,
+    lambda _, out: "".join(f"mov.b32 {out[i]}, s{i};" for i in range(4)),
+)
 _MAX = Combine(
     "mov.u64 m0, 0; mov.u64 m1, 0;",
     _max_keys,
@@ -253,13 +392,13 @@ def _ptx(layout: Layout, combine: Combine, block: int) -> str:
     """Write the exchange as one snippet, because Pallas keeps no order among several.
 
     Operands: four words each of the result, x and residual; then the byte at which a thread's data
-    begins, the mailbox's address low and high, this GPU's number, and the program's, each given
-    four times, of which the first counts.
+    begins, the mailbox's address low and high, this GPU's number, and the thread's slot, each given
+    four times, of which the first counts. A slot below 0 means that these words do not exist.
     """
-    peers, part = layout.peers, layout.part
+    peers, part, half = layout.peers, layout.part, 4 * min(block, _MAX_BLOCK)
     out, x, residual = (["$" + str(first + i) for i in range(4)] for first in (0, 4, 8))
-    offset, low, high, me, program = (f"${12 + 4 * i}" for i in range(5))
-    second = layout.data + 4 * block  # the second two words of all threads follow the first two
+    offset, low, high, me, slot = (f"${12 + 4 * i}" for i in range(5))
+    second = layout.data + half  # the second two words of a slot's threads follow the first two
     send = "".join(
         f"ld.global.b64 peer, [mine+{8 * p}]; add.u64 a, peer, to;"
         f"st.volatile.global.v4.b32 [a+{layout.data}], {{{x[0]}, call, {x[1]}, call}};"
@@ -283,12 +422,14 @@ def _ptx(layout: Layout, combine: Combine, block: int) -> str:
         for p in range(peers)
     )
     return f"""{{
-        .reg .pred missing, first, late;
+        .reg .pred missing, first, late, idle;
         .reg .b64 mine, peer, a, to, from, o, k, m0, m1, now, deadline;
         .reg .b32 call, v, rounds, w0, w1, w2, w3, c0, c1, c2, c3;
         .reg .f32 s0, s1, s2, s3, s4, s5, s6, s7, f;
+        setp.lt.s32 idle, {slot}, 0;
+        @idle bra SENT;
         mov.b64 mine, {{{low}, {high}}};
-        mul.wide.u32 o, {program}, 4;
+        mul.wide.u32 o, {slot}, 4;
         add.u64 a, mine, o;
         ld.volatile.global.b32 call, [a+{layout.calls}];
         add.s32 call, call, 1;
@@ -300,10 +441,12 @@ def _ptx(layout: Layout, combine: Combine, block: int) -> str:
         add.u64 to, to, from;
         add.u64 from, from, mine;
         {send}
+        SENT:
         bar.sync 0;
-        mov.u32 v, %tid.x;
+        @idle bra IDLE;
+        and.b32 v, {offset}, {8 * _MAX_BLOCK - 1};
         setp.eq.u32 first, v, 0;
-        mul.wide.u32 o, {program}, 4;
+        mul.wide.u32 o, {slot}, 4;
         add.u64 a, mine, o;
         @first st.volatile.global.b32 [a+{layout.calls}], call;
         mov.u32 rounds, 0;
@@ -311,4 +454,8 @@ def _ptx(layout: Layout, combine: Combine, block: int) -> str:
         {combine.start}
         {receive}
         {combine.finish(residual, out)}
+        bra DONE;
+        IDLE:
+        {"".join(f"mov.b32 {word}, 0;" for word in out)}
+        DONE:
     }}"""

@@ -272,7 +272,7 @@ def _padded(row: list[list[int]], length: int) -> Int[np.ndarray, "3 S"]:
 class TrainingBackend(DenseBackend):
     """Looks tokens up by a product: its gradient is a float32 sum, that of a gather a bf16 one."""
 
-    def embed(self, table, token_ids):
+    def embed(self, table, token_ids, then=None):
         weight = table.weight[...]
         return jax.nn.one_hot(token_ids, weight.shape[0], dtype=weight.dtype) @ weight
 

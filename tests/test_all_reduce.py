@@ -12,8 +12,17 @@ import pytest
 from h100 import h100_mesh, kernels_in, lower_for_h100
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max, supports_one_shot
-from pallas_kernels.all_reduce import _MAX, _SUM, Layout, _ptx
+from pallas_kernels import (
+    all_reduce,
+    make_mailboxes,
+    one_shot_all_reduce,
+    one_shot_all_reduce_norm,
+    one_shot_max,
+    one_shot_sum,
+    supports_one_shot,
+    supports_one_shot_norm,
+)
+from pallas_kernels.all_reduce import _ADD, _MAX, _MAX_BLOCK, _SUM, Layout, _block, _ptx
 
 MOST = 1 << 14  # words
 
@@ -43,7 +52,7 @@ def test_mailboxes_know_their_peers(shape, axes, along):
 def test_the_parts_of_a_mailbox_do_not_overlap():
     layout = Layout(peers=8, max_words=MOST)
     assert layout.calls >= 8 * layout.peers
-    assert layout.data >= layout.calls + 4 * layout.programs and layout.data % 128 == 0
+    assert layout.data >= layout.calls + 4 * layout.slots and layout.data % 128 == 0
     assert layout.size == layout.data + 2 * layout.peers * layout.part
 
 
@@ -62,6 +71,25 @@ def test_the_parts_of_a_mailbox_do_not_overlap():
 )
 def test_what_fits(shape, dtype, fits):
     assert supports_one_shot(shape, jnp.dtype(dtype), MOST) == fits
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((8, 1024), "bfloat16", True),
+        ((9, 1024), "bfloat16", False),  # a program takes a row, and there are 8 slots
+        ((8, 2560), "bfloat16", True),
+        ((4, 5120), "bfloat16", True),
+        ((5, 5120), "bfloat16", False),  # such a row takes two slots
+        ((1, 8192), "bfloat16", True),
+        ((1, 8448), "bfloat16", False),  # more than the threads of a program
+        ((2, 128), "bfloat16", False),
+        ((2, 1024), "float32", False),
+        ((2, 4, 256), "bfloat16", False),
+    ],
+)
+def test_what_fits_with_a_norm(shape, dtype, fits):
+    assert supports_one_shot_norm(shape, jnp.dtype(dtype), MOST) == fits
 
 
 def lowered(function, *shapes):
@@ -89,6 +117,20 @@ def test_they_lower_for_a_gpu():
         assert kernels_in(text) == ["one_shot_all_reduce"] and 'all_reduce"(' not in text
     text = lowered(largest, shape(3, 2, dtype=jnp.int32), ADDRESSES)
     assert kernels_in(text) == ["one_shot_all_reduce"]
+    total = functools.partial(one_shot_sum, axis="tensor", max_words=MOST)
+    for rows in (1, 3, 256):
+        text = lowered(total, shape(rows, 15, dtype=jnp.float32), ADDRESSES)
+        assert kernels_in(text) == ["one_shot_all_reduce"] and 'all_reduce"(' not in text
+
+
+@pytest.mark.parametrize("width", [256, 1024, 2560, 4096, 5120])
+def test_the_one_with_a_norm_lowers_for_a_gpu(width):
+    layers, layer = shape(3, width), shape(dtype=jnp.int32)
+    add = functools.partial(one_shot_all_reduce_norm, axis="tensor", max_words=MOST, eps=1e-6)
+    text = lowered(add, shape(4, width), shape(4, width), layers, layer, ADDRESSES)
+    assert kernels_in(text) == ["one_shot_all_reduce_norm"] and 'all_reduce"(' not in text
+    with pytest.raises(ValueError, match="rows of up to 8192 numbers in bfloat16, a multiple"):
+        lowered(add, shape(9, width), shape(9, width), layers, layer, ADDRESSES)
 
 
 def test_too_much_is_refused():
@@ -100,14 +142,33 @@ def test_too_much_is_refused():
         lowered(add, shape(2, 1024), shape(1, 1024), ADDRESSES)
     with pytest.raises(ValueError, match="up to 8192 keys, not 9000"):
         lowered(largest, shape(9000, 2, dtype=jnp.int32), ADDRESSES)
+    total = functools.partial(one_shot_sum, axis="tensor", max_words=MOST)
+    with pytest.raises(ValueError, match="up to 16384 numbers in float32"):
+        lowered(total, shape(4097, 4, dtype=jnp.float32), ADDRESSES)
+    with pytest.raises(ValueError, match="in float32, not bfloat16"):
+        lowered(total, shape(4, 4), ADDRESSES)
+
+
+@pytest.mark.parametrize("words", [1, 45, 128, 1100, 2048, 2049, 7680, MOST])
+def test_an_array_of_any_size_gets_programs_of_its_own(words, monkeypatch):
+    """1,100 words, 1,152 with padding, were once cut into nine programs for mailboxes of eight."""
+    cut = []
+    monkeypatch.setattr(
+        all_reduce, "_exchange", lambda _, x, *rest: cut.append(x.size // _block(x.size)) or x
+    )
+    x = jnp.arange(words, dtype=jnp.int32)
+    got = all_reduce._exchange_padded(_MAX, x, None, "tensor", MOST)
+    np.testing.assert_array_equal(got, x)
+    assert cut == [-(-words // _MAX_BLOCK)] and cut[0] <= Layout(2, MOST).slots
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is part of the CUDA toolkit")
 @pytest.mark.parametrize("peers", [2, 8])
-@pytest.mark.parametrize("combine", [_SUM, _MAX], ids=["sum", "max"])
-def test_the_snippet_assembles(combine, peers, tmp_path):
+@pytest.mark.parametrize("combine", [_SUM, _ADD, _MAX], ids=["sum", "float32", "max"])
+@pytest.mark.parametrize("block", [128, 2048, 4096])
+def test_the_snippet_assembles(combine, peers, block, tmp_path):
     """XLA hands the snippet to ptxas only when it compiles for a GPU."""
-    snippet = re.sub(r"\$(\d+)", r"%r\1", _ptx(Layout(peers, MOST), combine, block=2048))
+    snippet = re.sub(r"\$(\d+)", r"%r\1", _ptx(Layout(peers, MOST), combine, block))
     (tmp_path / "kernel.ptx").write_text(f"""
         .version 8.0
         .target sm_90

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanovllm_jax.layers.backend import GpuBackend, XlaBackend
+from nanovllm_jax.layers import collectives
+from nanovllm_jax.layers.backend import DenseBackend, GpuBackend, XlaBackend
+from nanovllm_jax.layers.collectives import Collectives
 from nanovllm_jax.layers.linear import Linear
-from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.norm import RMSNorm, rms_norm
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.models import Decoder, ModelConfig
 from nanovllm_jax.sharding import make_sharding
@@ -136,6 +138,62 @@ def test_fused_logits_are_the_plain_ones(tied, devices):
     got = jax.jit(lambda x: model.logits(x, fusing(sharding)))(hidden)
     assert got.dtype == jnp.float32 and got.shape == (1, 96)
     np.testing.assert_allclose(got, model.logits(hidden, plain(sharding)), rtol=1e-2, atol=0.1)
+
+
+class DenseOnGpus(GpuBackend):
+    """The backend with kernels, except that it attends as in training."""
+
+    def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+        return DenseBackend.attend(self, qkv, q_norm, k_norm, rope, cache, layer)
+
+    @property
+    def mask(self):
+        return jnp.tril(jnp.ones((1, 4, 4), bool))
+
+
+@pytest.mark.parametrize("hidden_size", [EMBED, 2 * EMBED])
+def test_every_norm_of_a_layer_joins_the_sum_before_it(hidden_size, monkeypatch):
+    """On two devices with stand-ins for the kernels; a norm of the wrong layer would show."""
+    joined = []
+
+    def add(x, residual, address, axis, max_words):
+        total = jax.lax.psum(x.astype(jnp.float32), axis) + residual
+        return total.astype(x.dtype)
+
+    def add_and_norm(x, residual, weight, layer, address, axis, max_words, *, eps):
+        joined.append(layer)
+        x = add(x, residual, address, axis, max_words)
+        return x, rms_norm(x, weight[jnp.minimum(layer, len(weight) - 1)], eps)
+
+    monkeypatch.setattr(collectives, "one_shot_all_reduce", add)
+    monkeypatch.setattr(collectives, "one_shot_all_reduce_norm", add_and_norm)
+    config = ModelConfig(
+        "Qwen3ForCausalLM", vocab_size=96, hidden_size=hidden_size, intermediate_size=FFN,
+        num_layers=LAYERS, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
+        max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    )  # fmt: skip
+    model, sharding = Decoder(config, rngs=nnx.Rngs(0)), make_sharding({"tensor": 2})
+    rng = np.random.default_rng(2)
+    for norm in (model.layers.input_layernorm, model.layers.post_attention_layernorm):
+        norm.weight = nnx.Param(values(rng, LAYERS, hidden_size))
+    model.norm.weight = nnx.Param(values(rng, hidden_size))
+    tokens, positions = jnp.array([3, 1, 4, 1]), jnp.arange(4)
+
+    def run(backend):
+        hidden, _ = model(tokens, positions, backend)
+        return model.logits(hidden, backend)
+
+    want = jax.jit(lambda: run(DenseBackend(jnp.tril(jnp.ones((1, 4, 4), bool)))))()
+    addresses = jnp.zeros((2, 2), jnp.int32)
+    backend = DenseOnGpus(sharding, None, "triton", Collectives(addresses))
+    got = jax.jit(lambda: run(backend))()
+    # A row of 128 numbers is too short for the kernel. A layer is traced once, and has two sums.
+    assert len(joined) == (0 if hidden_size == EMBED else 3)
+    np.testing.assert_allclose(got, want, rtol=0.05, atol=0.05 * np.abs(want).max())
+    joined.clear()
+    then = model.layers.input_layernorm.at(jnp.int32(0))
+    alone = jax.jit(lambda: backend.embed(model.embed_tokens, tokens[:1], then))()
+    assert alone.shape == (1, hidden_size) and not joined
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])

@@ -62,7 +62,7 @@ def reference(row, temperature, top_k, top_p, min_p):
     keep = weights >= float(min_p) * (1 - 1e-6)
     surely = weights >= float(min_p) * (1 + 1e-6)
     if float(min_p) in (0.0, 1.0):
-        surely = keep
+        surely = keep.copy()
     if 0 < top_k < len(x):
         kth = np.sort(x)[::-1][top_k - 1]
         keep &= x >= kth
@@ -159,6 +159,63 @@ def test_greedy_ignores_the_filters():
     kept = apply(logits, options(24, temperature=0.0), vocab_size=V)
     got = sample(kept, np.zeros(24, np.float32), words(rows), rows, vocab_size=V)
     np.testing.assert_array_equal(got, logits.argmax(axis=1))
+
+
+def largest_key_over(axis, keys):
+    """What `one_shot_max` computes, which is a kernel for GPUs."""
+    low, high = (
+        jax.lax.all_gather(jax.lax.bitcast_convert_type(keys[:, i], jnp.uint32), axis)
+        for i in range(2)
+    )
+    top = high.max(axis=0)
+    of_those = jnp.where(high == top, low, 0).max(axis=0)
+    return jax.lax.bitcast_convert_type(jnp.stack([of_those, top], axis=-1), jnp.int32)
+
+
+@functools.cache
+def filter_over(devices: int, bits: int, kernels: bool, vocab_size: int):
+    """`apply` over a vocabulary on several devices, with stand-ins for the kernels or without."""
+    run = functools.partial(apply, vocab_size=vocab_size, bits=bits)
+    if devices == 1:
+        return jax.jit(run)
+    axis = ("tensor",)
+    if kernels:
+        total = functools.partial(jax.lax.psum, axis_name=axis)
+        largest_key = functools.partial(largest_key_over, axis)
+        run = functools.partial(run, total=total, largest_key=largest_key)
+    sharding = make_sharding({"tensor": devices})
+    by_vocab = P(None, "tensor")
+    return jax.jit(sharding.shard_map(functools.partial(run, axis=axis), (by_vocab, P()), by_vocab))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "zeros", "huge"])
+@pytest.mark.parametrize("bits", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("devices", "kernels"), [(1, False), (2, False), (8, False), (2, True), (4, True), (8, True)]
+)
+def test_the_search_is_exact_on_every_mesh(devices, kernels, bits, kind):
+    """Random options, those at the edges among them, against the sorting reference."""
+    rows, size = 48, V - 3  # the last shard is partly padding
+    rng = np.random.default_rng([devices, bits, len(kind), kernels])
+    logits = logits_of(kind, rows)[rng.permutation(rows)] * rng.choice([1, -1])
+    logits[:, size:] = 1e6
+    logits[np.isinf(logits)] = -np.inf
+    opts = {
+        "temperature": rng.choice([0, 1e-3, 0.3, 1, 2.5, 1e30], rows).astype(np.float32),
+        "top_k": rng.choice([0, -1, 1, 2, 7, 50, size - 1, size, V, 2**31 - 1], rows),
+        "top_p": rng.choice([1, 1 - 2**-24, 0.9999, 0.9, 0.5, 0.1, 1e-7, 1e-37], rows),
+        "min_p": rng.choice([0, 1e-9, 0.01, 0.2, 1], rows).astype(np.float32),
+    }
+    opts["top_k"] = opts["top_k"].astype(np.int32)
+    opts["top_p"] = opts["top_p"].astype(np.float32)
+    got = np.asarray(filter_over(devices, bits, kernels, size)(logits, opts))
+    kept = got > -np.inf
+    np.testing.assert_array_equal(got[kept], logits[kept])
+    assert not kept[:, size:].any()
+    for i, row in enumerate(logits[:, :size]):
+        surely, perhaps = reference(row, *(opts[name][i] for name in OFF))
+        one = {name: value[i] for name, value in opts.items()}
+        assert np.all(kept[i, :size] >= surely) and np.all(kept[i, :size] <= perhaps), one
 
 
 @pytest.mark.parametrize("devices", [2, 8])

@@ -237,6 +237,9 @@ def test_the_engines_own_kernel_is_a_collective():
     found = one(line, line.replace(".7", ".8"), other)
     assert (found.kind, found.count, found.axes) == (hlo.ONE_SHOT, 2, ("tensor",))
     assert (found.num_bytes, found.group_size) == (32768, 4)
+    normed = line.replace("reduce/", "reduce_norm/")
+    both = one(normed.replace("s32[8192]{0} custom", "(s32[8192]{0}, s32[8192]{0}) custom"))
+    assert (both.kind, both.num_bytes) == (hlo.ONE_SHOT, 32768), "the norm is not sent"
     hardware = replace(H100, link=1e9, latency=1.0, one_shot_latency=6e-6)
     assert found.seconds(hardware) == pytest.approx(6e-6 + 3 * 32768 / 1e9)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from nanovllm_jax.layers.attention import PagedBatch, Rope, dense_attention, paged_attention
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
-from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import fused_linear, supports_fused_linear
 
@@ -24,29 +24,34 @@ from pallas_kernels import fused_linear, supports_fused_linear
 class Backend(Protocol):
     """What a decoder asks for, in the order in which a layer does."""
 
-    def embed(self, table: Embedding, token_ids: Int[Array, " T"]) -> Float[Array, "T D"]:
-        """Look up the tokens' rows of an embedding table."""
+    def embed(self, table: Embedding, token_ids: Int[Array, " T"], then: NormAt) -> Hidden:
+        """Look up the tokens' rows of an embedding table; `then` is that of `linear`."""
         ...
 
     def linear(
         self,
-        x: Float[Array, "T *in"],
+        x: Float[Array, "T *in"] | Normed,
         linear: Linear,
         layer: Layer = None,
         *,
         norm: RMSNorm | None = None,
         gated: bool = False,
-        residual: Float[Array, "T *out"] | None = None,
+        residual: Float[Array, "T *out"] | Normed | None = None,
+        then: NormAt | None = None,
         dtype: DTypeLike | None = None,
-    ) -> Float[Array, "T *out"]:
+    ) -> Any:
         """Apply a Linear together with the norm before it and the gate or residual after it.
 
         Args:
             layer: which layer of a stack of weights; None if the weights are not stacked.
-            norm: applied to the input.
+            norm: applied to the input, unless the input is `Normed` and brings it along.
             gated: return silu(first half of the output) * second half (SwiGLU).
             residual: added to the output.
+            then: the norm that comes next, which a backend may compute here.
             dtype: of the output; default: x's.
+
+        Returns:
+            The output [T, *out]; or `Normed`, if `then` was given and computed.
         """
         ...
 
@@ -62,24 +67,39 @@ class Backend(Protocol):
         """Norm and rotate q and k, attend, and return the cache with the new keys and values."""
         ...
 
-    def constrain(self, x: Array, *axes: str | None) -> Array:
+    def constrain(self, x: Hidden, *axes: str | None) -> Hidden:
         """Tell the compiler how an intermediate array with these logical axes is sharded."""
         ...
+
+
+def _split(x, norm: RMSNorm | None):
+    """The array that a Linear takes, and the norm that is still to be applied to it."""
+    if norm is not None and isinstance(x, Normed):
+        return x.normed, None
+    return plain(x), norm
 
 
 class _PlainLinear:
     """The parts of a backend that need no mesh and no cache."""
 
-    def embed(self, table, token_ids):
+    def embed(self, table, token_ids, then=None):
         return table.lookup(token_ids)
 
-    def linear(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
+    def linear(
+        self, x, linear, layer=None, *,
+        norm=None, gated=False, residual=None, then=None, dtype=None,
+    ):  # fmt: skip
+        x, norm = _split(x, norm)
         if norm is not None:
-            x = norm(x, layer)
+            x = self.norm(x, norm, layer)
         y = linear(x, layer, dtype)
         if gated:
             y = jax.nn.silu(y[:, 0]) * y[:, 1]
-        return y if residual is None else residual + y
+        return y if residual is None else plain(residual) + y
+
+    def norm(self, x, norm, layer):
+        """The norm before a Linear, by whatever computes it best."""
+        return norm(x, layer)
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,7 @@ class XlaBackend(_PlainLinear):
         )  # fmt: skip
 
     def constrain(self, x, *axes):
-        return self.sharding.constrain(x, *axes)
+        return jax.tree.map(lambda array: self.sharding.constrain(array, *axes), x)
 
 
 class LinearPlan(NamedTuple):
@@ -129,30 +149,35 @@ class GpuBackend(XlaBackend):
     """Serving with the project's own kernels, where they fit; elsewhere as `XlaBackend`.
 
     A single token in 16 bits takes one kernel for a Linear and what surrounds it. A small sum over
-    the GPUs that share a layer takes one kernel, with the residual.
+    the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
     """
 
     collectives: Collectives | None = None
 
-    def embed(self, table, token_ids):
+    def embed(self, table, token_ids, then=None):
         rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec
-        width, dtype = table.weight[...].shape[1], table.weight.dtype
+        shape, dtype = (rows, table.weight[...].shape[1]), table.weight.dtype
         split = self.sharding.mesh_axes("vocab") == (AXIS,)
-        if not (split and self._holds_hidden_size and self._sums((rows, width), dtype)):
+        if not (split and self._holds_hidden_size and self._sums(shape, dtype)):
             return super().embed(table, token_ids)
 
-        def on_shard(weight, token_ids, collectives):
+        def on_shard(weight, token_ids, then, collectives):
             ids = token_ids - jax.lax.axis_index(AXIS) * len(weight)
             here = (ids >= 0) & (ids < len(weight))
-            return collectives.sum(jnp.where(here[:, None], weight[jnp.where(here, ids, 0)], 0))
+            part = jnp.where(here[:, None], weight[jnp.where(here, ids, 0)], 0)
+            return collectives.sum(part, None, then)
 
         return self.sharding.shard_map(
             on_shard,
-            (spec("vocab"), spec("batch"), Collectives.spec(self.sharding)),
+            (spec("vocab"), spec("batch"), spec(), Collectives.spec(self.sharding)),
             spec("batch"),
-        )(table.weight[...], token_ids, self.collectives)
+        )(table.weight[...], token_ids, self._joining(then, shape, dtype), self.collectives)
 
-    def linear(self, x, linear, layer=None, *, norm=None, gated=False, residual=None, dtype=None):
+    def linear(
+        self, x, linear, layer=None, *,
+        norm=None, gated=False, residual=None, then=None, dtype=None,
+    ):  # fmt: skip
+        x, norm = _split(x, norm)
         plan = self.plan(linear, len(x), x.dtype, gated=gated, residual=residual is not None)
         if plan is None:
             return super().linear(
@@ -163,7 +188,7 @@ class GpuBackend(XlaBackend):
         def stacked(weight):
             return weight[None] if layer is None else weight
 
-        def on_shard(x, weight, norm_weight, residual, layer, collectives):
+        def on_shard(x, weight, norm_weight, residual, layer, then, collectives):
             if plan.one_row:
                 y = fused_linear(
                     x.reshape(1, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
@@ -173,7 +198,7 @@ class GpuBackend(XlaBackend):
             else:
                 y = product(x, weight[layer], num_in, dtype)
             if plan.one_shot:
-                return collectives.sum(y, residual)
+                return collectives.sum(y, residual, then)
             if not plan.summed:
                 return y
             y = jax.lax.psum(y, plan.summed)
@@ -189,6 +214,7 @@ class GpuBackend(XlaBackend):
                 spec(),
                 out_spec,
                 spec(),
+                spec(),
                 Collectives.spec(self.sharding),
             ),
             out_spec,
@@ -196,8 +222,9 @@ class GpuBackend(XlaBackend):
             x,
             stacked(linear.weight[...]),
             None if norm is None else stacked(norm.weight[...]),
-            residual,
+            None if residual is None else plain(residual),
             jnp.int32(0) if layer is None else layer,
+            self._joining(then, (plan.rows, *plan.out), x.dtype) if plan.one_shot else None,
             self.collectives,
         )
 
@@ -226,3 +253,13 @@ class GpuBackend(XlaBackend):
 
     def _sums(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
         return self.collectives is not None and self.collectives.fits(shape, dtype)
+
+    def _joining(
+        self, then: NormAt | None, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> NormAt | None:
+        """The next norm, if it joins the kernel of a sum of this shape.
+
+        That of a single row does not: it is part of the product after it.
+        """
+        joins = shape[0] > 1 and Collectives.fits_norm(shape, dtype)
+        return then if joins else None

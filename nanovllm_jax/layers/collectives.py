@@ -10,13 +10,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from nanovllm_jax.layers.norm import Hidden, NormAt, Normed
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import (
     Mailboxes,
     make_mailboxes,
     one_shot_all_reduce,
+    one_shot_all_reduce_norm,
     one_shot_max,
+    one_shot_sum,
     supports_one_shot,
+    supports_one_shot_norm,
 )
 
 AXIS = "tensor"  # The mesh axis whose GPUs exchange.
@@ -60,13 +64,33 @@ class Collectives:
         """Whether `sum` takes arrays of this shape."""
         return supports_one_shot(shape, dtype, MAX_WORDS)
 
+    @staticmethod
+    def fits_norm(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+        """Whether `sum` takes arrays of this shape together with a norm."""
+        return supports_one_shot_norm(shape, dtype, MAX_WORDS)
+
     def sum(
-        self, part: Float[Array, "T D"], residual: Float[Array, "T D"] | None = None
-    ) -> Float[Array, "T D"]:
-        """residual + the sum of every GPU's part; every GPU gets the same bits."""
+        self,
+        part: Float[Array, "T D"],
+        residual: Float[Array, "T D"] | None = None,
+        then: NormAt | None = None,
+    ) -> Hidden:
+        """residual + the sum of every GPU's part; every GPU gets the same bits.
+
+        With `then` it is `Normed`: the sum and its RMSNorm.
+        """
         residual = jnp.zeros_like(part) if residual is None else residual
-        return one_shot_all_reduce(part, residual, self.addresses, AXIS, MAX_WORDS)
+        if then is None:
+            return one_shot_all_reduce(part, residual, self.addresses, AXIS, MAX_WORDS)
+        x, normed = one_shot_all_reduce_norm(
+            part, residual, then.weight, then.layer, self.addresses, AXIS, MAX_WORDS, eps=then.eps
+        )
+        return Normed(x, normed)
 
     def max(self, keys: Int32[Array, "B 2"]) -> Int32[Array, "B 2"]:
         """The largest of each key, taken as unsigned 64-bit integers [low, high]."""
         return one_shot_max(keys, self.addresses, AXIS, MAX_WORDS)
+
+    def total(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The sum of every GPU's float32 numbers; every GPU gets the same bits."""
+        return one_shot_sum(x, self.addresses, AXIS, MAX_WORDS)

@@ -1,11 +1,11 @@
 """The gated feed-forward layer (SwiGLU, arXiv:2002.05202)."""
 
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from nanovllm_jax.layers.backend import Backend
 from nanovllm_jax.layers.linear import Linear
-from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.norm import Hidden, NormAt, RMSNorm
 
 
 class MLP(nnx.Module):
@@ -17,7 +17,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(hidden, ffn, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "T D"], norm: RMSNorm, layer: Int32[Array, ""], backend: Backend
-    ) -> Float[Array, "T D"]:
+        self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt
+    ) -> Hidden:
         gated = backend.linear(x, self.gate_up_proj, layer, norm=norm, gated=True)
-        return backend.linear(gated, self.down_proj, layer, residual=x)
+        return backend.linear(gated, self.down_proj, layer, residual=x, then=then)

@@ -1,4 +1,8 @@
-"""RMSNorm (arXiv:1910.07467)."""
+"""RMSNorm (arXiv:1910.07467), and hidden states that bring theirs along."""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +30,35 @@ class RMSNorm(nnx.Module):
         """Norm the rows of x; with `layer` where the weight is that of all layers, [L, D]."""
         weight = self.weight[...]
         return rms_norm(x, weight if layer is None else weight[layer], self.eps)
+
+    def at(self, layer: Int32[Array, ""]) -> "NormAt":
+        """This norm in one layer of a stack, for a kernel that reads the weight in place."""
+        return NormAt(self.weight[...], layer, self.eps)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["weight", "layer"], meta_fields=["eps"]
+)
+@dataclass(frozen=True)
+class NormAt:
+    """The arguments of an RMSNorm kernel. One layer past the last may be named, but not used."""
+
+    weight: Float[Array, "L D"]
+    layer: Int32[Array, ""]
+    eps: float
+
+
+class Normed(NamedTuple):
+    """Hidden states and their RMSNorm, when the kernel that computed the one had both."""
+
+    x: Float[Array, "T D"]
+    normed: Float[Array, "T D"]
+
+
+# Hidden states between two halves of a layer, perhaps with the norm that the next half applies.
+Hidden: TypeAlias = Float[Array, "T D"] | Normed
+
+
+def plain(hidden: Hidden) -> Float[Array, "T D"]:
+    """The hidden states alone."""
+    return hidden.x if isinstance(hidden, Normed) else hidden

@@ -6,6 +6,7 @@ a hash of (request seed, token position, vocabulary entry), so a sample depends 
 not on the batch, its order, the step or the mesh.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -92,40 +93,91 @@ def filter_logits(
     *,
     vocab_size: int,
     axis: tuple[str, ...] = (),
+    total: Callable[[Float[Array, "B N"]], Float[Array, "B N"]] | None = None,
+    largest_key: Callable[[Int32[Array, "B 2"]], Int32[Array, "B 2"]] | None = None,
+    bits: int | None = None,
 ) -> Float[Array, "B V"]:
     """Set to -inf what min_p, top_k and then top_p drop, in vLLM's order.
 
-    Each filter keeps the logits above some threshold, which is found without sorting: by bisection
-    over the 2^32 ordered float values, one pass over the logits a step, exact. Logits that equal
-    the threshold are all kept.
+    Each filter keeps the logits above some threshold. It is found without sorting and exactly,
+    as an unsigned integer in the order of the floats: each pass over the logits tells its next few
+    bits. Logits that equal the threshold are all kept.
 
     Args:
         top_k: 0 or less keeps all.
         top_p: in (0, 1], and no subnormal number; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
+        total: the sum over `axis`, the same on every device; without it XLA's.
+        largest_key: the maximum over `axis` of unsigned 64-bit integers, as words [low, high];
+            without it XLA takes the maximum.
+        bits: how many bits of a threshold a pass finds. Default: 1 on a CPU, whose passes are bound
+            by arithmetic; elsewhere 3, for a third of the reads and exchanges.
     """
+    if total is None:
+        total = functools.partial(jax.lax.psum, axis_name=axis) if axis else lambda x: x
 
-    def total(x: Float[Array, "B V"]) -> Float[Array, " B"]:
-        partial = jnp.sum(x, axis=-1)
-        return jax.lax.psum(partial, axis) if axis else partial
+    def threshold(weights, wanted):
+        find = functools.partial(_highest_key, keys, weights, wanted, total)
+        if bits is not None:
+            return find(bits)
+        return jax.lax.platform_dependent(cpu=lambda: find(1), default=lambda: find(3))
 
     ids = _shard_ids(logits, axis)
     logits = jnp.where(ids[None, :] < vocab_size, logits, -jnp.inf)
     keys = _ordered_key(logits)
-    largest = jnp.max(logits, axis=-1)
-    largest = jax.lax.pmax(largest, axis) if axis else largest
+    largest = _largest(jnp.max(logits, axis=-1), axis, largest_key)
     scale = 1 / jnp.maximum(temperatures, 1e-6)
     weights = jnp.exp((logits - largest[:, None]) * scale[:, None])  # likeliest = 1
 
     wanted = jnp.where(top_k > 0, top_k, vocab_size).astype(jnp.float32)
-    threshold = _highest_key(lambda t: total((keys >= t).astype(jnp.float32)) >= wanted, wanted)
-    keep = (keys >= threshold[:, None]) & (weights >= min_p[:, None])
+    keep = (keys >= threshold(1.0, wanted)[:, None]) & (weights >= min_p[:, None])
 
     weights = jnp.where(keep, weights, 0.0)
-    mass = jnp.where(top_p < 1, top_p, 0) * total(weights)
-    threshold = _highest_key(lambda t: total(jnp.where(keys >= t, weights, 0.0)) >= mass, mass)
-    keep &= (keys >= threshold[:, None]) | (top_p >= 1)[:, None]
+    mass = jnp.where(top_p < 1, top_p, 0) * total(jnp.sum(weights, axis=-1, keepdims=True))[:, 0]
+    keep &= (keys >= threshold(weights, mass)[:, None]) | (top_p >= 1)[:, None]
     return jnp.where(keep, logits, -jnp.inf)
+
+
+def _highest_key(
+    keys: UInt32[Array, "B V"],
+    weights: Float[Array, "B V"] | float,
+    wanted: Float[Array, " B"],
+    total: Callable[[Float[Array, "B N"]], Float[Array, "B N"]],
+    bits: int,
+) -> UInt32[Array, " B"]:
+    """Per row, the largest t for which the total weight of the keys >= t is at least `wanted`.
+
+    It is found from its highest bits down, like the digits of a long division: a pass sums up
+    above every value that the next `bits` bits can have, and takes the largest that suffices.
+    """
+
+    def add(sums, more):
+        return tuple(a + b for a, b in zip(sums, more, strict=True))
+
+    def find_digit(i, t):
+        shift = jnp.maximum(32 - bits * (i + 1), 0).astype(jnp.uint32)  # the last may overlap
+        candidates = [t | (jnp.uint32(digit) << shift) for digit in range(1, 1 << bits)]
+        above = tuple(jnp.where(keys >= c[:, None], weights, 0.0) for c in candidates)
+        # A single reduction of several arrays, for XLA to read keys and weights only once.
+        sums = jax.lax.reduce(above, (jnp.float32(0),) * len(above), add, (1,))
+        enough = total(jnp.stack(sums, axis=-1)) >= wanted[:, None]
+        return functools.reduce(
+            jnp.maximum, (jnp.where(enough[:, j], c, t) for j, c in enumerate(candidates))
+        )
+
+    return jax.lax.fori_loop(0, -(-32 // bits), find_digit, jnp.zeros(wanted.shape, jnp.uint32))
+
+
+def _largest(x: Float[Array, " B"], axis: tuple[str, ...], largest_key) -> Float[Array, " B"]:
+    """The maximum over `axis`, by `largest_key` if there is one."""
+    if not largest_key:
+        return jax.lax.pmax(x, axis) if axis else x
+    order = jax.lax.bitcast_convert_type(_ordered_key(x), jnp.int32)
+    order = largest_key(jnp.stack([order, order], axis=-1))[:, 1]
+    bits = jax.lax.bitcast_convert_type(order, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    bits = jnp.where(bits >= sign, bits ^ sign, ~bits)  # `_ordered_key` undone
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _shard_ids(logits: Float[Array, "B V"], axis: tuple[str, ...]) -> Int[Array, " V"]:
@@ -136,20 +188,10 @@ def _shard_ids(logits: Float[Array, "B V"], axis: tuple[str, ...]) -> Int[Array,
 
 
 def _ordered_key(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Unsigned integers in the order of the floats."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    """Unsigned integers in the order of the floats; 0.0 and -0.0 get the same."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _highest_key(holds, like: Float[Array, " B"]) -> UInt32[Array, " B"]:
-    """Per row, the largest key t for which holds(t[:, None]) is true; it holds for small t only."""
-
-    def try_bit(i, t):
-        candidate = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(holds(candidate[:, None]), candidate, t)
-
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(like.shape, jnp.uint32))
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

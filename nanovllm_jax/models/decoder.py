@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.layers.backend import Backend
 from nanovllm_jax.layers.linear import Embedding, Linear
 from nanovllm_jax.layers.mlp import MLP
-from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.norm import NormAt, RMSNorm, plain
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.models.config import ModelConfig
 
@@ -34,14 +34,17 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
         self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend):
+    def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend, then: NormAt):
         qkv = backend.linear(x, self.qkv_proj, layer, norm=norm)
         out, cache = backend.attend(qkv, self.q_norm, self.k_norm, rope, cache, layer)
-        return backend.linear(out, self.o_proj, layer, residual=x), cache
+        return backend.linear(out, self.o_proj, layer, residual=x, then=then), cache
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each with its residual."""
+    """Pre-norm attention and MLP, each with its residual.
+
+    Each is told which norm comes after it, for a backend that computes both in one kernel.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         c = config
@@ -51,9 +54,11 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, rope, cache, layer, backend: Backend):
-        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, backend)
+        to_mlp = self.post_attention_layernorm.at(layer)
+        to_next_layer = self.input_layernorm.at(layer + 1)  # after the last layer nobody uses it
+        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, backend, to_mlp)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
-        x = self.mlp(x, self.post_attention_layernorm, layer, backend)
+        x = self.mlp(x, self.post_attention_layernorm, layer, backend, to_next_layer)
         return backend.constrain(x, "activation_tokens", "activation_embed"), cache
 
 
@@ -78,7 +83,8 @@ class Decoder(nnx.Module):
         cache: Any = None,
     ) -> tuple[Float[Array, "T D"], Any]:
         """Run all layers over T tokens; returns hidden states, not yet normed, and the cache."""
-        x = backend.embed(self.embed_tokens, token_ids)
+        to_first_layer = self.layers.input_layernorm.at(jnp.int32(0))
+        x = backend.embed(self.embed_tokens, token_ids, to_first_layer)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         graph, weights = nnx.split(self.layers)
@@ -90,11 +96,11 @@ class Decoder(nnx.Module):
 
         # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
         # Eagerly it runs operation by operation, so that print and a debugger work inside it.
-        if isinstance(x, Tracer):
+        if isinstance(plain(x), Tracer):
             run_layer = jax.jit(run_layer)
         for i in range(self.config.num_layers):
             x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
-        return x, cache
+        return plain(x), cache
 
     def logits(self, hidden: Float[Array, "B D"], backend: Backend) -> Float[Array, "B V"]:
         """Next-token scores of the hidden states of chosen rows, in float32."""

@@ -17,7 +17,10 @@ from nanovllm_jax.tools.roofline import Hardware
 # The engine's own kernels that talk to other devices, by their name in the text: kind and mesh
 # axis. To XLA they are calls like any other, so the text says neither.
 ONE_SHOT = "one-shot all-reduce"
-KERNELS = {"one_shot_all_reduce": (ONE_SHOT, "tensor")}
+KERNELS = {
+    "one_shot_all_reduce": (ONE_SHOT, "tensor"),
+    "one_shot_all_reduce_norm": (ONE_SHOT, "tensor"),
+}
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
          "collective-broadcast", "ragged-all-to-all")  # fmt: skip
@@ -118,8 +121,9 @@ def _collective(
     origin = op_name[1] if op_name else ""
     if opcode == "custom-call":
         for name, (kind, axis) in KERNELS.items():
-            if f"/{name}/" in f"/{origin}/":  # it takes words: bfloat16 sums or 64-bit maxima
-                size = _num_bytes(result)
+            if f"/{name}/" in f"/{origin}/":
+                # Words, of bfloat16 sums for one. A norm is a second result, which is not sent.
+                size = _num_bytes(result.split("}")[0])
                 return Collective(kind, "words", size, (axis,), mesh_shape[axis], origin)
     kind = opcode.removesuffix("-start")
     if kind not in KINDS:

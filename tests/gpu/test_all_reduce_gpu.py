@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_max
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.layers.norm import rms_norm
+from nanovllm_jax.tools.shapes import QWEN3, write_config
+from pallas_kernels import (
+    make_mailboxes,
+    one_shot_all_reduce,
+    one_shot_all_reduce_norm,
+    one_shot_max,
+    one_shot_sum,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +90,86 @@ def test_sum(mesh, mailboxes, shape):
         np.testing.assert_array_equal(got[0], want.astype(jnp.bfloat16))
 
 
+def wrong_in_bfloat16(got, want, most=0.002) -> bool:
+    """Whether bfloat16 differ by more than one rounding, or more than a few of them do."""
+    got, want = (np.asarray(a, np.float32) for a in (got, want))
+    apart = np.abs(got - want) > 0
+    return (np.abs(got - want) > np.abs(want) * 2**-7 + 1e-6).any() or apart.mean() > most
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 256), (2, 1024), (16, 1024), (256, 1024), (3, 2560), (16, 4096), (256, 4096), (7, 4352),
+     (16, 5120), (128, 5120), (5, 8192)],
+)  # fmt: skip
+def test_sum_with_norm(mesh, mailboxes, shape):
+    """The sum exactly, and its norm as layers/norm.py computes it but for the mean's order."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.standard_normal((3, shape[1])), jnp.bfloat16)
+
+    def add(parts, rest, address):
+        residual, layer = rest
+        out = one_shot_all_reduce_norm(
+            parts[0], residual, weight, layer, address, "tensor", MOST, eps=1e-6
+        )
+        return jnp.stack(out)
+
+    run = reduce_on(mesh, add, 1)
+    for seed in range(5):
+        part, residual = draw(mesh, shape, seed), draw(mesh, shape, 100 + seed)[0]
+        residual = jax.device_put(residual, NamedSharding(mesh, PartitionSpec()))
+        got = run([part], (residual, jnp.int32(seed)), mailboxes.addresses)
+        got = np.asarray(got)
+        assert (got == got[0]).all(), "the devices got different sums or norms"
+        want = exact(part, residual).astype(jnp.bfloat16)
+        np.testing.assert_array_equal(got[0, 0], want)
+        normed = rms_norm(jnp.asarray(want), weight[min(seed, 2)], 1e-6)
+        assert not wrong_in_bfloat16(got[0, 1], normed)
+
+
+def test_sums_with_and_without_norm_share_the_mailboxes(mesh, mailboxes):
+    """Slots, blocks and halves of the mailboxes alternate in a loop, and in calls of it."""
+    shapes = [(16, 1024), (5, 5120), (2, 2560), (64, 4096), (3, 5120)]
+    parts = [draw(mesh, shape, i) for i, shape in enumerate(shapes)]
+    weights = [jnp.ones((1, shape[1]), jnp.bfloat16) for shape in shapes]
+
+    def loop(parts, residual, address):
+        def body(i, total):
+            for part, weight in zip(parts, weights, strict=True):
+                rest = jnp.zeros_like(part).at[0, 0].set(total[0, 0].astype(part.dtype))
+                out, normed = one_shot_all_reduce_norm(
+                    part, rest, weight, jnp.int32(0), address, "tensor", MOST, eps=1e-6
+                )
+                again = one_shot_all_reduce(normed, out, address, "tensor", MOST)
+                sums = one_shot_sum(again[:, :15].astype(jnp.float32), address, "tensor", MOST)
+                total = total / 2 + sums[:1, :1] / 64
+            return total
+
+        return jax.lax.fori_loop(0, 50, body, residual)
+
+    def same_by_xla(parts, residual, address):
+        def body(i, total):
+            for part, weight in zip(parts, weights, strict=True):
+                rest = jnp.zeros_like(part).at[0, 0].set(total[0, 0].astype(part.dtype))
+                out = jax.lax.psum(part.astype(jnp.float32), "tensor") + rest
+                out = out.astype(part.dtype)
+                normed = rms_norm(out, weight[0], 1e-6)
+                again = jax.lax.psum(normed.astype(jnp.float32), "tensor") + out
+                sums = jax.lax.psum(again.astype(part.dtype).astype(jnp.float32)[:1, :1], "tensor")
+                total = total / 2 + sums / 64
+            return total
+
+        return jax.lax.fori_loop(0, 50, body, residual)
+
+    start = jnp.ones((1, 1), jnp.float32)
+    run = reduce_on(mesh, loop, len(parts))
+    outs = [np.asarray(run(parts, start, mailboxes.addresses)) for _ in range(20)]
+    assert all((out == outs[0][0]).all() for out in outs)
+    by_xla = reduce_on(mesh, same_by_xla, len(parts))
+    want = np.asarray(by_xla(parts, start, mailboxes.addresses))
+    np.testing.assert_allclose(outs[0][0], want[0], rtol=0.02)
+
+
 def test_chains_of_changing_shapes(mesh, mailboxes):
     """Thousands of calls, each of which depends on the one before; many fast and slow devices."""
     shapes = [(1, 1024), (16, 5120), (2, 2560), (64, 4096)]
@@ -129,11 +220,75 @@ def test_max(mesh, mailboxes, rows):
     np.testing.assert_array_equal(bits[:, 0] | bits[:, 1] << np.uint64(32), want)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 15), (16, 15), (64, 15), (256, 15), (500, 15)])
+def test_float32_sum(mesh, mailboxes, shape):
+    """Exactly the sum in the order of the devices, alone and in a loop that reuses mailboxes."""
+
+    def loop(parts, _, address):
+        def add(i, x):
+            return one_shot_sum(x, address, "tensor", MOST) / (i + 2)
+
+        return jax.lax.fori_loop(0, 33, add, parts[0])
+
+    def once(parts, _, address):
+        return one_shot_sum(parts[0], address, "tensor", MOST)
+
+    for seed in range(3):
+        numbers = np.random.default_rng(seed).standard_normal((mesh.size, *shape), np.float32)
+        x = jax.device_put(numbers, NamedSharding(mesh, PartitionSpec("tensor")))
+        got = np.asarray(reduce_on(mesh, once, 1)([x], jnp.zeros(1), mailboxes.addresses))
+        want = functools.reduce(np.add, numbers)
+        assert (got == want).all()
+        got = np.asarray(reduce_on(mesh, loop, 1)([x], jnp.zeros(1), mailboxes.addresses))
+        for i in range(33):
+            want = functools.reduce(np.add, [want] * mesh.size if i else numbers)
+            want = want / np.float32(i + 2)
+        np.testing.assert_allclose(got, np.broadcast_to(want, got.shape), rtol=1e-5)
+        assert (got == got[0]).all()
+
+
 def test_too_much_is_refused(mesh, mailboxes):
     add = functools.partial(one_shot_all_reduce, axis="tensor", max_words=MOST)
     run = reduce_on(mesh, lambda parts, r, a: add(parts[0], r, a), 1)
     with pytest.raises(ValueError, match="up to 1048576 numbers"):
         run([draw(mesh, (4, MOST), 0)], jnp.zeros((4, MOST), jnp.bfloat16), mailboxes.addresses)
+
+
+def test_greedy_tokens_are_those_of_xlas_sums(tmp_path, monkeypatch):
+    """First tokens by prefill and second ones by decoding, at batch 1 and 16; then with filters.
+
+    Both engines round to bfloat16 at different places, which decides a few of the tokens.
+    """
+    write_config(replace(QWEN3["0.6B"], num_layers=4), tmp_path)
+    lengths = 2 * [1, 17, 63, 64, 65, 200, 256, 300]
+    prompts = [
+        np.random.default_rng(i).integers(0, 10000, n).tolist() for i, n in enumerate(lengths)
+    ]
+    two = {"max_tokens": 2, "ignore_eos": True, "detokenize": False}
+    drawn = SamplingParams(temperature=0.6, top_k=50, top_p=0.9, min_p=0.01, seed=1, **two)
+
+    def outcome() -> np.ndarray:
+        """The tokens [16 prompts, 5]."""
+        llm = LLM(
+            str(tmp_path), load_format="dummy", tensor_parallel_size=2, max_num_seqs=16,
+            max_num_batched_tokens=2048, max_model_len=1024, num_kvcache_blocks=64,
+        )  # fmt: skip
+        greedy = SamplingParams(temperature=0, **two)
+        with llm:
+            runs = [llm.generate(prompts, params, use_tqdm=False) for params in (greedy, drawn)]
+            alone = [
+                llm.generate([p], greedy, use_tqdm=False)[0]["token_ids"][-1:] for p in prompts
+            ]
+        together = [[output["token_ids"] for output in outputs] for outputs in runs]
+        return np.concatenate([*together, alone], axis=1)
+
+    monkeypatch.setattr(Programs, "_program_cache", lambda *_: None)  # takes both for the same
+    got = outcome()
+    monkeypatch.setattr(Programs, "uses_collectives", False)
+    same = got == outcome()
+    assert same[:, [0, 2]].mean() > 0.8, same
+    for first, second in ((0, 1), (2, 3), (0, 4)):
+        assert same[same[:, first], second].mean() > 0.8, same
 
 
 ONE_SIDED = """
