@@ -86,3 +86,4 @@ def test_sampling_with_filters(programs, gpus):
     with jax.sharding.use_abstract_mesh(p.sharding.mesh):
         text = p.sample_spec(16, num_blocks=64).trace().lower().as_text()
     assert set(kernels_in(text)) == (ALSO_ON_TWO if gpus > 1 else set())
+    assert gpus == 1 or '"stablehlo.all_reduce"' not in text

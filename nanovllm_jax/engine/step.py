@@ -246,17 +246,19 @@ class StepFunctions:
         axis, spec = self.sharding.mesh_axes("vocab"), self.sharding.spec
 
         def on_shard(logits, rows, positions, collectives):
+            kernels = collectives if axis == (AXIS,) else None
+            largest_key = kernels.max if kernels else None
             temperatures = floats(rows, Column.TEMPERATURE)
             if filtered:
                 top_p, min_p = floats(rows, Column.TOP_P), floats(rows, Column.MIN_P)
                 logits = filter_logits(
                     logits, temperatures, rows[:, Column.TOP_K], top_p, min_p,
                     vocab_size=self.vocab_size, axis=axis,
+                    total=kernels.total if kernels else None, largest_key=largest_key,
                 )  # fmt: skip
             return sample(
                 logits, temperatures, seeds(rows), positions,
-                vocab_size=self.vocab_size, axis=axis,
-                largest_key=collectives.max if collectives and axis == (AXIS,) else None,
+                vocab_size=self.vocab_size, axis=axis, largest_key=largest_key,
             )  # fmt: skip
 
         by_row = spec("batch")
