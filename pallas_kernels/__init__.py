@@ -10,7 +10,8 @@ Every function of attention takes `implementation`:
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
-Three functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
+Four functions are Triton kernels only: `fused_linear` is the linear layer of a single row, `draw`
+samples tokens, with noise that `gumbel`, `random_bits` and `stream_words` define, and
 `one_shot_all_reduce` and `one_shot_max` combine small arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
@@ -26,6 +27,7 @@ from pallas_kernels.all_reduce import (
     one_shot_max,
     supports_one_shot,
 )
+from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.kv_write import norm_rope_write
 from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
@@ -36,7 +38,9 @@ __all__ = [
     "Mailboxes",
     "addressable_pages",
     "decode_step",
+    "draw",
     "fused_linear",
+    "gumbel",
     "make_mailboxes",
     "mosaic_problem",
     "most_tokens",
@@ -45,6 +49,8 @@ __all__ = [
     "one_shot_max",
     "paged_decode",
     "paged_prefill",
+    "random_bits",
+    "stream_words",
     "supports_fused_linear",
     "supports_mosaic_prefill",
     "supports_one_shot",
