@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from pallas_kernels._common import LOG2_E, cdiv, use_interpreter
+from pallas_kernels._common import LOG2_E, use_interpreter
 
 # Vocabulary entries that a program looks at in one round of its loop.
 _BLOCK = 1024
@@ -121,9 +121,9 @@ def draw(
     close to trust them, once in thousands of rows.
     """
     batch, width = logits.shape
-    blocks = cdiv(width, _BLOCK)
-    blocks_per_part = cdiv(blocks, min(blocks, max(1, _TARGET_PROGRAMS // batch)))
-    parts = cdiv(blocks, blocks_per_part)
+    blocks = pl.cdiv(width, _BLOCK)
+    blocks_per_part = pl.cdiv(blocks, min(blocks, max(1, _TARGET_PROGRAMS // batch)))
+    parts = pl.cdiv(blocks, blocks_per_part)
     interpret = use_interpreter(interpret)
     scores, tokens = pl.pallas_call(
         functools.partial(
@@ -142,7 +142,8 @@ def draw(
         *([] if first_id is None else [jnp.reshape(first_id, 1)]),
     )  # fmt: skip
     best = jnp.argmax(scores, axis=1)[:, None]  # the first of equals, whose entries are the lowest
-    return tuple(jnp.take_along_axis(x, best, axis=1)[:, 0] for x in (scores, tokens))
+    score, token = (jnp.take_along_axis(x, best, axis=1)[:, 0] for x in (scores, tokens))
+    return score, token
 
 
 def _kernel(
@@ -176,7 +177,7 @@ def _kernel(
             return jnp.maximum(best, scores), second, block_of_best
 
         start = part * blocks_per_part
-        end = jnp.minimum(start + blocks_per_part, cdiv(width, _BLOCK))
+        end = jnp.minimum(start + blocks_per_part, pl.cdiv(width, _BLOCK))
         lowest = jnp.full((_BLOCK,), -jnp.inf, jnp.float32)
         state = lowest, lowest, jnp.full((_BLOCK,), start, jnp.int32)
         best, second, block_of_best = lax.fori_loop(start, end, step, state)
