@@ -10,7 +10,8 @@ Every function of attention takes `implementation`:
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
-Five functions are Triton kernels only: `fused_linear` is the linear layer of a single row, and
+Six functions are Triton kernels only: `fused_linear` is the linear layer of a single row, `draw`
+samples tokens, with noise that `gumbel`, `random_bits` and `stream_words` define, and
 `one_shot_all_reduce`, `one_shot_all_reduce_norm`, `one_shot_sum` and `one_shot_max` combine small
 arrays over the GPUs of a process.
 
@@ -31,6 +32,7 @@ from pallas_kernels.all_reduce import (
     supports_one_shot,
     supports_one_shot_norm,
 )
+from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.kv_write import norm_rope_write
 from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
@@ -41,7 +43,9 @@ __all__ = [
     "Mailboxes",
     "addressable_pages",
     "decode_step",
+    "draw",
     "fused_linear",
+    "gumbel",
     "make_mailboxes",
     "mosaic_problem",
     "most_tokens",
@@ -52,6 +56,8 @@ __all__ = [
     "one_shot_sum",
     "paged_decode",
     "paged_prefill",
+    "random_bits",
+    "stream_words",
     "supports_fused_linear",
     "supports_mosaic_prefill",
     "supports_one_shot",

@@ -54,6 +54,8 @@ def paged_decode(
     """Return softmax(scale * q k^T) v of each row over the pages of its sequence.
 
     The time of a row follows its own context length; the width of the block table costs nothing.
+    A large batch is fastest if its longest contexts come first: programs start in the order of the
+    rows, and short ones fill the gaps that long ones leave at the end.
 
     Args:
         q: one query token per row; head n belongs to KV head n // (N/K).
@@ -210,7 +212,7 @@ def _decode_kernel(
     With one part, `out_ref` is the output; with more, it has a row per query head and part, and
     `lse_ref` has the base-2 logarithm of each one's softmax denominator.
     """
-    b, kv_head, split = (pl.program_id(axis) for axis in range(3))
+    kv_head, b, split = (pl.program_id(axis) for axis in range(3))
     part = _part_of(lens_ref[b], split, block_n, num_splits)
     g, g_mask = _group_rows(group)
     q_rows = (b * cache_shape[3] + kv_head) * group + g
@@ -234,7 +236,7 @@ def _fused_kernel(
     The newest position is attended to in registers, by the program that writes it: nothing is
     read that another program of this kernel writes.
     """
-    b, kv_head, split = (pl.program_id(axis) for axis in range(3))
+    kv_head, b, split = (pl.program_id(axis) for axis in range(3))
     num_kv_heads, head_dim = cache_shape[3:]
     context, layer = lens_ref[b], layer_ref[0]
     old = jnp.maximum(context - 1, 0)
@@ -306,32 +308,25 @@ def _part_of(context, split, block_n: int, num_splits: int):
 def _attend_to_pages(
     q, k_ref, v_ref, tables_ref, part, state, *, cache_shape, layer, block_n, scale
 ):
-    """Fold a part of sequence `program_id(0)`'s context into the attention of `q`."""
-    b, kv_head = pl.program_id(0), pl.program_id(1)
+    """Fold a part of sequence `program_id(1)`'s context into the attention of `q`."""
+    kv_head, b = pl.program_id(0), pl.program_id(1)
     page_size = cache_shape[2]
     first_block, end = part
 
-    def block_step(i, state, last: bool):
+    def block_step(i, state):
         position = i * block_n
         page = tables_ref[b, lax.div(position, jnp.int32(page_size))]
         n = jnp.arange(block_n)
         offset = lax.rem(position, jnp.int32(page_size)) + n
         rows = cache_row(cache_shape, layer, page, offset, kv_head)
-        valid = position + n < end if last else None
+        valid = position + n < end
         k, v = load_rows(k_ref, rows, valid), load_rows(v_ref, rows, valid)
-        mask = None if valid is None else jnp.broadcast_to(valid[None, :], (q.shape[0], block_n))
+        mask = jnp.broadcast_to(valid[None, :], (q.shape[0], block_n))
         return attend(q, k, v, mask, state, scale)
 
-    full_blocks = lax.div(end, jnp.int32(block_n))  # only the last block needs masks
-    state = lax.fori_loop(
-        first_block, full_blocks, functools.partial(block_step, last=False), state
-    )
-    return lax.fori_loop(
-        jnp.maximum(first_block, full_blocks),
-        cdiv(end, block_n),
-        functools.partial(block_step, last=True),
-        state,
-    )
+    # Only the last block needs the mask, but a loop of its own would have to fill the software
+    # pipeline anew, which takes longer than masking every block.
+    return lax.fori_loop(first_block, cdiv(end, block_n), block_step, state)
 
 
 def _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits: int):
@@ -395,7 +390,10 @@ def _call_decode(
     kernel, operands, q_shape, dtype, k_cache, *, num_splits, scale, interpret, written=(),
     **options,
 ):  # fmt: skip
-    """Run a decode kernel over (sequences, KV heads, parts); returns `written`, then the parts."""
+    """Run a decode kernel over (KV heads, sequences, parts); returns `written`, then the parts.
+
+    The heads of a sequence start together, because their keys are neighbours in memory.
+    """
     batch, num_heads, head_dim = q_shape
     page_size, num_kv_heads = k_cache.shape[2:4]
     rows = batch * num_heads
@@ -411,7 +409,7 @@ def _call_decode(
             kernel, cache_shape=k_cache.shape, group=num_heads // num_kv_heads, block_n=block_n,
             num_splits=num_splits, scale=scale,
         ),
-        grid=(batch, num_kv_heads, num_splits),
+        grid=(num_kv_heads, batch, num_splits),
         out_shape=[*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in written), *out_shape],
         compiler_params=plgpu.CompilerParams(
             num_warps=4, num_stages=num_stages(block_n, k_cache.shape, k_cache.dtype, most=5)

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanovllm_jax.tools.roofline import HARDWARE, TB
-from pallas_kernels import fused_linear, norm_rope_write, paged_decode, paged_prefill
+from pallas_kernels import draw, fused_linear, norm_rope_write, paged_decode, paged_prefill
 
 # What an H100 reaches, by the unit of a case's work per second.
 CEILINGS = {"TB/s": HARDWARE["H100"].memory / TB, "TFLOP/s": HARDWARE["H100"].flops / TB}
 
 # KV heads and head dim, the same in Qwen3-0.6B and 8B.
 KV_HEADS, HEAD_DIM = 8, 128
+VOCAB = 151_936
 # Query heads, hidden size and width of the MLP by model.
 MODELS = {"0.6B": (16, 1024, 3072), "8B": (32, 4096, 12288)}
 
@@ -129,6 +130,23 @@ def linear_case(name: str, scale: Namespace, width: int, outputs: int) -> Case:
     return Case(f"linear {name}", run, make, scale.calls, 2 * outputs * width, "TB/s")
 
 
+def draw_case(rows: int, scale: Namespace) -> Case:
+    """Make a case of sampling: its work is the bytes of the logits."""
+    width = VOCAB // scale.widths_over
+
+    def run(k_cache, v_cache, logits, temperatures, seeds, positions):
+        for _ in range(scale.calls):  # drawn tokens make the next noise
+            _, positions = draw(logits, temperatures, seeds, positions, vocab_size=width)
+        return k_cache, v_cache, positions
+
+    def make():
+        logits = normal(0, rows, width, dtype=jnp.float32)
+        seeds = jax.random.bits(jax.random.key(1), (rows, 2))
+        return logits, jnp.full(rows, 0.6), seeds, jnp.arange(rows)
+
+    return Case(f"draw {rows} tokens", run, make, scale.calls, 4 * rows * width, "TB/s")
+
+
 def cases(model: str, scale: Namespace) -> Iterator[Case]:
     """Yield the cases of one model; their arrays are made when their turn comes."""
     rng = np.random.default_rng(0)
@@ -138,7 +156,7 @@ def cases(model: str, scale: Namespace) -> Iterator[Case]:
         for n in scale.contexts:
             yield attention_case(f"B={batch} context {n}", heads, scale, [n] * batch)
         low, high = scale.mixed_contexts
-        mixed = rng.integers(low, high + 1, batch).tolist()
+        mixed = sorted(rng.integers(low, high + 1, batch).tolist(), reverse=True)
         yield attention_case(f"B={batch} context {low}-{high}", heads, scale, mixed)
     count, length = scale.prompts
     yield attention_case(f"{count}x{length}", heads, scale, [length] * count, [length] * count)
@@ -147,6 +165,8 @@ def cases(model: str, scale: Namespace) -> Iterator[Case]:
     yield attention_case(f"{2 * count} mixed, cached prefixes", heads, scale, contexts, chunks)
     for tokens in scale.write_tokens:
         yield write_case(heads, scale, tokens)
+    for rows in scale.batches:
+        yield draw_case(rows, scale)
     yield linear_case("qkv", scale, hidden, (heads + 2 * KV_HEADS) * HEAD_DIM)
     yield linear_case("o", scale, heads * HEAD_DIM, hidden)
     yield linear_case("gate and up", scale, hidden, 2 * ffn)

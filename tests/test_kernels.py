@@ -6,6 +6,7 @@ no sequence, in all other layers. Block tables are permuted, and garbage beyond 
 
 import functools
 import itertools
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -18,18 +19,23 @@ from h100 import kernels_in, lower_for_h100
 
 from pallas_kernels import (
     decode_step,
+    draw,
     fused_linear,
+    gumbel,
     mosaic_prefill,
     mosaic_problem,
     norm_rope_write,
     paged_decode,
     paged_prefill,
+    random_bits,
+    stream_words,
     supports_fused_linear,
 )
 from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
 
-# The package's attribute of this name is the function.
+# The package's attributes of these names are functions.
 decode_module = sys.modules["pallas_kernels.paged_decode"]
+draw_module = sys.modules["pallas_kernels.draw"]
 
 IMPLEMENTATIONS = ("xla", "triton")
 LAYERS, LAYER = 3, 1
@@ -308,6 +314,46 @@ def check_fused_linear(
     np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=half_ulp + 1e-4, atol=1e-4)
 
 
+DRAW_KINDS = ("random", "ties", "zeros", "masked", "nothing", "one")
+
+
+def check_draw(kind, rows, width, *, first_id=None, vocab_size=None, seed=0):
+    """`draw` against an arg max over all sums: the same scores and tokens, bit by bit."""
+    rng = np.random.default_rng([seed, len(kind), rows, width])
+    logits = rng.standard_normal((rows, width), np.float32) * 3
+    if kind == "ties":
+        logits = np.round(logits)
+    elif kind == "zeros":
+        logits = np.where(rng.random(logits.shape) < 0.5, np.float32(0), -np.float32(0))
+    elif kind == "masked":
+        logits[rng.random(logits.shape) < 0.99] = -np.inf
+    elif kind == "nothing":
+        logits[:] = -np.inf
+    elif kind == "one":
+        logits[:] = -np.inf
+        logits[:, width // 2] = 1.0
+    temperatures = rng.choice(np.float32([0, 1e-3, 0.6, 1, 5, 1e30]), rows)
+    seeds = rng.integers(0, 2**32, (rows, 2), dtype=np.uint32)
+    positions = rng.integers(0, 40000, rows).astype(np.int32)
+    vocab_size = vocab_size or (first_id or 0) + width
+
+    @jax.jit
+    def reference(logits, temperatures, seeds, positions):
+        ids = (first_id or 0) + jnp.arange(width)
+        words = stream_words(seeds[:, 0], seeds[:, 1], positions)
+        bits = random_bits([w[:, None] for w in words], ids[None, :])
+        scores = logits + temperatures[:, None] * gumbel(bits)
+        scores = jnp.where(ids < vocab_size, scores, -jnp.inf)
+        return scores.max(axis=1), ids[jnp.argmax(scores, axis=1)]
+
+    args = tuple(map(jnp.asarray, (logits, temperatures, seeds, positions)))
+    shard = () if first_id is None else (jnp.int32(first_id),)
+    scores, tokens = draw(*args, *shard, vocab_size=vocab_size)
+    want_scores, want_tokens = reference(*args)
+    np.testing.assert_array_equal(tokens, want_tokens)
+    np.testing.assert_array_equal(scores, want_scores)
+
+
 # --- Numbers ---------------------------------------------------------------------------------
 
 
@@ -447,6 +493,32 @@ def test_fused_linear_matches_float32(width, num_out, options):
     check_fused_linear(width, num_out, **options)
 
 
+@pytest.mark.parametrize("kind", DRAW_KINDS)
+def test_draw_is_the_arg_max_of_all_sums(kind):
+    check_draw(kind, 7, 5000)
+    check_draw(kind, 1, 40)
+
+
+def test_draw_over_a_part_of_a_padded_vocabulary():
+    check_draw("random", 5, 3000, first_id=6000, vocab_size=8000)
+    check_draw("random", 3, 3000, first_id=9000, vocab_size=8000)  # nothing but padding
+    check_draw("ties", 3, 3000, vocab_size=2999)
+
+
+def test_quick_noise_is_within_its_margin():
+    rng = np.random.default_rng(0)
+    edges = np.arange(2000, dtype=np.uint32)
+    some = (2 ** rng.uniform(0, 32, 100_000)).astype(np.uint32)
+    bits = jnp.asarray(np.concatenate([edges, ~edges, some, ~some]))
+    u = (np.asarray(bits, np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+    exact = -np.log(-np.log1p(-np.minimum(u, 1 - 2.0**-24).astype(np.float64)))
+    quick = np.asarray(draw_module._quick_noise(bits, True), np.float64) * math.log(2)
+    difference = quick - math.log(math.log(2)) - exact
+    # Here both logarithms are exact; on a GPU each is off by up to 2^-22, and one of them is
+    # multiplied by up to 2^8 where the sum of powers ends.
+    assert abs(difference).max() < draw_module._NOISE_MARGIN / 2 - 2.0**-14
+
+
 MOSAIC_SHAPES = [
     dict(group=2, kv_heads=1, head_dim=128, page_size=256, dtype="bfloat16"),
     dict(group=1, kv_heads=2, head_dim=64, page_size=48, dtype="bfloat16"),
@@ -563,6 +635,15 @@ def test_fused_linear_lowers_for_a_gpu(fused, gated):
     linear = functools.partial(fused_linear, gated=gated, dtype=jnp.float32, interpret=False)
     text = lower_for_h100(jax.jit(linear), x, weight, layer, *optional)
     assert kernels_in(text) == ["fused_linear"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_draw_lowers_for_a_gpu(sharded):
+    struct = jax.ShapeDtypeStruct
+    args = (struct((3, 5000), jnp.float32), struct((3,), jnp.float32), struct((3, 2), jnp.uint32))
+    args += (struct((3,), jnp.int32),) + (struct((), jnp.int32),) * sharded
+    drawn = functools.partial(draw, vocab_size=9000, interpret=False)
+    assert kernels_in(lower_for_h100(jax.jit(drawn), *args)) == ["draw"]
 
 
 def test_mosaic_prefill_lowers_for_a_gpu():

@@ -13,31 +13,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
+from pallas_kernels import draw, gumbel, random_bits, stream_words
+
 
 def gumbel_noise(
     seeds: UInt32[Array, "B 2"], positions: Int[Array, " B"], vocab_ids: Int[Array, " V"]
 ) -> Float[Array, "B V"]:
-    """Standard Gumbel noise from a counter-based hash.
-
-    Row and vocabulary entry are hashed apart before they meet, so that the streams of two rows
-    are no shifted copies of one another. The second word of a row costs an entry nothing more than
-    an exclusive or.
+    """Standard Gumbel noise from a counter-based hash (see `pallas_kernels.draw`).
 
     Args:
         seeds: 64 bits a row, as words [low, high].
     """
-    low, high = seeds[:, 0], seeds[:, 1]
-    # A Feistel network: at one position two seeds never have both words in common, and in one
-    # stream two positions never have the first. The constant (the golden ratio's) keeps the second
-    # word apart from what `_hash` makes of the first and an entry, or the two would cancel out.
-    first = low ^ _hash(high ^ _hash(positions.astype(jnp.uint32)))
-    second = high ^ _hash(first + jnp.uint32(0x9E3779B9))
-    entries = _hash(vocab_ids.astype(jnp.uint32))
-    bits = _hash(_hash(first)[:, None] ^ entries[None, :]) ^ _hash(second)[:, None]
-    # An exponential variate -log(1 - u) keeps its precision where it matters, at small values,
-    # that is at large Gumbel values; u stays below 1, so that the noise is finite.
-    u = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
-    return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1 - 2.0**-24)))
+    words = stream_words(seeds[:, 0], seeds[:, 1], positions)
+    return gumbel(random_bits([word[:, None] for word in words], vocab_ids[None, :]))
 
 
 def sample(
@@ -60,22 +48,35 @@ def sample(
         largest_key: the maximum over `axis` of unsigned 64-bit integers, as words [low, high];
             without it scores and tokens are gathered.
     """
-    ids = _shard_ids(logits, axis)
 
-    def noise():
-        return temperatures[:, None] * gumbel_noise(seeds, positions, ids)
+    def on_gpu(logits, temperatures, seeds, positions):
+        first_id = jax.lax.axis_index(axis) * logits.shape[1] if axis else None
+        return draw(
+            logits, temperatures, seeds, positions, first_id,
+            vocab_size=vocab_size, interpret=False,
+        )  # fmt: skip
 
-    def noise_if_any_row_draws():  # on a CPU it takes as long as a layer of a small model
+    def anywhere(logits, temperatures, seeds, positions):
+        ids = _shard_ids(logits, axis)
+
+        def noise():
+            return temperatures[:, None] * gumbel_noise(seeds, positions, ids)
+
+        # Where all rows are greedy there is no noise: on a CPU it would take as long as a layer of
+        # a small model.
         greedy = (temperatures == 0).all()
-        return jax.lax.cond(greedy, lambda: jnp.zeros(logits.shape, jnp.float32), noise)
+        zeros = jnp.zeros(logits.shape, jnp.float32)
+        scores = logits + jax.lax.cond(greedy, lambda: zeros, noise)
+        scores = jnp.where(ids[None, :] < vocab_size, scores, -jnp.inf)
+        best = jnp.argmax(scores, axis=-1)
+        score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
+        return score, ids[0] + best.astype(jnp.int32)
 
-    scores = logits + jax.lax.platform_dependent(cpu=noise_if_any_row_draws, default=noise)
-    scores = jnp.where(ids[None, :] < vocab_size, scores, -jnp.inf)
-    best = jnp.argmax(scores, axis=-1)
-    token = ids[0] + best.astype(jnp.int32)
+    score, token = jax.lax.platform_dependent(
+        logits, temperatures, seeds, positions, cuda=on_gpu, default=anywhere
+    )
     if not axis:
         return token
-    score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
     if largest_key:
         order = jax.lax.bitcast_convert_type(_ordered_key(score), jnp.int32)
         return ~largest_key(jnp.stack([~token, order], axis=-1))[:, 0]  # ~: the lowest token wins
@@ -192,10 +193,3 @@ def _ordered_key(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The "lowbias32" mixer: C. Wellons, "Prospecting for Hash Functions", 2018."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)

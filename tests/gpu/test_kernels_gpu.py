@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 from test_kernels import (
+    DRAW_KINDS,
     FP8,
     IMPLEMENTATIONS,
     check_decode,
     check_decode_step,
+    check_draw,
     check_fused_linear,
     check_prefill,
     check_write,
@@ -96,3 +98,12 @@ LINEARS = {
 def test_fused_linear(linear):
     width, num_out, options = LINEARS[linear]
     check_fused_linear(width, num_out, **options)
+
+
+@pytest.mark.parametrize("kind", DRAW_KINDS)
+@pytest.mark.parametrize("rows", [1, 16, 256])
+def test_draw(rows, kind):
+    for seed in range(20 if kind == "random" else 2):
+        check_draw(kind, rows, 151936, seed=seed)
+    check_draw(kind, rows, 75968, first_id=75968, vocab_size=151900)
+    check_draw(kind, rows, 1001)
