@@ -25,9 +25,10 @@ def pack(work, bucket, packer=None):
     seqs, starts, lengths = ([*column] for column in zip(*work, strict=True))
     batch = Batch(not bucket.is_decode, seqs, starts, lengths, [True] * len(seqs))
     prepared = packer.prepare(batch, bucket, [[*range(len(seqs))]])
-    assert prepared.bucket == bucket and prepared.order == [*range(len(seqs))]
+    rows = sorted(range(len(seqs)), key=lambda i: -starts[i] if bucket.is_decode else i)
+    assert prepared.bucket == bucket and [rows[i] for i in prepared.order] == [*range(len(seqs))]
     padding = [SLOTS] * (bucket.num_rows - len(seqs))
-    assert prepared.slots.tolist() == [seq.slot for seq in seqs] + padding
+    assert prepared.slots.tolist() == [seqs[i].slot for i in rows] + padding
     return prepared.packed
 
 
@@ -161,6 +162,7 @@ def test_decode_steps_go_on_from_the_rows_on_the_device(seqs, data):
             if seq.num_tokens + length > BLOCK * len(seq.block_table):
                 seq.block_table.append(block)
             work.append((seq, seq.num_tokens, length))
+    work.sort(key=lambda item: -item[1])  # as `Packer` does: the longest contexts first
     rows = read_decode(pack(work, DECODE), table)
     last_tokens = rows[:, Column.LAST_TOKEN]
     slots = np.asarray(device.decoded_slots(rows, steps, BLOCK))
@@ -212,8 +214,9 @@ def test_shards_are_packed_one_after_another():
         lengths = [1] * 4 if bucket.is_decode else [3, 7, 1, 5]
         batch = Batch(not bucket.is_decode, seqs, starts, lengths, [True] * 4)
         whole = Packer(SLOTS, WIDTH, BLOCK).prepare(batch, bucket, shards)
-        assert whole.order == [0, 4, 1, 2]
-        assert whole.slots.tolist() == [0, 2, 3, SLOTS, 1, SLOTS, SLOTS, SLOTS]
+        shown = [3, 0, 2] if bucket.is_decode else [0, 2, 3]  # the longest contexts first
+        assert [whole.slots[place] for place in whole.order] == [0, 1, 2, 3]
+        assert whole.slots.tolist() == [*shown, SLOTS, 1, SLOTS, SLOTS, SLOTS]
         alone = [pack([(seqs[i], starts[i], lengths[i]) for i in s], bucket) for s in shards]
         np.testing.assert_array_equal(whole.packed, np.concatenate(alone))
 

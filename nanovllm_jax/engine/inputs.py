@@ -41,6 +41,10 @@ class Packer:
         pack = self._prefill_rows if batch.is_prefill else self._changes
         order, parts, slots = [0] * len(batch.seqs), [], []
         for number, shard in enumerate(shards):
+            if (
+                not batch.is_prefill
+            ):  # the longest contexts first, which `paged_decode` starts first
+                shard = sorted(shard, key=lambda i: -batch.starts[i])
             rows = pack(batch, shard, bucket.num_rows)
             if batch.is_prefill:
                 token_ids = np.zeros(bucket.num_tokens, np.int32)

@@ -23,7 +23,8 @@ CATEGORIES = {
     "KV write": r"norm_rope_write|reshape_and_cache|write_kv|\bcat\b|CatArray|index_(copy|put)",
     "attention": r"paged_|mosaic_(de|pre)|flash|fmha|attention|attn|sdpa|combine",
     "products": r"nvjet|gemm|gemv|cublas|cutlass|split_?k|linear|dot_general|matmul|\b(add|b)?mm\b",
-    "sampling": r"_draw|sampl|arg_?max|multinomial|softmax|topk|gumbel|exponential|distribution",
+    "sampling": r"(^|_)draw|sampl|arg_?max|multinomial|softmax|topk|gumbel|exponential"
+    r"|distribution",
     "norms, activations, inputs": r"",
 }
 
