@@ -65,9 +65,9 @@ class ModelRunner:
         inputs = self.prepare_inputs(batch)
         if batch.num_steps > 1:
             return TokenFuture(self.run_steps(inputs), inputs.order)
-        hidden, tokens = self.run(inputs)
+        tokens = self.run(inputs)
         if any(seq.params.filters for seq in batch.seqs):
-            tokens = self.sample(inputs, hidden)
+            tokens = self.sample(inputs)
         return TokenFuture(tokens, inputs.order)
 
     def prepare_inputs(self, batch: Batch) -> PreparedBatch:
@@ -82,11 +82,11 @@ class ModelRunner:
         bucket = next(b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows)
         return self.packer.prepare(batch, bucket, shards)
 
-    def run(self, inputs: PreparedBatch) -> tuple[Float[Array, "B D"], Int32[Array, " B"]]:
-        """Start the step; returns the hidden state behind each row's new token, and the tokens."""
+    def run(self, inputs: PreparedBatch) -> Int32[Array, " B"]:
+        """Start the step; returns the tokens that it samples."""
         step, packed = self.programs.steps[inputs.bucket], self._place(inputs.packed)
-        self.state, hidden, tokens = step(self.weights, self.state, packed)
-        return hidden, tokens
+        self.state, tokens = step(self.weights, self.state, packed)
+        return tokens
 
     def run_steps(self, inputs: PreparedBatch) -> Int32[Array, "steps B"]:
         """Start several decode steps; returns the tokens of each."""
@@ -94,15 +94,16 @@ class ModelRunner:
         self.state, tokens = steps(self.weights, self.state, packed)
         return tokens
 
-    def sample(self, inputs: PreparedBatch, hidden: Float[Array, "B D"]) -> Int32[Array, " B"]:
-        """Draw the tokens of a step again, with top-k, top-p and min-p."""
+    def sample(self, inputs: PreparedBatch) -> Int32[Array, " B"]:
+        """Draw the tokens of the last step again, with top-k, top-p and min-p."""
         sample, slots = self.programs.samples[inputs.bucket.num_rows], self._place(inputs.slots)
-        self.state, tokens = sample(self.weights, self.state, hidden, slots)
+        self.state, tokens = sample(self.weights, self.state, slots)
         return tokens
 
-    def logits(self, hidden: Float[Array, "B D"]) -> Float[np.ndarray, "B V"]:
-        """The float32 logits behind hidden rows; to look into numerics, not to serve."""
-        logits = jax.jit(self.programs.functions.logits)(self.weights, hidden)
+    def logits(self, inputs: PreparedBatch) -> Float[np.ndarray, "B V"]:
+        """The float32 logits of the last step's rows; to look into numerics, not to serve."""
+        slots = self._place(inputs.slots)
+        logits = jax.jit(self.programs.functions.logits)(self.weights, self.state, slots)
         return np.asarray(logits)[:, : self.config.model_config.vocab_size]
 
     def warm_up(self) -> None:
@@ -118,9 +119,8 @@ class ModelRunner:
                 with default_settings():  # it runs in a thread of its own
                     if inputs.bucket in self.programs.decode_steps:
                         self.run_steps(inputs)
-                    hidden, _ = self.run(inputs)
-                    # There is memory for two steps' results, not for all.
-                    self.sample(inputs, hidden).block_until_ready()
+                    self.run(inputs)
+                    self.sample(inputs).block_until_ready()
 
             memory.finish_in_time(
                 run, f"the first run of the step of {bucket}", self.describe_memory

@@ -71,6 +71,7 @@ class Programs:
         num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
         self.decode_buckets = decode_buckets(num_seqs)
         self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
+        self.most_rows = max(self.decode_buckets[-1].num_rows, self.prefill_buckets[-1].num_rows)
         self.weights = abstract_weights(self.model_config, sharding)
         model = nnx.eval_shape(lambda: Decoder(self.model_config, rngs=nnx.Rngs(0)))
         self.functions = StepFunctions(
@@ -153,7 +154,13 @@ class Programs:
         tables = {"dtype": jnp.int32, "device": self.rows_sharding}
         rows = make((shards * (config.max_num_seqs + 1), self.row_width), **tables)
         token_ids = make((shards * (num_blocks + 1), size), **tables)
-        return DeviceState(KVCache(k, v), collectives, rows, token_ids)
+        hidden_shape = (shards * self.most_rows, c.hidden_size)
+        hidden = make(
+            hidden_shape,
+            jnp.dtype(c.dtype),
+            device=self.sharding.named("batch", "activation_embed"),
+        )
+        return DeviceState(KVCache(k, v), collectives, rows, token_ids, hidden)
 
     def abstract_state(self, num_blocks: int) -> DeviceState:
         """The state as shapes and layouts."""
@@ -180,7 +187,7 @@ class Programs:
             functools.partial(self.functions.run, bucket=bucket),
             (self._shapes(weights), state, self._packed(bucket)),
             1,
-            (_layout(state), self._hidden_sharding, self.sharding.named()),
+            (_layout(state), self.sharding.named()),
         )
 
     def decode_steps_spec(
@@ -199,16 +206,12 @@ class Programs:
     def sample_spec(
         self, num_rows: int, num_blocks: int, weights: list[Weight] | None = None
     ) -> Spec:
-        """The program that draws tokens again from a step's hidden rows; see `step_spec`."""
+        """The program that draws the last step's tokens again; see `step_spec`."""
         state, rows = self.abstract_state(num_blocks), self.batch_shards * num_rows
-        c = self.model_config
-        hidden = jax.ShapeDtypeStruct(
-            (rows, c.hidden_size), jnp.dtype(c.dtype), sharding=self._hidden_sharding
-        )
         return Spec(
             f"sample-{num_rows}-{num_blocks}",
             self.functions.sample,
-            (self._shapes(weights), state, hidden, self._integers(rows)),
+            (self._shapes(weights), state, self._integers(rows)),
             1,
             (_layout(state), self.sharding.named()),
         )
@@ -347,10 +350,6 @@ class Programs:
             lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding),
             jax.tree.leaves(self.weights) if weights is None else weights,
         )
-
-    @property
-    def _hidden_sharding(self) -> jax.sharding.NamedSharding:
-        return self.sharding.named("batch", "activation_embed")
 
     def _packed(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
         size = bucket.num_rows * (len(Change) if bucket.is_decode else self.row_width)

@@ -42,6 +42,9 @@ class DeviceState(NamedTuple):
     # The tokens whose keys and values the cache holds, plus one page for padding; one such table
     # per data shard.
     token_ids: Int32[Array, "P+1 S"]
+    # The hidden states that the last step has drawn tokens from, for `sample`. They are no result
+    # of the step: memory for those would lie elsewhere in each call.
+    hidden: Float[Array, "rows D"]
 
 
 @dataclass(frozen=True)
@@ -63,21 +66,21 @@ class StepFunctions:
         packed: Int32[Array, " n"],
         *,
         bucket: Bucket,
-    ) -> tuple[DeviceState, Float[Array, "B D"], Int32[Array, " B"]]:
+    ) -> tuple[DeviceState, Int32[Array, " B"]]:
         """Compute a batch and draw a token for each row, without top-k, top-p and min-p.
 
         Args:
             packed: the inputs of one shard of the batch after another, each of the bucket's size.
 
         Returns:
-            The state, the hidden state of each row's last token, from which `sample` can draw
-            again, and the tokens.
+            The state, from which `sample` can draw again, and the tokens.
         """
         if bucket.is_decode:
             rows = self._read_decode(packed, state.rows)
             last_tokens = rows[:, Column.LAST_TOKEN]
             state, hidden, tokens = self._decode_step(weights, state, rows, last_tokens, step=0)
-            return self._after_decode(state, rows, tokens[None]), hidden, tokens
+            state = state._replace(hidden=self._keep_hidden(state.hidden, hidden))
+            return self._after_decode(state, rows, tokens[None]), tokens
         rows, inputs, known = self._read_prefill(packed, state.token_ids, bucket)
         model = self._model(weights)
         backend = self._backend(self.prefill, inputs.batch, state.collectives)
@@ -86,8 +89,9 @@ class StepFunctions:
         logits = self._logits(model, hidden, backend)
         ends = rows[:, Column.START] + rows[:, Column.LENGTH]
         tokens = self._draw(logits, rows, ends, state.collectives, filtered=False)
-        state = state._replace(cache=cache, token_ids=known)
-        return self._put_rows(state, rows, tokens), hidden, tokens
+        kept = self._keep_hidden(state.hidden, hidden)
+        state = state._replace(cache=cache, token_ids=known, hidden=kept)
+        return self._put_rows(state, rows, tokens), tokens
 
     def decode_steps(
         self,
@@ -120,11 +124,10 @@ class StepFunctions:
         self,
         weights: list[Weight],
         state: DeviceState,
-        hidden: Float[Array, "B D"],
         slots: Int32[Array, " B"],
     ) -> tuple[DeviceState, Int32[Array, " B"]]:
-        """Draw the tokens of a step's rows again, with top-k, top-p and min-p."""
-        logits = self.logits(weights, hidden, state.collectives)
+        """Draw the tokens of the last step's rows again, with top-k, top-p and min-p."""
+        logits = self.logits(weights, state, slots)
         rows = self._take_rows(state.rows, slots)
         tokens = self._draw(logits, rows, rows[:, Column.START], state.collectives, filtered=True)
         return self._put_rows(state, rows, tokens), tokens
@@ -132,14 +135,14 @@ class StepFunctions:
     def logits(
         self,
         weights: list[Weight],
-        hidden: Float[Array, "B D"],
-        collectives: Collectives | None = None,
+        state: DeviceState,
+        slots: Int32[Array, " B"],
     ) -> Float[Array, "B V"]:
-        """The float32 logits behind hidden rows, with the padded vocabulary's at the end."""
+        """The float32 logits of the last step's rows, with the padded vocabulary's at the end."""
         nowhere: Any = None  # no token attends here
-        return self._logits(
-            self._model(weights), hidden, self._backend(self.decode, nowhere, collectives)
-        )
+        backend = self._backend(self.decode, nowhere, state.collectives)
+        hidden = self._kept_hidden(state.hidden, slots)
+        return self._logits(self._model(weights), hidden, backend)
 
     def _decode_step(
         self, weights, state: DeviceState, rows, last_tokens, step
@@ -227,6 +230,18 @@ class StepFunctions:
             return table.at[indices].get(mode="promise_in_bounds")
 
         return self._by_row(on_shard)(table, indices)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _keep_hidden(self, kept, hidden):
+        spec = self.sharding.spec("batch", "activation_embed")
+        put = self.sharding.shard_map(lambda k, h: k.at[: len(h)].set(h), (spec, spec), spec)
+        return put(kept, hidden)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _kept_hidden(self, kept, slots):
+        spec, by_row = self.sharding.spec("batch", "activation_embed"), self.sharding.spec("batch")
+        take = self.sharding.shard_map(lambda k, s: k[: len(s)], (spec, by_row), spec)
+        return take(kept, slots)
 
     def _put_rows(self, state: DeviceState, rows, last_tokens) -> DeviceState:
         """The state with these rows, as they are after the call, in its table."""

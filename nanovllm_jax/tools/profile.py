@@ -175,11 +175,11 @@ def time_alone(llm: LLM, calls: int, is_prefill: bool) -> tuple[float, PreparedB
         work.append((batch, inputs._replace(packed=packed)))
     if is_prefill:
         work *= calls
-        runner.run(work[0][1])[1].block_until_ready()
+        runner.run(work[0][1]).block_until_ready()
     before = None
     began = time.perf_counter()
     for batch, inputs in work:
-        _, after = runner.run(inputs)
+        after = runner.run(inputs)
         if before is not None:
             before.block_until_ready()  # the engine has memory for two steps under way
         before = after

@@ -22,8 +22,8 @@ def first_logits(llm, prompt):
     llm.reset_prefix_cache()
     request = llm.add_request(prompt, TWO_TOKENS)
     inputs = llm.runner.prepare_inputs(llm.scheduler.schedule())
-    hidden, _ = llm.runner.run(inputs)
-    logits = llm.runner.logits(hidden)[inputs.order[0]]
+    llm.runner.run(inputs)
+    logits = llm.runner.logits(inputs)[inputs.order[0]]
     llm.abort_request(request)
     return logits - logits.mean()  # softmax ignores the mean
 
