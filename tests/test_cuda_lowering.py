@@ -5,6 +5,7 @@ GPU machine.
 """
 
 import functools
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -78,6 +79,19 @@ def test_steps(programs, head_dim, gpus, bucket):
         return
     norms = {"one_shot_all_reduce_norm"} if bucket in NORMS_ON_TWO else set()
     assert set(kernels_in(text)) == STEPS[bucket] | ALSO_ON_TWO | norms
+
+
+@each_number_of_gpus
+@pytest.mark.parametrize("bucket", [Bucket(0, 1), Bucket(0, 16)], ids=lambda b: str(b.num_rows))
+def test_several_decode_steps_are_a_loop_of_known_length(programs, gpus, bucket):
+    """Then XLA launches the body without asking the device whether to go on."""
+    p = programs(128, gpus)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        text = p.decode_steps_spec(bucket, num_blocks=64).trace().lower().as_text()
+    norms = {"one_shot_all_reduce_norm"} if gpus > 1 and bucket in NORMS_ON_TWO else set()
+    assert set(kernels_in(text)) == STEPS[bucket] | (ALSO_ON_TWO | norms if gpus > 1 else set())
+    assert text.count("stablehlo.while") == 1
+    assert re.search(rf"dense<{p.config.num_scheduler_steps}> : tensor<i32>", text)
 
 
 @each_number_of_gpus

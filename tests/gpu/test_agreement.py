@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine import pace
 from nanovllm_jax.tools.shapes import QWEN3, write_config
 
 pytestmark = [
@@ -35,6 +36,26 @@ def outcome(directory, backend, **options):
         outputs = llm.generate(PROMPTS, TWO_TOKENS, use_tqdm=False)
         logits = [first_logits(llm, prompt) for prompt in PROMPTS[:8]]
     return np.array([output["token_ids"] for output in outputs]), np.stack(logits)
+
+
+def test_several_decode_steps_in_a_call_give_the_same_tokens(tmp_path, monkeypatch):
+    """Alone and together, greedy and drawn, and where a block begins inside a call."""
+    monkeypatch.setattr(pace, "MOST_LOAD", {"gpu": -1.0})
+    write_config(QWEN3["0.6B"], tmp_path)
+    params = [
+        SamplingParams(temperature=i % 2, seed=i, max_tokens=50 + i, ignore_eos=True)
+        for i in range(16)
+    ]
+    prompts = [PROMPTS[i % 8][:300] for i in range(16)]
+    found = []
+    for steps in (1, 4):
+        options = {"num_scheduler_steps": steps, "max_num_seqs": 16, "num_kvcache_blocks": 200}
+        with LLM(str(tmp_path), load_format="dummy", **options) as llm:
+            runs = [([p], [q]) for p, q in zip(prompts[:4], params, strict=False)]
+            runs.append((prompts, params))
+            outputs = [llm.generate(*run, use_tqdm=False) for run in runs]
+            found.append([[output["token_ids"] for output in run] for run in outputs])
+    assert found[0] == found[1]
 
 
 def test_the_kernels_agree_with_xla(tmp_path):
