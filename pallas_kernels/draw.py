@@ -141,9 +141,15 @@ def draw(
         logits, temperatures, seeds, positions,
         *([] if first_id is None else [jnp.reshape(first_id, 1)]),
     )  # fmt: skip
-    best = jnp.argmax(scores, axis=1)[:, None]  # the first of equals, whose entries are the lowest
-    score, token = (jnp.take_along_axis(x, best, axis=1)[:, 0] for x in (scores, tokens))
+    none = jnp.float32(-jnp.inf), jnp.int32(jnp.iinfo(jnp.int32).max)
+    score, token = lax.reduce((scores, tokens), none, _better, dimensions=(1,))
     return score, token
+
+
+def _better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]):
+    """The pair of higher score; of equal ones, that of the lower token."""
+    first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+    return tuple(jnp.where(first, x, y) for x, y in zip(a, b, strict=True))
 
 
 def _kernel(

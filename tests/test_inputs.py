@@ -10,7 +10,7 @@ from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import packed as device
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.inputs import Packer
-from nanovllm_jax.engine.packed import Column, floats, seeds
+from nanovllm_jax.engine.packed import Column
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
 
@@ -37,7 +37,8 @@ def read_prefill(packed):
     """What a prefill step reads of its packed array, by name, and the rows after it."""
     token_ids, rows = device.read_prefill(packed, PREFILL)
     inputs = device.prefill_inputs(token_ids, rows, BLOCK)
-    return by_name(inputs, rows), device.advanced(rows, jnp.zeros(len(rows), jnp.int32))
+    options = device.sampling_of(rows)
+    return by_name(inputs, options), rows, device.advanced(rows, jnp.zeros(len(rows), jnp.int32))
 
 
 @jax.jit
@@ -49,12 +50,13 @@ def read_decode(packed, table):
 @jax.jit
 def decode(rows, last_tokens, step):
     """What a step of a decode call computes with, by name."""
-    return by_name(device.decode_inputs(rows, last_tokens, step, BLOCK), rows)
+    rows = device.decode_rows(rows)
+    return by_name(device.decode_inputs(rows, last_tokens, step, BLOCK), rows.sampling)
 
 
-def by_name(inputs, rows):
+def by_name(inputs, sampling):
     batch = inputs.batch
-    return {
+    return sampling._asdict() | {
         "token_ids": inputs.token_ids,
         "positions": inputs.positions,
         "sample_indices": inputs.sample_indices,
@@ -62,12 +64,6 @@ def by_name(inputs, rows):
         "block_tables": batch.block_tables,
         "context_lens": batch.context_lens,
         "query_starts": batch.query_starts,
-        "slot": rows[:, Column.SLOT],
-        "top_k": rows[:, Column.TOP_K],
-        "seed": seeds(rows),  # [low, high] words
-        "temperature": floats(rows, Column.TEMPERATURE),
-        "top_p": floats(rows, Column.TOP_P),
-        "min_p": floats(rows, Column.MIN_P),
     }
 
 
@@ -106,15 +102,14 @@ def sequences(draw):
 
 
 def check_row(got, i, seq, start, length):
-    """What row i says of its sequence, beside the tokens."""
-    assert got["slot"][i] == seq.slot
+    """What a step reads of row i, beside its tokens."""
     assert got["context_lens"][i] == start + length
     assert got["block_tables"][i].tolist()[: len(seq.block_table)] == seq.block_table
-    low, high = map(int, got["seed"][i])
+    low, high = map(int, got["seeds"][i])
     assert (high << 32) + low == seq.seed
     assert got["top_k"][i] == min(seq.params.top_k, 2**31 - 1)
     # What is beyond float32's range stands for its nearest number that computes alike.
-    assert got["temperature"][i] == np.float32(min(seq.params.temperature, 1e30))
+    assert got["temperatures"][i] == np.float32(min(seq.params.temperature, 1e30))
     assert got["top_p"][i] == max(np.float32(seq.params.top_p), np.finfo(np.float32).tiny)
     assert got["min_p"][i] == np.float32(seq.params.min_p)
 
@@ -129,10 +124,11 @@ def test_a_packed_prefill_is_read_back(seqs, data):
         if length <= room:
             work.append((seq, start, length))
             room -= length
-    got, after = jax.device_get(read_prefill(pack(work, PREFILL)))
+    got, rows, after = jax.device_get(read_prefill(pack(work, PREFILL)))
     token = 0
     for i, (seq, start, length) in enumerate(work):
         check_row(got, i, seq, start, length)
+        assert rows[i, Column.SLOT] == seq.slot
         assert got["query_starts"][i] == token
         for position in range(start, start + length):
             assert got["token_ids"][token] == seq.token_ids[position]
@@ -147,7 +143,8 @@ def test_a_packed_prefill_is_read_back(seqs, data):
     assert np.all(got["query_starts"][len(work) :] == token)
     assert np.all(got["slot_mapping"][token:] == -1), "padding is written nowhere"
     assert np.all(got["context_lens"][len(work) :] == 0)
-    assert np.all(got["slot"][len(work) :] == SLOTS), "padding samples into a slot of its own"
+    padding = rows[len(work) :, Column.SLOT]
+    assert np.all(padding == SLOTS), "padding has a slot of its own"
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -165,7 +162,11 @@ def test_decode_steps_go_on_from_the_rows_on_the_device(seqs, data):
     work.sort(key=lambda item: -item[1])  # as `Packer` does: the longest contexts first
     rows = read_decode(pack(work, DECODE), table)
     last_tokens = rows[:, Column.LAST_TOKEN]
-    slots = np.asarray(device.decoded_slots(rows, steps, BLOCK))
+    assert rows[:, Column.SLOT].tolist() == [
+        *(seq.slot for seq, *_ in work), *[SLOTS] * (DECODE.num_rows - len(work))
+    ]  # fmt: skip
+    numbers = jnp.arange(steps)[:, None]
+    slots = np.asarray(device.decoded_slots(device.decode_rows(rows), numbers, BLOCK))
     for step in range(steps):
         got = jax.device_get(decode(rows, last_tokens + 1000 * step, step))
         np.testing.assert_array_equal(got["slot_mapping"], slots[step])
@@ -182,7 +183,6 @@ def test_decode_steps_go_on_from_the_rows_on_the_device(seqs, data):
             assert got["slot_mapping"][i] == place
         assert np.all(got["slot_mapping"][len(work) :] == -1)
         assert np.all(got["context_lens"][len(work) :] == 0)
-        assert np.all(got["slot"][len(work) :] == SLOTS)
     after = device.advanced(rows, last_tokens + 7)
     for i, (seq, start, length) in enumerate(work):
         assert after[i, Column.START] == start + length and after[i, Column.LENGTH] == 0
@@ -224,9 +224,9 @@ def test_shards_are_packed_one_after_another():
 def test_a_batch_of_padding_is_written_nowhere():
     packer = Packer(SLOTS, WIDTH, BLOCK)
     table = jnp.full((SLOTS + 1, len(Column) + WIDTH), 3, jnp.int32)
-    prefill, _ = read_prefill(packer.padding(PREFILL, num_shards=1).packed)
+    prefill, whole, _ = read_prefill(packer.padding(PREFILL, num_shards=1).packed)
     rows = read_decode(packer.padding(DECODE, num_shards=1).packed, table)
     for got in (prefill, decode(rows, rows[:, Column.LAST_TOKEN], 0)):
         assert np.all(np.asarray(got["slot_mapping"]) == -1)
-        assert np.all(np.asarray(got["slot"]) == SLOTS)
+    assert np.all(whole[:, Column.SLOT] == SLOTS) and np.all(rows[:, Column.SLOT] == SLOTS)
     assert np.all(np.asarray(rows[:, len(Column) :]) == 3), "a block was written"

@@ -52,6 +52,25 @@ class StepInputs(NamedTuple):
     batch: PagedBatch
 
 
+class Sampling(NamedTuple):
+    """How the tokens of B rows are drawn."""
+
+    temperatures: Float[Array, " B"]
+    seeds: UInt32[Array, "B 2"]  # as words [low, high]
+    top_k: Int32[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+
+
+class DecodeRows(NamedTuple):
+    """What all steps of a decode call read of their rows; see `Column`."""
+
+    starts: Int32[Array, " B"]
+    lengths: Int32[Array, " B"]
+    block_tables: Int32[Array, "B W"]
+    sampling: Sampling
+
+
 def read_prefill(
     packed: Int32[Array, " n"], bucket: Bucket
 ) -> tuple[Int32[Array, " T"], Int32[Array, "B R"]]:
@@ -82,6 +101,28 @@ def advanced(rows: Int32[Array, "B R"], last_tokens: Int32[Array, " B"]) -> Int3
     )
 
 
+def sampling_of(rows: Int32[Array, "B R"]) -> Sampling:
+    """The sampling options of rows."""
+
+    def floats(column: Column) -> Float[Array, " B"]:
+        return jax.lax.bitcast_convert_type(rows[:, column], jnp.float32)
+
+    seeds = rows[:, Column.SEED_LOW : Column.SEED_HIGH + 1]
+    return Sampling(
+        floats(Column.TEMPERATURE),
+        jax.lax.bitcast_convert_type(seeds, jnp.uint32),
+        rows[:, Column.TOP_K],
+        floats(Column.TOP_P),
+        floats(Column.MIN_P),
+    )
+
+
+def decode_rows(rows: Int32[Array, "B R"]) -> DecodeRows:
+    """Take rows apart, once for all steps of a decode call."""
+    starts, lengths = rows[:, Column.START], rows[:, Column.LENGTH]
+    return DecodeRows(starts, lengths, rows[:, len(Column) :], sampling_of(rows))
+
+
 def prefill_inputs(
     token_ids: Int32[Array, " T"], rows: Int32[Array, "B R"], block_size: int
 ) -> StepInputs:
@@ -94,14 +135,16 @@ def prefill_inputs(
     row_of = jnp.minimum(row_of, len(rows) - 1)
     valid = tokens < ends[-1]
     positions = jnp.where(valid, tokens - query_starts[row_of] + starts[row_of], 0)
-    slot_mapping = _slot_mapping(rows, row_of, positions, valid, block_size)
+    written = valid & (positions >= rows[row_of, Column.CACHED])
+    tables = rows[:, len(Column) :]
+    slot_mapping = _slot_mapping(tables, row_of, positions, written, block_size)
     context_lens = jnp.where(lengths > 0, starts + lengths, 0)
-    batch = PagedBatch(slot_mapping, rows[:, len(Column) :], context_lens, query_starts)
+    batch = PagedBatch(slot_mapping, tables, context_lens, query_starts)
     return StepInputs(token_ids, positions, jnp.maximum(ends - 1, 0), batch)
 
 
 def decode_inputs(
-    rows: Int32[Array, "B R"],
+    rows: DecodeRows,
     last_tokens: Int32[Array, " B"],
     step: Int32[Array, ""] | int,
     block_size: int,
@@ -111,42 +154,30 @@ def decode_inputs(
     Args:
         step: number of the decode step within the call.
     """
-    positions, every_row = rows[:, Column.START] + step, jnp.arange(len(rows))
-    goes_on = step < rows[:, Column.LENGTH]
-    slot_mapping = _slot_mapping(rows, every_row, positions, goes_on, block_size)
-    batch = PagedBatch(slot_mapping, rows[:, len(Column) :], jnp.where(goes_on, positions + 1, 0))
-    return StepInputs(last_tokens, positions, every_row, batch)
+    positions, goes_on = rows.starts + step, step < rows.lengths
+    slot_mapping = decoded_slots(rows, step, block_size)
+    batch = PagedBatch(slot_mapping, rows.block_tables, jnp.where(goes_on, positions + 1, 0))
+    return StepInputs(last_tokens, positions, jnp.arange(len(positions)), batch)
 
 
-def decoded_slots(rows: Int32[Array, "B R"], num_steps: int, block_size: int):
-    """The slot mapping of each of a call's decode steps, [steps, B]."""
-    every_row, steps = jnp.arange(len(rows)), jnp.arange(num_steps)[:, None]
-    goes_on = steps < rows[:, Column.LENGTH]
-    return _slot_mapping(rows, every_row, rows[:, Column.START] + steps, goes_on, block_size)
-
-
-def seeds(rows: Int32[Array, "B R"]) -> UInt32[Array, "B 2"]:
-    """The rows' random seeds, as words [low, high]."""
-    words = rows[:, Column.SEED_LOW : Column.SEED_HIGH + 1]
-    return jax.lax.bitcast_convert_type(words, jnp.uint32)
-
-
-def floats(rows: Int32[Array, "B R"], column: Column) -> Float[Array, " B"]:
-    """A column that holds float32 bits."""
-    return jax.lax.bitcast_convert_type(rows[:, column], jnp.float32)
+def decoded_slots(
+    rows: DecodeRows, steps: Int32[Array, "*steps 1"] | Int32[Array, ""] | int, block_size: int
+) -> Int32[Array, "*steps B"]:
+    """The slot mapping of some of a call's decode steps."""
+    every_row, goes_on = jnp.arange(len(rows.starts)), steps < rows.lengths
+    positions = rows.starts + steps
+    return _slot_mapping(rows.block_tables, every_row, positions, goes_on, block_size)
 
 
 def _slot_mapping(
-    rows: Int32[Array, "B R"],
+    block_tables: Int32[Array, "B W"],
     row_of: Int32[Array, " T"],
     positions: Int32[Array, "*steps T"],
-    valid: Bool[Array, "*steps T"],
+    written: Bool[Array, "*steps T"],
     block_size: int,
 ) -> Int32[Array, "*steps T"]:
     """Where in the cache each token's key and value are written; -1: nowhere."""
-    tables = rows[:, len(Column) :]
-    page = tables[row_of, jnp.minimum(positions // block_size, tables.shape[1] - 1)]
-    written = valid & (positions >= rows[row_of, Column.CACHED])
+    page = block_tables[row_of, jnp.minimum(positions // block_size, block_tables.shape[1] - 1)]
     return jnp.where(written, page * block_size + positions % block_size, -1)
 
 

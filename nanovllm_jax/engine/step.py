@@ -13,14 +13,16 @@ from jaxtyping import Array, Float, Int32
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.packed import (
     Column,
+    DecodeRows,
+    Sampling,
     advanced,
     decode_inputs,
+    decode_rows,
     decoded_slots,
-    floats,
     prefill_inputs,
     read_decode,
     read_prefill,
-    seeds,
+    sampling_of,
 )
 from nanovllm_jax.layers.attention import PagedBatch
 from nanovllm_jax.layers.backend import GpuBackend, XlaBackend
@@ -76,9 +78,9 @@ class StepFunctions:
             The state, from which `sample` can draw again, and the tokens.
         """
         if bucket.is_decode:
-            rows = self._read_decode(packed, state.rows)
+            rows, fixed = self._read_decode(packed, state.rows)
             last_tokens = rows[:, Column.LAST_TOKEN]
-            state, hidden, tokens = self._decode_step(weights, state, rows, last_tokens, step=0)
+            state, hidden, tokens = self._decode_step(weights, state, fixed, last_tokens, step=0)
             state = state._replace(hidden=self._keep_hidden(state.hidden, hidden))
             return self._after_decode(state, rows, tokens[None]), tokens
         rows, inputs, known = self._read_prefill(packed, state.token_ids, bucket)
@@ -88,7 +90,7 @@ class StepFunctions:
         hidden = self._take_rows(hidden, inputs.sample_indices)
         logits = self._logits(model, hidden, backend)
         ends = rows[:, Column.START] + rows[:, Column.LENGTH]
-        tokens = self._draw(logits, rows, ends, state.collectives, filtered=False)
+        tokens = self._draw(logits, sampling_of(rows), ends, state.collectives, filtered=False)
         kept = self._keep_hidden(state.hidden, hidden)
         state = state._replace(cache=cache, token_ids=known, hidden=kept)
         return self._put_rows(state, rows, tokens), tokens
@@ -108,11 +110,11 @@ class StepFunctions:
         host starts one program for all steps, and on a GPU XLA records one command buffer: within
         a call no address changes.
         """
-        rows = self._read_decode(packed, state.rows)
+        rows, fixed = self._read_decode(packed, state.rows)
 
         def one(step, carry):
             state, last_tokens, tokens = carry
-            state, _, drawn = self._decode_step(weights, state, rows, last_tokens, step)
+            state, _, drawn = self._decode_step(weights, state, fixed, last_tokens, step)
             return state, drawn, jax.lax.dynamic_update_slice(tokens, drawn[None], (step, 0))
 
         tokens = jnp.zeros((num_steps, len(rows)), jnp.int32)
@@ -129,7 +131,8 @@ class StepFunctions:
         """Draw the tokens of the last step's rows again, with top-k, top-p and min-p."""
         logits = self.logits(weights, state, slots)
         rows = self._take_rows(state.rows, slots)
-        tokens = self._draw(logits, rows, rows[:, Column.START], state.collectives, filtered=True)
+        sampling, positions = sampling_of(rows), rows[:, Column.START]
+        tokens = self._draw(logits, sampling, positions, state.collectives, filtered=True)
         return self._put_rows(state, rows, tokens), tokens
 
     def logits(
@@ -145,9 +148,9 @@ class StepFunctions:
         return self._logits(self._model(weights), hidden, backend)
 
     def _decode_step(
-        self, weights, state: DeviceState, rows, last_tokens, step
+        self, weights, state: DeviceState, rows: DecodeRows, last_tokens, step
     ) -> tuple[DeviceState, Float[Array, "B D"], Int32[Array, " B"]]:
-        """One decode step of a call that began with `rows`; returns as `run`.
+        """One decode step of a call; returns the state, the hidden states and the tokens.
 
         The weights are put together inside, so that in a loop, too, XLA reads them where they lie.
         """
@@ -155,7 +158,8 @@ class StepFunctions:
         backend = self._backend(self.decode, inputs.batch, state.collectives)
         hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
         logits = self._logits(model, hidden, backend)
-        tokens = self._draw(logits, rows, inputs.positions + 1, state.collectives, filtered=False)
+        positions = inputs.positions + 1
+        tokens = self._draw(logits, rows.sampling, positions, state.collectives, filtered=False)
         return state._replace(cache=cache), hidden, tokens
 
     def _after_decode(self, state: DeviceState, rows, tokens) -> DeviceState:
@@ -198,9 +202,16 @@ class StepFunctions:
 
     @functools.partial(jax.jit, static_argnames="self")
     def _read_decode(self, packed, table):
+        """The rows of a decode call, whole and taken apart.
+
+        Barriers keep XLA from reading the table again after it has been written, and from taking
+        the rows apart in each step of the call.
+        """
+
         def on_shard(packed, table):
-            # The barrier keeps XLA from reading the table again after it has been written.
-            return jax.lax.optimization_barrier(read_decode(packed, table, self.block_size))
+            rows = read_decode(packed, table, self.block_size)
+            rows = jax.lax.optimization_barrier(rows)
+            return rows, jax.lax.optimization_barrier(decode_rows(rows))
 
         return self._by_row(on_shard)(packed, table)
 
@@ -219,7 +230,8 @@ class StepFunctions:
 
         def on_shard(known, rows, tokens):
             computed = jnp.concatenate([rows[None, :, Column.LAST_TOKEN], tokens.T[:-1]])
-            slots = decoded_slots(rows, len(computed), self.block_size)
+            steps = jnp.arange(len(computed))[:, None]
+            slots = decoded_slots(decode_rows(rows), steps, self.block_size)
             return _remember(known, slots, computed)
 
         return self._by_row(on_shard)(known, rows, tokens.T)
@@ -256,23 +268,21 @@ class StepFunctions:
         return self._by_row(on_shard)(table, rows, last_tokens)
 
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
-    def _draw(self, logits, rows, positions, collectives, *, filtered: bool):
+    def _draw(self, logits, sampling: Sampling, positions, collectives, *, filtered: bool):
         """Draw a token for each row, for these positions."""
-        axis, spec = self.sharding.mesh_axes("vocab"), self.sharding.spec
+        mesh, spec = self.sharding.mesh, self.sharding.spec
+        axis = tuple(a for a in self.sharding.mesh_axes("vocab") if mesh.shape[a] > 1)
 
-        def on_shard(logits, rows, positions, collectives):
-            kernels = collectives if axis == (AXIS,) else None
-            largest_key = kernels.max if kernels else None
-            temperatures = floats(rows, Column.TEMPERATURE)
+        def on_shard(logits, sampling, positions, collectives):
+            peers = collectives if axis == (AXIS,) else None
+            largest_key, total = (peers.max, peers.total) if peers else (None, None)
             if filtered:
-                top_p, min_p = floats(rows, Column.TOP_P), floats(rows, Column.MIN_P)
                 logits = filter_logits(
-                    logits, temperatures, rows[:, Column.TOP_K], top_p, min_p,
-                    vocab_size=self.vocab_size, axis=axis,
-                    total=kernels.total if kernels else None, largest_key=largest_key,
+                    logits, sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p,
+                    vocab_size=self.vocab_size, axis=axis, largest_key=largest_key, total=total,
                 )  # fmt: skip
             return sample(
-                logits, temperatures, seeds(rows), positions,
+                logits, sampling.temperatures, sampling.seeds, positions,
                 vocab_size=self.vocab_size, axis=axis, largest_key=largest_key,
             )  # fmt: skip
 
@@ -282,7 +292,7 @@ class StepFunctions:
             (spec("batch", "vocab"), by_row, by_row, Collectives.spec(self.sharding)),
             by_row,
         )
-        return draw(logits, rows, positions, collectives)
+        return draw(logits, sampling, positions, collectives)
 
     def _by_row(self, on_shard: Callable) -> Callable:
         """Run a function of arrays that are split by row or by page on each shard of the batch."""
