@@ -43,6 +43,8 @@ def test_defaults(directory):
     [
         ("max_num_batched_tokens", 1023, "at least max_model_len=1024"),
         ("max_num_seqs", 0, "at least 1"),
+        ("num_scheduler_steps", 0, "between 1 and 64"),
+        ("num_scheduler_steps", 65, "between 1 and 64"),
         ("max_model_len", 1, "at least 2"),
         ("gpu_memory_utilization", 0.0, r"\(0, 1\]"),
         ("gpu_memory_utilization", 1.01, r"\(0, 1\]"),

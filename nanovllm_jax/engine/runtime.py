@@ -58,11 +58,11 @@ def configure_runtime(config: EngineConfig) -> None:
     """
     totals = cuda_driver.total_memory()[: config.num_devices]
     if totals and not any(name in os.environ for name in MEMORY_FRACTION):
-        buckets = [
-            *decode_buckets(config.max_num_seqs),
-            *prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs),
-        ]
-        num_programs = len(buckets) + len({bucket.num_rows for bucket in buckets})
+        decode = decode_buckets(config.max_num_seqs)
+        prefill = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+        samples = {bucket.num_rows for bucket in [*decode, *prefill]}
+        # Decoding has two programs for each size: for one step in a call, and for several.
+        num_programs = 2 * len(decode) + len(prefill) + len(samples)
         share = pool_share(min(totals), config.num_devices, num_programs)
         os.environ[MEMORY_FRACTION[0]] = f"{share:.3f}"
     if (cpus := host.num_cpus()) < (os.cpu_count() or 1):
