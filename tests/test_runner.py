@@ -70,7 +70,7 @@ def test_a_decode_batch_runs_in_the_smallest_bucket_that_holds_it(engine, monkey
 
     def recording(batch):
         inputs = prepare(batch)
-        used.append((inputs.bucket, inputs.num_steps))
+        used.append((inputs.bucket, batch.num_steps))
         return inputs
 
     monkeypatch.setattr(llm.runner, "prepare_inputs", recording)

@@ -19,7 +19,6 @@ class PreparedBatch(NamedTuple):
     """A batch in the form that the compiled programs take."""
 
     bucket: Bucket
-    num_steps: int  # decode steps that the call takes
     packed: Int32[np.ndarray | jax.Array, " n"]  # what the step takes
     slots: Int32[np.ndarray, " B"]  # what the `sample` program takes; B counts all shards' rows
     order: list[int]  # index, among the B rows, of each sequence of the batch
@@ -41,9 +40,8 @@ class Packer:
         pack = self._prefill_rows if batch.is_prefill else self._changes
         order, parts, slots = [0] * len(batch.seqs), [], []
         for number, shard in enumerate(shards):
-            if (
-                not batch.is_prefill
-            ):  # the longest contexts first, which `paged_decode` starts first
+            if not batch.is_prefill:
+                # The longest contexts first: programs of `paged_decode` start in this order.
                 shard = sorted(shard, key=lambda i: -batch.starts[i])
             rows = pack(batch, shard, bucket.num_rows)
             if batch.is_prefill:
@@ -55,13 +53,11 @@ class Packer:
             slots.append(rows[:, 0])
             for row, i in enumerate(shard):
                 order[i] = number * bucket.num_rows + row
-        return PreparedBatch(
-            bucket, batch.num_steps, np.concatenate(parts), np.concatenate(slots), order
-        )
+        return PreparedBatch(bucket, np.concatenate(parts), np.concatenate(slots), order)
 
-    def padding(self, bucket: Bucket, num_shards: int, num_steps: int = 1) -> PreparedBatch:
+    def padding(self, bucket: Bucket, num_shards: int) -> PreparedBatch:
         """A batch of nothing but padding."""
-        batch = Batch.empty(is_prefill=not bucket.is_decode, num_steps=num_steps)
+        batch = Batch.empty(is_prefill=not bucket.is_decode)
         return self.prepare(batch, bucket, [[]] * num_shards)
 
     def _changes(self, batch: Batch, indices: list[int], num_rows: int) -> np.ndarray:

@@ -23,7 +23,7 @@ class Pace:
     def __init__(self, config: EngineConfig, platform: str):
         self.most = 1 if config.enforce_eager else config.num_scheduler_steps
         self.most_load = MOST_LOAD[platform]
-        self.load = 1.0
+        self.load = 1.0  # until it has been measured
         self._dispatching = 0.0  # seconds that dispatching has taken since the last call was read
         self._last_read: float | None = None  # when that was, if it was a decode
 

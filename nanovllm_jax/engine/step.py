@@ -15,6 +15,7 @@ from nanovllm_jax.engine.packed import (
     Column,
     DecodeRows,
     Sampling,
+    StepInputs,
     advanced,
     decode_inputs,
     decode_rows,
@@ -84,15 +85,11 @@ class StepFunctions:
             state = state._replace(hidden=self._keep_hidden(state.hidden, hidden))
             return self._after_decode(state, rows, tokens[None]), tokens
         rows, inputs, known = self._read_prefill(packed, state.token_ids, bucket)
-        model = self._model(weights)
-        backend = self._backend(self.prefill, inputs.batch, state.collectives)
-        hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
-        hidden = self._take_rows(hidden, inputs.sample_indices)
-        logits = self._logits(model, hidden, backend)
+        state, hidden, logits = self._forward(weights, state, inputs, self.prefill)
         ends = rows[:, Column.START] + rows[:, Column.LENGTH]
         tokens = self._draw(logits, sampling_of(rows), ends, state.collectives, filtered=False)
         kept = self._keep_hidden(state.hidden, hidden)
-        state = state._replace(cache=cache, token_ids=known, hidden=kept)
+        state = state._replace(token_ids=known, hidden=kept)
         return self._put_rows(state, rows, tokens), tokens
 
     def decode_steps(
@@ -150,17 +147,27 @@ class StepFunctions:
     def _decode_step(
         self, weights, state: DeviceState, rows: DecodeRows, last_tokens, step
     ) -> tuple[DeviceState, Float[Array, "B D"], Int32[Array, " B"]]:
-        """One decode step of a call; returns the state, the hidden states and the tokens.
-
-        The weights are put together inside, so that in a loop, too, XLA reads them where they lie.
-        """
-        model, inputs = self._model(weights), self._decode_inputs(rows, last_tokens, step)
-        backend = self._backend(self.decode, inputs.batch, state.collectives)
-        hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
-        logits = self._logits(model, hidden, backend)
+        """One decode step of a call; returns the state, the hidden states and the tokens."""
+        inputs = self._decode_inputs(rows, last_tokens, step)
+        state, hidden, logits = self._forward(weights, state, inputs, self.decode)
         positions = inputs.positions + 1
         tokens = self._draw(logits, rows.sampling, positions, state.collectives, filtered=False)
-        return state._replace(cache=cache), hidden, tokens
+        return state, hidden, tokens
+
+    def _forward(
+        self, weights, state: DeviceState, inputs: StepInputs, attention: str
+    ) -> tuple[DeviceState, Float[Array, "B D"], Float[Array, "B V"]]:
+        """Run the model; returns the state, and hidden state and logits of each row's last token.
+
+        The weights are put together here, inside the loop of decode steps, so that XLA reads them
+        where they lie.
+        """
+        model = self._model(weights)
+        backend = self._backend(attention, inputs.batch, state.collectives)
+        hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
+        if inputs.batch.query_starts is not None:  # else each row has one token
+            hidden = self._take_rows(hidden, inputs.sample_indices)
+        return state._replace(cache=cache), hidden, self._logits(model, hidden, backend)
 
     def _after_decode(self, state: DeviceState, rows, tokens) -> DeviceState:
         """The state with its tables brought up to date.

@@ -4,8 +4,9 @@
     nanovllm-jax bench --random-weights 0.6B --all --json results.jsonl
 
 Three measurements: throughput (the workload of nano-vLLM's bench.py), --latency (batch 1, 16 and
-64) and --prefill (64 long prompts, one output token). Start-up, compilation and a whole warm-up run
-are outside every timed part, and no timed prompt is in the prefix cache.
+64, and newcomers beside 32) and --prefill (64 long prompts, one output token). Start-up,
+compilation and a whole warm-up run are outside every timed part, and no timed prompt is in the
+prefix cache.
 """
 
 from __future__ import annotations
