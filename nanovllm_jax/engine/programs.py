@@ -154,9 +154,10 @@ class Programs:
         tables = {"dtype": jnp.int32, "device": self.rows_sharding}
         rows = make((shards * (config.max_num_seqs + 1), self.row_width), **tables)
         token_ids = make((shards * (num_blocks + 1), size), **tables)
-        hidden_shape = (shards * self.most_rows, c.hidden_size)
+        # With a row to spare: XLA's compiler crashes (jaxlib 0.11.2, two GPUs) where a step would
+        # write all of a donated array.
         hidden = make(
-            hidden_shape,
+            (shards * (self.most_rows + 1), c.hidden_size),
             jnp.dtype(c.dtype),
             device=self.sharding.named("batch", "activation_embed"),
         )
