@@ -86,10 +86,11 @@ class LayerWeights:
         """Split a weight [L, *axes], to be multiplied with activations.
 
         Weights of three axes or more get their inputs first, [*in, *out]: XLA multiplies with
-        matrices, which it would make of the other order by a transposition at each use.
+        matrices, which it would make of the other order by a transposition at each use. Experts
+        stay apart, since a step reads few of them.
         """
         order = list(range(len(axes)))
-        if len(axes) > 2:  # a product into the hidden size, or out of it
+        if len(axes) > 2 and "experts" not in axes:  # a product into the hidden size, or out of it
             order = order[-1:] + order[:-1] if axes[-1] == "embed" else order[1:] + order[:1]
         layers = tuple(weight[i].transpose(order) for i in range(len(weight)))
         return cls(layers, tuple(order))

@@ -76,7 +76,8 @@ def expert_mlp(
     # Rows of experts elsewhere were never written: they may be NaN, which no factor undoes.
     outputs = jnp.where(here[:, :, None], outputs.reshape(*choices.shape, width), 0)
     terms = outputs.astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None]
-    return sum(terms[:, a] for a in range(choices.shape[1])).astype(x.dtype)
+    terms = [terms[:, a] for a in range(choices.shape[1])]
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
 def _block_rows(num_rows: int, num_experts: int, least: int, most: int) -> int:

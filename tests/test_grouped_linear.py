@@ -5,6 +5,7 @@ what a kernel has not written with NaN, too.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def check_expert_mlp(
 
 # --- On a CPU ----------------------------------------------------------------------------------
 
-SMALL = dict(num_experts=16, width=64, hidden=48)
+SMALL: dict[str, Any] = dict(num_experts=16, width=64, hidden=48)
 # Tokens, choices a token and the experts among which they are, with what is unlike SMALL.
 CASES = {
     "one row": (1, 4, 16, {}),

@@ -5,6 +5,7 @@ the arrays that say where the step's tokens lie in the cache.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,10 @@ from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import fused_linear, supports_fused_linear
+from pallas_kernels import expert_mlp, fused_linear, supports_fused_linear
+
+# Scores of experts [T, E] -> the experts that each token chooses [T, A], and their weights [T, A].
+Route = Callable[[Float[Array, "T E"]], tuple[Int32[Array, "T A"], Float[Array, "T A"]]]
 
 
 class Backend(Protocol):
@@ -55,6 +59,27 @@ class Backend(Protocol):
         """
         ...
 
+    def experts(
+        self,
+        x: Hidden,
+        gate_up: Linear,
+        down: Linear,
+        scores: Float[Array, "T E"],
+        route: Route,
+        layer: Layer = None,
+        *,
+        norm: RMSNorm,
+        then: NormAt | None = None,
+    ) -> Hidden:
+        """Add to x the weighted sum of the MLPs of the experts that are chosen for norm(x).
+
+        Args:
+            gate_up, down: the weights of all experts, [E, 2, F, D] and [E, D, F].
+            route: turns scores into each token's choices of experts and their weights.
+            norm, then: as for `linear`.
+        """
+        ...
+
     def attend(
         self,
         qkv: Float[Array, "T K G+2 H"],
@@ -70,6 +95,12 @@ class Backend(Protocol):
     def constrain(self, x: Hidden, *axes: str | None) -> Hidden:
         """Tell the compiler how an intermediate array with these logical axes is sharded."""
         ...
+
+
+def _stack(linear: Linear | RMSNorm, layer: Layer) -> Float[Array, "L *axes"]:
+    """The weights of all layers, also where there is only one."""
+    weight = linear.weight[...]
+    return weight[None] if layer is None else weight
 
 
 def _split(x, norm: RMSNorm | None):
@@ -111,6 +142,12 @@ class DenseBackend(_PlainLinear):
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
         return dense_attention(qkv, q_norm, k_norm, rope, layer, self.mask), cache
 
+    def experts(self, x, gate_up, down, scores, route, layer=None, *, norm, then=None):
+        stacks = (_stack(linear, layer) for linear in (gate_up, down))
+        x, layer = plain(x), jnp.int32(0) if layer is None else layer
+        normed = self.norm(x, norm, layer)
+        return x + expert_mlp(normed, *stacks, *route(scores), layer, implementation="xla")
+
     def constrain(self, x, *axes):
         return x
 
@@ -122,6 +159,7 @@ class XlaBackend(_PlainLinear):
     sharding: Sharding
     batch: PagedBatch
     attention: str
+    collectives: Collectives | None = None  # without them all sums over devices are XLA's
 
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
         return paged_attention(
@@ -129,8 +167,68 @@ class XlaBackend(_PlainLinear):
             eps=q_norm.eps, sharding=self.sharding, implementation=self.attention,
         )  # fmt: skip
 
+    def experts(self, x, gate_up, down, scores, route, layer=None, *, norm, then=None):
+        """Each device adds up what its experts, or its hidden units of all, give to every token."""
+        sharding, spec, kernels = self.sharding, self.sharding.spec, self.attention
+        _, dealt, split = spec("batch", "experts", "expert_ffn")  # no mesh axis may serve twice
+        summed = tuple(m for m in jax.tree.leaves((dealt, split)) if sharding.mesh.shape[m] > 1)
+        stacks = [_stack(linear, layer) for linear in (gate_up, down)]
+        number = jnp.int32(0) if layer is None else layer
+        if kernels == "xla":  # on a CPU the weights of a layer are arrays of their own
+            stacks, number = [stack[number][None] for stack in stacks], jnp.int32(0)
+        normed, norm = _split(x, norm)
+        normed = normed if norm is None else self.norm(normed, norm, layer)
+        shape = (len(scores) // sharding.size("batch"), normed.shape[1])
+        one_shot = summed == (AXIS,) and self._sums(shape, normed.dtype)
+
+        def on_shard(x, residual, gate_up, down, scores, number, then, collectives):
+            choices, weights = route(scores)
+            if dealt:
+                choices -= jax.lax.axis_index(dealt) * gate_up.shape[1]
+            y = expert_mlp(x, gate_up, down, choices, weights, number, implementation=kernels)
+            if one_shot:
+                return collectives.sum(y, residual, then)
+            return residual + (jax.lax.psum(y, summed) if summed else y)
+
+        rows, whole = spec("batch"), spec()
+        return sharding.shard_map(
+            on_shard,
+            (
+                rows,
+                rows,
+                spec(None, "experts", None, "expert_ffn"),
+                spec(None, "experts", None, "expert_ffn"),
+                rows,
+                whole,
+                whole,
+                Collectives.spec(sharding),
+            ),
+            rows,
+        )(
+            normed,
+            plain(x),
+            *stacks,
+            scores,
+            number,
+            self._joining(then, shape, normed.dtype) if one_shot else None,
+            self.collectives,
+        )
+
     def constrain(self, x, *axes):
         return jax.tree.map(lambda array: self.sharding.constrain(array, *axes), x)
+
+    def _sums(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+        return self.collectives is not None and self.collectives.fits(shape, dtype)
+
+    def _joining(
+        self, then: NormAt | None, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> NormAt | None:
+        """The next norm, if it joins the kernel of a sum of this shape.
+
+        That of a single row does not: it is part of the product after it.
+        """
+        joins = shape[0] > 1 and Collectives.fits_norm(shape, dtype)
+        return then if joins else None
 
 
 class LinearPlan(NamedTuple):
@@ -151,8 +249,6 @@ class GpuBackend(XlaBackend):
     A single token in 16 bits takes one kernel for a Linear and what surrounds it. A small sum over
     the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
     """
-
-    collectives: Collectives | None = None
 
     def embed(self, table, token_ids, then=None):
         rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec
@@ -184,9 +280,6 @@ class GpuBackend(XlaBackend):
                 x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype
             )
         num_in, eps = len(linear.in_axes), 0.0 if norm is None else norm.eps
-
-        def stacked(weight):
-            return weight[None] if layer is None else weight
 
         def on_shard(x, weight, norm_weight, residual, layer, then, collectives):
             if plan.one_row:
@@ -220,8 +313,8 @@ class GpuBackend(XlaBackend):
             out_spec,
         )(
             x,
-            stacked(linear.weight[...]),
-            None if norm is None else stacked(norm.weight[...]),
+            _stack(linear, layer),
+            None if norm is None else _stack(norm, layer),
             None if residual is None else plain(residual),
             jnp.int32(0) if layer is None else layer,
             self._joining(then, (plan.rows, *plan.out), x.dtype) if plan.one_shot else None,
@@ -250,16 +343,3 @@ class GpuBackend(XlaBackend):
     def _holds_hidden_size(self) -> bool:
         """Whether each device has all of the hidden size, which the kernels take for granted."""
         return all(self.sharding.size(axis) == 1 for axis in ("embed", "activation_embed"))
-
-    def _sums(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
-        return self.collectives is not None and self.collectives.fits(shape, dtype)
-
-    def _joining(
-        self, then: NormAt | None, shape: tuple[int, ...], dtype: DTypeLike
-    ) -> NormAt | None:
-        """The next norm, if it joins the kernel of a sum of this shape.
-
-        That of a single row does not: it is part of the product after it.
-        """
-        joins = shape[0] > 1 and Collectives.fits_norm(shape, dtype)
-        return then if joins else None
