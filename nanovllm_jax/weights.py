@@ -13,11 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from nanovllm_jax.models import ModelConfig, parameters
-from nanovllm_jax.models.checkpoint import STACKED, sources
+from nanovllm_jax.models.checkpoint import STACKED, layers_of, sources
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.tensor_files import Checkpoint
 
-# Maps (parameter path, layer number, shape of one layer's parameter) to its value.
+# Maps (parameter path, place in its stack of layers, shape of one layer's parameter) to its value.
 GetValue = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
 
 
@@ -33,8 +33,9 @@ def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nn
     checkpoint.check(config)
 
     def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-        source = table[".".join(map(str, path))]
-        names = [name.format(i=layer) for name, _ in source.tensors]
+        dotted = ".".join(map(str, path))
+        source, number = table[dotted], layers_of(dotted, config)[layer]
+        names = [name.format(i=number) for name, _ in source.tensors]
         # Converted one by one: NumPy joins no float16 with bfloat16.
         return source.join(*(checkpoint.read(n).astype(dtype, copy=False) for n in names))
 
