@@ -5,6 +5,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from nanovllm_jax.layers.rope import Rope
@@ -24,6 +25,11 @@ QWEN3 = {
     )
     for size, (hidden, intermediate, layers, heads, tied) in _SIZES.items()
 }  # fmt: skip
+QWEN3["30B-A3B"] = replace(
+    QWEN3["8B"], architecture="Qwen3MoeForCausalLM", hidden_size=2048, intermediate_size=6144,
+    num_layers=48, num_kv_heads=4, num_experts=128, experts_per_token=8, expert_size=768,
+    norm_topk_prob=True,
+)  # fmt: skip
 
 
 def write_config(config: ModelConfig, directory: Path) -> None:
