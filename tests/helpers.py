@@ -61,6 +61,7 @@ def family(name: str, model_type: str, heads: int, kv_heads: int, **changes) -> 
     return {"head_dim": None, "attention_bias": None} | changes
 
 
+EXPERTS = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 FAMILIES = {
     "qwen2": family("Qwen2", "qwen2", 14, 2, hidden_size=112, tie_word_embeddings=True),
     "qwen2-yarn": family("Qwen2", "qwen2", 3, 1, rope_parameters=YARN),
@@ -79,6 +80,13 @@ FAMILIES = {
         rope_parameters={"rope_type": "default", "rope_theta": 2e6}, pad_token_id=0, eos_token_id=3,
     ),
     "qwen3-yarn": family("Qwen3", "qwen3", 4, 2, head_dim=16, rope_parameters=YARN),
+    "qwen3-moe": family(
+        "Qwen3Moe", "qwen3_moe", 4, 2, head_dim=16, norm_topk_prob=True, **EXPERTS
+    ),
+    "qwen3-moe-some": family(  # layers 1, 3 and 4 have an MLP
+        "Qwen3Moe", "qwen3_moe", 6, 3, num_hidden_layers=6, decoder_sparse_step=1,
+        mlp_only_layers=[1, 3, 4], tie_word_embeddings=True, **EXPERTS,
+    ),
     "qwen3-biases": family("Qwen3", "qwen3", 4, 2, head_dim=16, attention_bias=True),
 }  # fmt: skip
 
@@ -107,7 +115,7 @@ def config_json(shape: str = "gqa", **changes) -> dict:
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Draw a checkpoint's tensors, at a scale that makes greedy outputs diverse."""
     rng = np.random.default_rng(seed)
-    d, f, family = (config[key] for key in ("hidden_size", "intermediate_size", "model_type"))
+    d, family = config["hidden_size"], config["model_type"]
     n, k, vocab = (
         config[key] for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
     )
@@ -128,11 +136,17 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
             "self_attn.v_proj": matrix(k * h, d),
             "self_attn.o_proj": matrix(d, n * h),
             "post_attention_layernorm": norm(d),
-            "mlp.gate_proj": matrix(f, d),
-            "mlp.up_proj": matrix(f, d),
-            "mlp.down_proj": matrix(d, f),
         }
-        if family == "qwen3":
+        if family == "qwen3_moe" and i not in (config.get("mlp_only_layers") or []):
+            f = config["moe_intermediate_size"]
+            names = [f"mlp.experts.{e}." for e in range(config["num_experts"])]
+            layer["mlp.gate"] = matrix(len(names), d)
+        else:
+            f, names = config["intermediate_size"], ["mlp."]
+        for name in names:
+            layer |= {f"{name}{part}_proj": matrix(f, d) for part in ("gate", "up")}
+            layer |= {f"{name}down_proj": matrix(d, f)}
+        if family in ("qwen3", "qwen3_moe"):
             layer |= {"self_attn.q_norm": norm(h), "self_attn.k_norm": norm(h)}
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
         biased = ["q_proj", "k_proj", "v_proj"] if family == "qwen2" else []

@@ -59,11 +59,30 @@ PUBLISHED = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3"}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+IS_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
 ENDS = {"eos_token_id": [151645, 151643]}
 PUBLISHED |= {
     "8B with YaRN": QWEN3 | LARGE | {"rope_scaling": YARN},
     "8B with YaRN, as older files have it": QWEN3 | LARGE
     | {"rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"}},
+    "30B-A3B": MOE,
+    "30B-A3B, as transformers 5 has it": {
+        ("num_local_experts" if key == "num_experts" else key): value for key, value in MOE.items()
+    },
+    "30B-A3B with dense layers": MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [3, 7, 8]},
     "Llama-3.2-1B-Instruct": {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 128000, "head_dim": 64, "hidden_act": "silu",
@@ -150,6 +169,16 @@ def assert_as_transformers(path):
         theirs.rms_norm_eps,
     )
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    if ours.architecture == "Qwen3MoeForCausalLM":
+        assert ours.num_experts == theirs.num_experts
+        assert ours.experts_per_token == theirs.num_experts_per_tok
+        assert ours.expert_size == theirs.moe_intermediate_size
+        assert ours.norm_topk_prob == theirs.norm_topk_prob
+        assert list(ours.dense_layers) == [
+            i
+            for i in range(ours.num_layers)  # as its decoder layers decide
+            if i in theirs.mlp_only_layers or (i + 1) % theirs.decoder_sparse_step
+        ]
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     return ours
 
@@ -202,7 +231,11 @@ def test_what_transformers_saves_again_is_the_same_model(written, tmp_path_facto
         ),
         (
             QWEN3 | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128},
-            "'Qwen3MoeForCausalLM'",
+            "model_type='qwen3' contradicts Qwen3MoeForCausalLM",
+        ),
+        (
+            MOE | {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
+            "'Qwen2MoeForCausalLM'",
         ),
     ],
 )
@@ -457,6 +490,20 @@ def test_a_config_that_is_written_is_read_back(written, tmp_path_factory, shape,
             | {"no_rope_layer_interval": 0},
             "no_rope_layer_interval must be a positive integer, got 0",
         ),
+        (IS_MOE | {"num_experts": "8"}, "num_experts must be an integer .*, got '8'"),
+        (IS_MOE | {"num_local_experts": -1}, "num_local_experts must be an integer .*, got -1"),
+        (
+            IS_MOE | {"num_experts": 8, "num_local_experts": 9},
+            "num_experts=8 and num_local_experts=9 contradict",
+        ),
+        (
+            IS_MOE | {"num_experts": 8, "num_experts_per_tok": 9},
+            "num_experts_per_tok=9 must be between 1 and 8",
+        ),
+        (IS_MOE | {"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be"),
+        (IS_MOE | {"norm_topk_prob": 1}, "norm_topk_prob must be true or false"),
+        (IS_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive .*, got 0"),
+        (IS_MOE | {"mlp_only_layers": [0, "1"]}, "mlp_only_layers must be a list of layers"),
         ({"layer_types": ["full_attention"]}, "layer_types must be a list of num_hidden_layers=2"),
         ({"layer_types": "full_attention"}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -70,6 +70,15 @@ def test_on_a_mesh(new_engine, checkpoint, expected, name, mesh):
     assert tokens(llm, edge_prompts(), greedy(ignore_eos=True)) == expected(**changes)
 
 
+@pytest.mark.parametrize("mesh", [{"tensor": 2}, {"data": 2, "tensor": 2}])
+def test_experts_dealt_out_to_devices(new_engine, checkpoint, expected, mesh):
+    changes = FAMILIES["qwen3-moe-some"] | ON_A_MESH
+    rules = {"experts": "tensor", "expert_ffn": None}
+    llm = new_engine(checkpoint(**changes), mesh_shape=mesh, sharding_rules=rules)
+    poison(llm)
+    assert tokens(llm, edge_prompts(), greedy(ignore_eos=True)) == expected(**changes)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_that_transformers_makes(new_engine, tmp_path, oracle, name):
     """Names, shapes and spellings of the files are transformers' own, not those of our helpers."""
