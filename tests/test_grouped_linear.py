@@ -77,6 +77,7 @@ SMALL: dict[str, Any] = dict(num_experts=16, width=64, hidden=48)
 # Tokens, choices a token and the experts among which they are, with what is unlike SMALL.
 CASES = {
     "one row": (1, 4, 16, {}),
+    "each row is a block": (3, 2, 32, dict(num_experts=32)),
     "a few rows": (5, 4, 16, {}),
     "two kinds of blocks": (33, 4, 16, {}),
     "many rows": (300, 4, 16, {}),
@@ -109,8 +110,9 @@ def test_expert_mlp_in_16_bits(tokens, dtype, implementation):
 def test_experts_of_other_devices_add_nothing(implementation):
     rng = np.random.default_rng(2)
     for low, high in [(-16, 16), (0, 48), (16, 32)]:  # the last: none is here
-        choices = low + choose(rng, 21, 4, high - low)
-        check_expert_mlp(implementation, choices, **SMALL)
+        for tokens in (1, 21):
+            choices = low + choose(rng, tokens, 4, high - low)
+            check_expert_mlp(implementation, choices, **SMALL)
 
 
 @each_implementation
