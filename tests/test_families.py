@@ -79,6 +79,16 @@ def test_experts_dealt_out_to_devices(new_engine, checkpoint, expected, mesh):
     assert tokens(llm, edge_prompts(), greedy(ignore_eos=True)) == expected(**changes)
 
 
+def test_a_cpu_copies_no_table_of_experts(new_engine, checkpoint):
+    """It copies an expert that is chosen, since products want matrices, and no other."""
+    many = {"num_experts": 64, "moe_intermediate_size": 64}
+    llm = new_engine(checkpoint(**FAMILIES["qwen3-moe"] | many))
+    programs, weights = llm.runner.programs, llm.runner.weights
+    step = programs.step_spec(programs.decode_buckets[0], 16, weights).trace().lower().compile()
+    table = 64 * 48 * 64 * 4  # bytes of one layer's down
+    assert step.memory_analysis().temp_size_in_bytes < table / 2
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_that_transformers_makes(new_engine, tmp_path, oracle, name):
     """Names, shapes and spellings of the files are transformers' own, not those of our helpers."""
