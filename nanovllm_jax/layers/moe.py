@@ -18,6 +18,7 @@ from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.layers.norm import Hidden, NormAt, RMSNorm, plain
 
 
+@jax.named_scope("router")
 def route(
     scores: Float[Array, "T E"], num_choices: int, normalize: bool, dtype: DTypeLike
 ) -> tuple[Int32[Array, "T A"], Float[Array, "T A"]]:
