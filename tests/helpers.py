@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 checkpoints, requests for them, and ways to look into an engine."""
+"""Tiny random checkpoints (Qwen3's unless told), requests for them, ways to look into an engine."""
 
 import contextlib
 import json
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 def config_json(shape: str = "gqa", **changes) -> dict:
-    """Return a tiny model's config.json as transformers 5 writes it; None drops a key."""
+    """Return a tiny Qwen3's config.json as transformers 5 writes it; None drops a key."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -71,10 +71,11 @@ def config_json(shape: str = "gqa", **changes) -> dict:
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Draw a checkpoint's tensors, at a scale that makes greedy outputs diverse."""
     rng = np.random.default_rng(seed)
-    d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    d, f, family = (config[key] for key in ("hidden_size", "intermediate_size", "model_type"))
     n, k, vocab = (
         config[key] for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
     )
+    h = config.get("head_dim", d // n)
 
     def matrix(*shape):
         return (0.3 * rng.standard_normal(shape)).astype(np.float32)
@@ -89,15 +90,25 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
             "self_attn.q_proj": matrix(n * h, d),
             "self_attn.k_proj": matrix(k * h, d),
             "self_attn.v_proj": matrix(k * h, d),
-            "self_attn.q_norm": norm(h),
-            "self_attn.k_norm": norm(h),
             "self_attn.o_proj": matrix(d, n * h),
             "post_attention_layernorm": norm(d),
             "mlp.gate_proj": matrix(f, d),
             "mlp.up_proj": matrix(f, d),
             "mlp.down_proj": matrix(d, f),
         }
+        if family == "qwen3":
+            layer |= {"self_attn.q_norm": norm(h), "self_attn.k_norm": norm(h)}
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
+        biased = ["q_proj", "k_proj", "v_proj"] if family == "qwen2" else []
+        biased = (
+            ["q_proj", "k_proj", "v_proj", "o_proj"] if config.get("attention_bias") else biased
+        )
+        biased += ["gate_proj", "up_proj", "down_proj"] if config.get("mlp_bias") else []
+        tensors |= {
+            f"model.layers.{i}.{name}.bias": 2 * matrix(len(weight))
+            for name, weight in layer.items()
+            if name.split(".")[-1] in biased
+        }
     tensors["model.norm.weight"] = norm(d)
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(vocab, d)

@@ -11,7 +11,7 @@ from nanovllm_jax.layers.backend import DenseBackend, GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import Collectives
 from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.layers.norm import RMSNorm, rms_norm
-from nanovllm_jax.layers.rope import rope_angles
+from nanovllm_jax.layers.rope import Rope, rope_angles
 from nanovllm_jax.models import Decoder, ModelConfig
 from nanovllm_jax.sharding import make_sharding
 
@@ -201,7 +201,7 @@ def test_every_norm_of_a_layer_joins_the_sum_before_it(hidden_size, monkeypatch)
 def test_rope_angles_are_right_to_32k(head_dim, theta):
     """bfloat16 or TF32 angles round positions: an error of radians at 32k."""
     positions = np.array([0, 1, 2, 255, 256, 257, 1023, 4097, 8191, 16385, 32767])
-    cos, sin = rope_angles(positions.astype(np.int32), head_dim, theta)
+    cos, sin = rope_angles(positions.astype(np.int32), Rope(theta), head_dim)
     angles = positions[:, None] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
     # The inverse frequencies are float32: relative error 2^-23 or so of the angle.
     bound = 1e-6 + np.abs(angles) * 4 * 2.0**-23

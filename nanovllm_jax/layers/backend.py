@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from nanovllm_jax.layers.attention import PagedBatch, Rope, dense_attention, paged_attention
+from nanovllm_jax.layers.attention import Angles, PagedBatch, dense_attention, paged_attention
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
@@ -58,13 +58,13 @@ class Backend(Protocol):
     def attend(
         self,
         qkv: Float[Array, "T K G+2 H"],
-        q_norm: RMSNorm,
-        k_norm: RMSNorm,
-        rope: Rope,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+        rope: Angles,
         cache: Any,
         layer: Int32[Array, ""],
     ) -> tuple[Float[Array, "T N H"], Any]:
-        """Norm and rotate q and k, attend, and return the cache with the new keys and values."""
+        """Norm (if at all) and rotate q and k, attend, and return the cache with k and v, too."""
         ...
 
     def constrain(self, x: Hidden, *axes: str | None) -> Hidden:
@@ -124,9 +124,10 @@ class XlaBackend(_PlainLinear):
     attention: str
 
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+        weights = (None if norm is None else norm.weight[...] for norm in (q_norm, k_norm))
         return paged_attention(
-            qkv, q_norm.weight[...], k_norm.weight[...], rope, cache, layer, self.batch,
-            eps=q_norm.eps, sharding=self.sharding, implementation=self.attention,
+            qkv, *weights, rope, cache, layer, self.batch, eps=q_norm.eps if q_norm else 0.0,
+            sharding=self.sharding, implementation=self.attention,
         )  # fmt: skip
 
     def constrain(self, x, *axes):
@@ -184,6 +185,11 @@ class GpuBackend(XlaBackend):
                 x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype
             )
         num_in, eps = len(linear.in_axes), 0.0 if norm is None else norm.eps
+        if residual is not None:
+            residual = plain(residual)
+        if linear.bias is not None:  # each output gets it once, also where devices sum their parts
+            bias = jnp.broadcast_to(linear.bias_at(layer), (len(x), *linear.out_shape))
+            residual = bias if residual is None else residual + bias
 
         def stacked(weight):
             return weight[None] if layer is None else weight
@@ -192,7 +198,8 @@ class GpuBackend(XlaBackend):
             if plan.one_row:
                 y = fused_linear(
                     x.reshape(1, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
-                    norm_weight, None if plan.summed else residual,
+                    norm_weight,
+                    None if plan.summed or residual is None else residual.reshape(1, -1),
                     eps=eps, gated=gated, dtype=dtype or x.dtype,
                 ).reshape(plan.rows, *plan.out)  # fmt: skip
             else:
@@ -222,7 +229,7 @@ class GpuBackend(XlaBackend):
             x,
             stacked(linear.weight[...]),
             None if norm is None else stacked(norm.weight[...]),
-            None if residual is None else plain(residual),
+            residual,
             jnp.int32(0) if layer is None else layer,
             self._joining(then, (plan.rows, *plan.out), x.dtype) if plan.one_shot else None,
             self.collectives,
@@ -242,7 +249,8 @@ class GpuBackend(XlaBackend):
         one_row = supports_fused_linear(rows, num_out, num_inputs, dtype)
         # A product without a norm before it, and with a residual after it.
         one_shot = residual and summed == (AXIS,) and self._sums((rows, num_out), dtype)
-        if not self._holds_hidden_size or not (one_row or one_shot):
+        gated_bias = gated and linear.bias is not None  # comes before the gate, not after it
+        if not self._holds_hidden_size or gated_bias or not (one_row or one_shot):
             return None
         return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot)
 

@@ -48,12 +48,22 @@ def sources(config: ModelConfig) -> dict[str, Source]:
         )
 
     def join_qkv(q, k_, v):
-        k_, v = (np.repeat(x.reshape(-1, 1, h, d), copies, axis=0) for x in (k_, v))
-        return np.concatenate([q.reshape(k, g, h, d), k_, v], axis=1)
+        k_, v = (np.repeat(x.reshape(-1, 1, h, x.shape[1]), copies, axis=0) for x in (k_, v))
+        return np.concatenate([q.reshape(k, g, h, q.shape[1]), k_, v], axis=1)
 
     def split_qkv(x):
-        kv = x[::copies]
-        return x[:, :g].reshape(-1, d), kv[:, g].reshape(-1, d), kv[:, g + 1].reshape(-1, d)
+        kv, inputs = x[::copies], x.shape[-1]
+        return tuple(y.reshape(-1, inputs) for y in (x[:, :g], kv[:, g], kv[:, g + 1]))
+
+    def bias(of: str) -> Source:
+        """The biases of the products that make up one parameter: one number for each row."""
+        weights = found[of]
+        tensors = ((name.replace(".weight", ".bias"), rows) for name, (rows, _) in weights.tensors)
+        return Source(
+            tuple((name, (rows,)) for name, rows in tensors),
+            lambda *rows: weights.join(*(r[:, None] for r in rows))[..., 0],
+            lambda x: tuple(rows[:, 0] for rows in weights.split(x[..., None])),
+        )
 
     found = {
         "embed_tokens": table("model.embed_tokens"),
@@ -80,11 +90,23 @@ def sources(config: ModelConfig) -> dict[str, Source]:
         "layers.mlp.down_proj": one("model.layers.{i}.mlp.down_proj", d, ffn),
     }
     sizes = {"input_layernorm": d, "post_attention_layernorm": d}
-    sizes |= {"self_attn.q_norm": h, "self_attn.k_norm": h}
+    if c.qk_norm:
+        sizes |= {"self_attn.q_norm": h, "self_attn.k_norm": h}
     found |= {f"layers.{n}": one(f"model.layers.{{i}}.{n}", size) for n, size in sizes.items()}
     if not c.tie_word_embeddings:
         found["lm_head"] = table("lm_head")
-    return {f"{path}.weight": source for path, source in found.items()}
+    biases = {}
+    if c.qkv_bias:
+        biases["layers.self_attn.qkv_proj"] = bias("layers.self_attn.qkv_proj")
+    if c.o_bias:
+        name = "model.layers.{i}.self_attn.o_proj.bias"
+        biases["layers.self_attn.o_proj"] = Source(((name, (d,)),), lambda x: x, lambda x: (x,))
+    if c.mlp_bias:
+        names = "layers.mlp.gate_up_proj", "layers.mlp.down_proj"
+        biases |= {name: bias(name) for name in names}
+    return {f"{path}.weight": source for path, source in found.items()} | {
+        f"{path}.bias": source for path, source in biases.items()
+    }
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -101,4 +123,5 @@ def determined_tensor(name: str, config: ModelConfig) -> np.ndarray | None:
     """The value of a tensor that some checkpoints repeat from config.json; None for any other."""
     if not re.fullmatch(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", name):
         return None
-    return config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    frequencies, _ = config.rope.frequencies(config.head_dim)
+    return frequencies

@@ -1,16 +1,17 @@
 """ModelConfig: the shape of a model, read from its directory once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanovllm_jax.models.config_file import read_settings
+from nanovllm_jax.layers.rope import Rope
+from nanovllm_jax.models.config_file import ARCHITECTURES, read_settings
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Qwen3-like decoder.
+    """The shape of a decoder, and what its family does otherwise than others.
 
     `from_directory` reads it from a checkpoint and `sharded` adapts it to a mesh.
     """
@@ -24,9 +25,15 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope_theta: float = 10000.0
+    rope: Rope = field(default_factory=Rope)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    qk_norm: bool = True  # queries and keys are normed before RoPE
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    layers_without_rope: tuple[int, ...] = ()
+    sliding_window: int | None = None  # some layer sees no further back; contexts end here
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     kv_head_copies: int = 1  # num_kv_heads counts every copy
@@ -36,6 +43,17 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def longest_context(self) -> int:
+        """The most positions for which the model is made, and computed here."""
+        rope, longest = self.rope, self.max_position_embeddings
+        numbers = dict(rope.numbers)
+        if rope.kind == "linear":
+            longest = int(longest * numbers["factor"])
+        elif rope.kind == "yarn":
+            longest = int(numbers["original_max_position_embeddings"] * numbers["factor"])
+        return min(longest, self.sliding_window or longest)
 
     def sharded(self, shards: Callable[[str], int]) -> "ModelConfig":
         """The equivalent config for a sharded model, in which every axis divides.
@@ -90,10 +108,19 @@ class ModelConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The config.json of this model, in the spelling that transformers 4 and 5 both read."""
-        eos = list(self.eos_token_ids)
-        return {
+        eos, rope, family = list(self.eos_token_ids), self.rope, ARCHITECTURES[self.architecture]
+        switches = {
+            key: getattr(self, switch)
+            for switch, key in family.switches.items()
+            if isinstance(key, str)
+        }
+        if "no_rope_layers" in family.defaults:
+            switches["no_rope_layers"] = [
+                int(i not in self.layers_without_rope) for i in range(self.num_layers)
+            ]
+        return switches | {
             "architectures": [self.architecture],
-            "model_type": "qwen3",
+            "model_type": family.model_type,
             "vocab_size": self.vocab_size - self.vocab_padding,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -102,11 +129,13 @@ class ModelConfig:
             "num_key_value_heads": self.num_kv_heads // self.kv_head_copies,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "attention_bias": False,
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
+            "rope_theta": rope.theta,
+            "rope_scaling": (
+                None if rope.kind == "default" else {"rope_type": rope.kind, **dict(rope.numbers)}
+            ),
+            "sliding_window": self.sliding_window,
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,

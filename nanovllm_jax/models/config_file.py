@@ -5,33 +5,100 @@ change the result and is not computed is refused by its name and value; what has
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanovllm_jax.files import is_there, read_json
-from nanovllm_jax.models.rope_settings import rope_theta
+from nanovllm_jax.models.rope_settings import LAYER_TYPES, read_rope
 from nanovllm_jax.quantization import other_method, read_blocks
 
-# The supported architectures: their model_type, and the values of missing keys.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Qwen3ForCausalLM": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "use_sliding_window": False,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-        "layer_types": None,
-    }
+
+class Family(NamedTuple):
+    """What an architecture means by a config.json."""
+
+    model_type: str
+    defaults: dict[str, Any]  # the values of missing keys
+    # Fields of `ModelConfig` that say what a layer does, and the key of config.json that decides.
+    switches: dict[str, bool | str]
+    theta: float = 10000.0  # RoPE's base, if the file names none
+
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "layer_types": None,
+}
+QWEN = COMMON | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+LLAMA = COMMON | {
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+BIASES: dict[str, bool | str] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+}
+NO_BIASES: dict[str, bool | str] = dict.fromkeys(BIASES, False)
+
+# The supported architectures.
+ARCHITECTURES: dict[str, Family] = {
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        QWEN | {"head_dim": 128, "attention_bias": False},
+        {**BIASES, "mlp_bias": False, "qk_norm": True},
+    ),
+    "Qwen2ForCausalLM": Family("qwen2", QWEN, {**NO_BIASES, "qkv_bias": True, "qk_norm": False}),
+    "LlamaForCausalLM": Family("llama", LLAMA, {**BIASES, "qk_norm": False}),
+    "MistralForCausalLM": Family(
+        "mistral",
+        COMMON
+        | {
+            "vocab_size": 32000,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "eos_token_id": 2,
+        },
+        {**NO_BIASES, "qk_norm": False},
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        LLAMA
+        | {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "eos_token_id": 128001,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        {**BIASES, "qk_norm": False},
+        theta=2e6,
+    ),
 }
 DTYPES = ("float32", "float16", "bfloat16")  # of checkpoints; an engine computes in fewer
 LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000  # Sizes beyond these are taken for damage.
@@ -39,7 +106,6 @@ QUANTIZATION = ("quantization", "compression_config")  # of formats that are not
 
 # Settings of other decoders, and the value with which they change nothing. None never does.
 NEUTRAL = {
-    "mlp_bias": False,
     "partial_rotary_factor": 1,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -71,7 +137,13 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if problems:  # the other keys of another architecture may mean anything
         raise ValueError(f"{file}: {problems[0]}")
     [architecture] = raw["architectures"]
-    settings, problems = _settings({**ARCHITECTURES[architecture], **raw})
+    family = ARCHITECTURES[architecture]
+    completed = {**family.defaults, **raw}
+    if "eos_token_id" not in raw:  # the class's own belongs to its own vocabulary
+        default, size = family.defaults.get("eos_token_id"), completed["vocab_size"]
+        fits = default is not None and type(size) is int and default < size
+        completed["eos_token_id"] = default if fits else None
+    settings, problems = _settings(completed, family)
     if problems:
         raise ValueError(f"{file}: {'; '.join(problems)}")
     generation = directory / "generation_config.json"
@@ -93,13 +165,13 @@ def _wrong_architecture(raw: dict[str, Any]) -> list[str]:
         return [f"architecture {unknown[0]!r} is not supported; have {have}"]
     if len(names) > 1:
         return [f"architectures={names!r} names several; leave the one of these weights"]
-    expected = ARCHITECTURES[names[0]]["model_type"]
+    expected = ARCHITECTURES[names[0]].model_type
     if (model_type := raw.get("model_type", expected)) != expected:
         return [f"model_type={model_type!r} contradicts {names[0]}, which is {expected!r}"]
     return []
 
 
-def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _settings(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
     """The fields of `ModelConfig` from a config.json with its defaults, and all problems."""
     problems = [
         f"{key}: {other_method(raw[key])}" for key in QUANTIZATION if raw.get(key) is not None
@@ -109,7 +181,7 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems += [
         f"{key}={raw[key]!r:.80} is not supported; only {neutral!r} is"
         for key, neutral in NEUTRAL.items()
-        if key in raw and raw[key] not in (None, neutral)
+        if key in raw and key not in family.defaults and raw[key] not in (None, neutral)
     ]
 
     def size(key: str, largest: int = LARGEST_SIZE, smallest: int = 1) -> int:
@@ -128,7 +200,10 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return raw[key] is True
 
     before = len(problems)
-    heads, head_dim = size("num_attention_heads"), size("head_dim")
+    heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+    if raw["head_dim"] is None and family.defaults["head_dim"] is None:
+        raw["head_dim"] = max(1, hidden_size // heads)
+    head_dim = size("head_dim")
     kv_heads = heads if raw["num_key_value_heads"] is None else size("num_key_value_heads")
     if before == len(problems):
         if heads % kv_heads:
@@ -142,54 +217,89 @@ def _settings(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"rms_norm_eps must be a number between 0 and 1, got {eps!r:.80}")
     if activation not in ("silu", "swish"):  # two names of one function
         problems.append(f"hidden_act={activation!r} is not supported; only 'silu' is")
-    if flag("attention_bias"):
-        problems.append("attention_bias=true is not supported; only false is")
     layers, vocab_size = size("num_hidden_layers", MOST_LAYERS), size("vocab_size")
-    problems += _sliding_layers(raw, layers, flag("use_sliding_window"))
-    theta, wrong_rope = rope_theta(raw)
+    positions = size("max_position_embeddings", smallest=2)
+    switches = {
+        switch: flag(key) if isinstance(key, str) else key
+        for switch, key in family.switches.items()
+    }
+    for key, switch in (("attention_bias", "qkv_bias"), ("mlp_bias", "mlp_bias")):
+        fixed = family.switches[switch]
+        if key not in family.defaults and raw.get(key) not in (None, fixed):
+            problems.append(f"{key}={raw[key]!r:.80} is not supported; only {fixed!r} is")
+    unrotated, wrong_layers = _layers_without_rope(raw, layers)
+    window, wrong_window = _sliding_window(raw, layers, unrotated)
+    rope, wrong_rope = read_rope(raw | {"max_position_embeddings": positions}, family.theta)
     eos_token_ids, wrong_ends = _token_ids(raw.get("eos_token_id"), vocab_size)
     dtype, wrong_dtype = _dtype(raw)
     settings = {
         "vocab_size": vocab_size,
-        "hidden_size": size("hidden_size"),
+        "hidden_size": hidden_size,
         "intermediate_size": size("intermediate_size"),
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": size("max_position_embeddings", smallest=2),
-        "rope_theta": theta,
+        "max_position_embeddings": positions,
+        "rope": rope,
         "rms_norm_eps": eps,
         "tie_word_embeddings": flag("tie_word_embeddings"),
         "dtype": dtype,
         "eos_token_ids": eos_token_ids,
+        "layers_without_rope": unrotated,
+        "sliding_window": window,
+        **switches,
     }
-    return settings, problems + wrong_rope + wrong_ends + wrong_dtype
+    return settings, [
+        *problems, *wrong_layers, *wrong_window, *wrong_rope, *wrong_ends, *wrong_dtype
+    ]  # fmt: skip
 
 
-def _sliding_layers(raw: dict[str, Any], layers: int, sliding: bool) -> list[str]:
-    """Problems with layers that attend to a window only; a flag that reaches no layer is none."""
-    types, first, window = (raw[k] for k in ("layer_types", "max_window_layers", "sliding_window"))
+def _layers_without_rope(raw: dict[str, Any], layers: int) -> tuple[tuple[int, ...], list[str]]:
+    """The layers whose queries and keys are not rotated, and all problems with that list."""
+    if "no_rope_layer_interval" not in raw or "no_rope_layers" not in raw:
+        return (), []
+    rotated, interval = raw["no_rope_layers"], raw["no_rope_layer_interval"]
+    if rotated is None:
+        if type(interval) is not int or interval < 1:
+            return (), [f"no_rope_layer_interval must be a positive integer, got {interval!r:.80}"]
+        return tuple(range(interval - 1, layers, interval)), []
+    ok = isinstance(rotated, list) and all(type(x) in (int, bool) and x in (0, 1) for x in rotated)
+    if not ok or len(rotated) < layers:
+        return (), [
+            f"no_rope_layers must list a 1 (RoPE) or a 0 for each of num_hidden_layers={layers}, "
+            f"got {rotated!r:.80}"
+        ]
+    return tuple(i for i in range(layers) if not rotated[i]), []
+
+
+def _sliding_window(
+    raw: dict[str, Any], layers: int, unrotated: tuple[int, ...]
+) -> tuple[int | None, list[str]]:
+    """How far back those layers see that do not see everything; None if all do. And problems."""
+    types, window = raw["layer_types"], raw["sliding_window"]
+    first = raw.get("max_window_layers", 0)
     if type(first) is not int:
-        return [f"max_window_layers must be an integer, got {first!r}"]
-    if window is not None and type(window) is not int:
-        return [f"sliding_window must be an integer or null, got {window!r}"]
-    if types is not None:  # decides alone
+        return None, [f"max_window_layers must be an integer, got {first!r}"]
+    if window is not None and (type(window) is not int or not 2 <= window <= LARGEST_SIZE):
+        return None, [f"sliding_window must be an integer from 2 on, or null, got {window!r:.30}"]
+    flag = raw.get("use_sliding_window", True)
+    if not isinstance(flag, bool):
+        return None, [f"use_sliding_window must be true or false, got {flag!r:.80}"]
+    if types is not None and "use_sliding_window" in raw:  # decides alone
         if not isinstance(types, list) or len(types) != layers:
-            return [f"layer_types must be a list of num_hidden_layers={layers}, got {types!r:.80}"]
-        others = [name for name in types if name != "full_attention"]
-        return [
-            f"layer_types: {name!r} is not supported; only 'full_attention' is"
-            for name in others[:1]
-        ]
-    if not sliding or window is None:
-        return []
-    if first < layers:
-        return [
-            f"use_sliding_window=true is not supported with max_window_layers={first} of {layers} "
-            f"layers: the others would attend to a window"
-        ]
-    return []
+            return None, [
+                f"layer_types must be a list of num_hidden_layers={layers}, got {types!r:.80}"
+            ]
+        if others := [name for name in types if name not in LAYER_TYPES]:
+            known = ", ".join(map(repr, LAYER_TYPES))
+            return None, [f"layer_types: {others[0]!r} is not supported; only {known} are"]
+        slides = "sliding_attention" in types
+        if slides and window is None:
+            return None, ["layer_types has 'sliding_attention', but sliding_window is null"]
+        return window if slides else None, []
+    which = unrotated if "no_rope_layers" in raw else range(first, layers)
+    return window if flag and len(which) else None, []
 
 
 def _token_ids(value: Any, vocab_size: int) -> tuple[tuple[int, ...], list[str]]:

@@ -1,4 +1,7 @@
-"""The decoder: grouped-query attention with q/k norm, RoPE, SwiGLU (Qwen3, arXiv:2505.09388).
+"""The decoder: grouped-query attention, RoPE and SwiGLU, with pre-norms, as Llama and its kin.
+
+Families differ by switches of `ModelConfig`: a norm of queries and keys (Qwen3), biases (Qwen2),
+the kind of RoPE, layers without it (SmolLM3).
 
 The parameters of all layers are stacked along a leading axis [L, ...], so that a step passes about
 a dozen arrays to the compiled program, however deep the model is. How a layer computes is the
@@ -22,17 +25,25 @@ from nanovllm_jax.models.config import ModelConfig
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with its norm and residual; q, k and v come from one product."""
+    """Grouped-query attention with its norm and residual; q, k and v come from one product.
+
+    Of a family that does not norm queries and keys, `q_norm` and `k_norm` are None.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         c, head = config, {"head_dim": config.head_dim}
         # Grouped by KV head, so that a shard of KV heads brings its query heads along.
         qkv = {"kv_heads": c.num_kv_heads, "group": c.group_size + 2, **head}
-        hidden = {"embed": c.hidden_size}
-        self.qkv_proj = Linear(qkv, hidden, dtype=dtype, rngs=rngs)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
-        self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
+        hidden, heads = {"embed": c.hidden_size}, {"heads": c.num_heads, **head}
+        self.qkv_proj = Linear(qkv, hidden, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            if not c.qk_norm:
+                return None
+            return RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+
+        self.q_norm, self.k_norm = norm(), norm()
+        self.o_proj = Linear(hidden, heads, bias=c.o_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend, then: NormAt):
         qkv = backend.linear(x, self.qkv_proj, layer, norm=norm)
@@ -51,7 +62,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, rope, cache, layer, backend: Backend):
         to_mlp = self.post_attention_layernorm.at(layer)
@@ -86,7 +97,8 @@ class Decoder(nnx.Module):
         to_first_layer = self.layers.input_layernorm.at(jnp.int32(0))
         x = backend.embed(self.embed_tokens, token_ids, to_first_layer)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_angles(positions, self.config.rope, self.config.head_dim)
+        no_rope = jnp.ones_like(rope[0]), jnp.zeros_like(rope[1])  # turns by nothing
         graph, weights = nnx.split(self.layers)
 
         def run_layer(weights, x, rope, cache, layer):
@@ -99,7 +111,8 @@ class Decoder(nnx.Module):
         if isinstance(plain(x), Tracer):
             run_layer = jax.jit(run_layer)
         for i in range(self.config.num_layers):
-            x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
+            angles = no_rope if i in self.config.layers_without_rope else rope
+            x, cache = run_layer(weights, x, angles, cache, jnp.int32(i))
         return plain(x), cache
 
     def logits(self, hidden: Float[Array, "B D"], backend: Backend) -> Float[Array, "B V"]:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models import ModelConfig
 
 # Hidden size, width of the MLP, layers and query heads by size, and whether the head is tied.
@@ -18,7 +19,7 @@ _SIZES = {
 QWEN3 = {
     size: ModelConfig(
         "Qwen3ForCausalLM", vocab_size=151936, hidden_size=hidden, intermediate_size=intermediate,
-        num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128, rope_theta=1e6,
+        num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128, rope=Rope(1e6),
         max_position_embeddings=40960, tie_word_embeddings=tied, eos_token_ids=(151645,),
     )
     for size, (hidden, intermediate, layers, heads, tied) in _SIZES.items()
