@@ -47,6 +47,42 @@ SHAPES = {
 }
 
 
+# --- other families, as changes of `config_json` ---
+
+ORIGINAL = {"original_max_position_embeddings": 160}  # the prompts have up to 512 tokens
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **ORIGINAL}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **ORIGINAL}
+
+
+def family(name: str, model_type: str, heads: int, kv_heads: int, **changes) -> dict:
+    changes = {"architectures": [f"{name}ForCausalLM"], "model_type": model_type} | changes
+    changes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {"head_dim": None, "attention_bias": None} | changes
+
+
+FAMILIES = {
+    "qwen2": family("Qwen2", "qwen2", 14, 2, hidden_size=112, tie_word_embeddings=True),
+    "qwen2-yarn": family("Qwen2", "qwen2", 3, 1, rope_parameters=YARN),
+    "llama3": family("Llama", "llama", 6, 2, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama-biases": family(
+        "Llama", "llama", 3, 3, attention_bias=True, mlp_bias=True, max_position_embeddings=512,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    ),
+    "llama-dynamic": family(
+        "Llama", "llama", 15, 5, hidden_size=60,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "mistral": family("Mistral", "mistral", 4, 2, head_dim=20, sliding_window=None),
+    "smollm3": family(
+        "SmolLM3", "smollm3", 4, 1, num_hidden_layers=5, no_rope_layers=[1, 0, 1, 1, 0],
+        rope_parameters={"rope_type": "default", "rope_theta": 2e6}, pad_token_id=0, eos_token_id=3,
+    ),
+    "qwen3-yarn": family("Qwen3", "qwen3", 4, 2, head_dim=16, rope_parameters=YARN),
+    "qwen3-biases": family("Qwen3", "qwen3", 4, 2, head_dim=16, attention_bias=True),
+}  # fmt: skip
+
+
 def config_json(shape: str = "gqa", **changes) -> dict:
     """Return a tiny Qwen3's config.json as transformers 5 writes it; None drops a key."""
     config = {

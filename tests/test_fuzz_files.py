@@ -342,8 +342,8 @@ def time_limit():
         signal.signal(signal.SIGALRM, before)
 
 
-def logits(config, weights):
-    """The logits of TOKENS in NumPy float32, from a config and weights as they were read."""
+def logits(config, weights, tokens):
+    """The logits of tokens in NumPy float32, from a config and weights as they were read."""
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
 
     def norm(x, weight):
@@ -351,14 +351,14 @@ def logits(config, weights):
 
     def rotate(x):  # [T, heads, H]
         half = config.head_dim // 2
-        inv_freq = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-        angles = (np.arange(len(x))[:, None] * inv_freq)[:, None]
-        cos, sin = np.cos(angles), np.sin(angles)
+        inv_freq, factor = config.rope.frequencies(config.head_dim)
+        angles = (np.arange(len(x))[:, None] * inv_freq.astype(np.float64))[:, None]
+        cos, sin = factor * np.cos(angles), factor * np.sin(angles)
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    x = weights["embed_tokens.weight"].astype(np.float64)[TOKENS]
-    mask = np.triu(np.full((len(TOKENS),) * 2, -np.inf), 1)
+    x = weights["embed_tokens.weight"].astype(np.float64)[tokens]
+    mask = np.triu(np.full((len(tokens),) * 2, -np.inf), 1)
     layers = {k.removeprefix("layers."): w for k, w in weights.items() if k.startswith("layers.")}
     for i in range(config.num_layers):
         w = {name.removesuffix(".weight"): weight[i] for name, weight in layers.items()}
@@ -394,12 +394,16 @@ def assert_as_transformers(config, path):
     """config.json means the same to transformers."""
     raw = for_transformers(path)
     theirs = transformers.Qwen3Config.from_dict(raw)
-    assert set(theirs.layer_types) == {"full_attention"} and not raw.get("per_layer_config")
-    assert theirs.rope_parameters["rope_type"] == "default" and not theirs.attention_bias
+    window = theirs.sliding_window if "sliding_attention" in theirs.layer_types else None
+    assert config.sliding_window == window and not raw.get("per_layer_config")
+    numbers = dict(config.rope.numbers)
+    assert {key: theirs.rope_parameters[key] for key in numbers} == numbers
+    assert not theirs.attention_bias  # there are no biases in these files
     assert theirs.hidden_act in ("silu", "swish")
     assert getattr(theirs, "quantization_config", None) is None
     pairs = [
-        (config.rope_theta, theirs.rope_parameters["rope_theta"]),
+        (config.rope.theta, theirs.rope_parameters["rope_theta"]),
+        (config.rope.kind, theirs.rope_parameters["rope_type"]),
         (config.rms_norm_eps, theirs.rms_norm_eps),
         (config.tie_word_embeddings, theirs.tie_word_embeddings),
         (config.num_layers, theirs.num_hidden_layers),
@@ -425,10 +429,11 @@ def assert_same_logits(reading, path, folder):
             shutil.copy(file, folder)
     (folder / "config.json").write_text(json.dumps(for_transformers(path)))
     model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = TOKENS[: reading.config.longest_context]
     with torch.no_grad():
-        theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
+        theirs = model(torch.tensor([tokens])).logits[0].numpy()
     with np.errstate(all="ignore"):
-        ours = logits(reading.config, reading.weights)
+        ours = logits(reading.config, reading.weights, tokens)
     if np.isfinite(ours).all() and np.abs(ours).max() < 1e4:  # else float32 overflows somewhere
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 

@@ -295,8 +295,9 @@ def _sliding_window(
             known = ", ".join(map(repr, LAYER_TYPES))
             return None, [f"layer_types: {others[0]!r} is not supported; only {known} are"]
         slides = "sliding_attention" in types
-        if slides and window is None:
-            return None, ["layer_types has 'sliding_attention', but sliding_window is null"]
+        if slides and (window is None or not flag):
+            why = "sliding_window is null" if flag else "use_sliding_window is false"
+            return None, [f"layer_types has 'sliding_attention', but {why}"]
         return window if slides else None, []
     which = unrotated if "no_rope_layers" in raw else range(first, layers)
     return window if flag and len(which) else None, []
