@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from nanovllm_jax.files import check_readable
+from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.tensor_files import INDEX, SINGLE
 from nanovllm_jax.tokenizer import load_tokenizer
 from nanovllm_jax.tools.options import Parser, UsageError, refusals
@@ -442,6 +443,7 @@ def convert(path: Path, folder: Path, dtype: str = "bfloat16") -> None:
         write_json(work / "config.json", config)
         generation = {"eos_token_id": made.ends, **_token_ids(made)}
         write_json(work / "generation_config.json", generation)
+        ModelConfig.from_directory(work)  # refuses now what the engine would refuse then
         write_tokenizer(work, made, config["max_position_embeddings"])
         write_weights(work, file, tensors, dtype)
         work.rename(folder)
