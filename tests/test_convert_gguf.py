@@ -256,10 +256,10 @@ def test_the_written_tokenizer_has_the_tokens_ends_and_template_of_the_file(tmp_
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens(list(range(len(TOKENS)))) == TOKENS
     text = "hello hell 12<tool>x</s>\n"
-    pieces = ["hell", "o", "Ġhell", "Ġ", "1", "2", "<tool>", "x", "</s>", "Ċ"]
-    assert tokenizer.tokenize(text) == pieces  # qwen2's rule: digits are not merged
+    parts = ["hell", "o", "Ġhell", "Ġ", "1", "2", "<tool>", "x", "</s>", "Ċ"]
+    assert tokenizer.tokenize(text) == parts  # qwen2's rule: digits are not merged
     ids = tokenizer(text)["input_ids"]
-    assert ids == [TOKENS.index(piece) for piece in pieces]
+    assert ids == [TOKENS.index(piece) for piece in parts]
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("</s>", "")
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
@@ -284,6 +284,43 @@ def test_text_is_split_by_the_rule_that_the_file_names(name, words):
     found = SPLITTINGS[name].pre_tokenizer().pre_tokenize_str(text)
     signs = str.maketrans("ĠčĊ", " \r\n")
     assert [word.translate(signs) for word, _ in found] == words
+
+
+def byte_level_values(pre, **changes):
+    types = [CONTROL] * 3 + [USER_DEFINED] + [NORMAL] * (len(TOKENS) - 4)
+    values = {"model": "gpt2", "pre": pre, "tokens": TOKENS, "token_type": types, "merges": MERGES}
+    values |= {"bos_token_id": 1, "eos_token_id": 2} | changes
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+
+
+def pieces(values, text):
+    return read_gguf_tokenizer(values, len(TOKENS)).tokenizer.encode(text).tokens
+
+
+def test_llama_3_takes_words_that_are_tokens_whole_and_begins_with_bos():
+    """Its merges do not lead to all of its tokens; here none leads to 'Ġhell'."""
+    merges = MERGES[:-1]
+    assert pieces(byte_level_values("llama-bpe", merges=merges), "x hell") == ["<s>", "x", "Ġhell"]
+    assert pieces(byte_level_values("gpt-2", merges=merges), "x hell") == ["x", "Ġ", "hell"]
+    values = byte_level_values("llama-bpe", merges=merges, add_bos_token=False)
+    assert pieces(values, "x hell") == ["x", "Ġhell"]
+
+
+def test_qwen_composes_characters_first():
+    """A decomposed character has the tokens of the composed one, which it was trained on."""
+    rules = {name: SPLITTINGS[name].normalizer for name in SPLITTINGS}
+    composed = {
+        name for name, rule in rules.items() if rule and rule.normalize_str("e\u0301") == "é"
+    }
+    assert composed == {"qwen2", "deepseek-r1-qwen"}
+
+
+def test_control_tokens_that_end_a_turn_are_ends_whether_the_file_says_so_or_not():
+    tokens = [*TOKENS, "<|im_end|>", "<|eot_id|>"]
+    types = [CONTROL] * 3 + [USER_DEFINED] + [NORMAL] * (len(TOKENS) - 4) + [CONTROL, NORMAL]
+    values = byte_level_values("qwen2", tokens=tokens, token_type=types)
+    made = read_gguf_tokenizer(values, len(tokens) + 5)  # the table may be longer
+    assert made.ends == [2, len(TOKENS)]  # not the last, which is an ordinary token
 
 
 def spm_values(prefix):
@@ -358,6 +395,7 @@ EPS = "llama__attention__layer_norm_rms_epsilon"
         ({"tokenizer__ggml__merges": ["h e l"]}, r"merges has 'h e l', which are no two tokens"),
         ({"tokenizer__ggml__eos_token_id": 9999}, r"names token 9999, but there are"),
         ({"tokenizer__ggml__add_eos_token": True}, r"add_eos_token=true would end every prompt"),
+        ({"llama__rope__freq_base": 0.5}, r"config\.json: rope_theta .* must be a number"),
         ({"split__count": 3}, r"is one of 3 parts; merge them first"),
     ],
 )  # fmt: skip

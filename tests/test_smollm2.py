@@ -32,13 +32,13 @@ pytestmark = pytest.mark.slow
 QUESTIONS = [
     "What is the capital of France?",
     "Write a short poem about the sea.",
-    "Explain photosynthesis to a child.",
+    "Explain to a child how rain forms.",
     "How do I make a cup of tea?",
     "List three fruits that are red.",
     "Translate 'good morning' into Spanish.",
     "Why do leaves fall in autumn?",
     "Tell me a story about a dragon who cannot fly.",
-    "What is 12345 + 678?",
+    "Who wrote Romeo and Juliet?",
     "Write a Python function that reverses a string.",
 ]
 OPENINGS = [
