@@ -28,7 +28,7 @@ demo: $(VENV)/.installed  ## install, then generate from the demo model
 demo-smollm2: $(SMOLLM2_DIR)  ## fetch SmolLM2-135M (92 MB), convert it from GGUF, chat with it
 	$(BIN)/python -m nanovllm_jax --model $(SMOLLM2_DIR) --chat --max-tokens 100 \
 	    --max-model-len 1024 --max-num-seqs 4 "What is the capital of France?" \
-	    "Give me three tips for learning to cook."
+	    "What is gravity?"
 
 test: $(VENV)/.installed-test  ## install, then run the quick tests (PYTEST_ARGS="-k name" selects)
 	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_ARGS)

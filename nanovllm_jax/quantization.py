@@ -78,9 +78,12 @@ def dequantize(
     row of blocks in memory.
     """
     result = np.empty(weight.shape, dtype)
+    buffer = np.empty((min(blocks.rows, len(weight)), weight.shape[1]), np.float32)
     for i, row in enumerate(scales.astype(np.float32)):
-        part = slice(i * blocks.rows, (i + 1) * blocks.rows)
-        factors = np.repeat(row, blocks.columns)[: weight.shape[1]]
+        bits = weight[i * blocks.rows : (i + 1) * blocks.rows]
+        values = buffer[: len(bits)]
+        np.take(VALUES, bits, out=values, mode="clip")  # a mode without a copy; all indices exist
         with np.errstate(over="ignore"):  # the caller looks for infinite values
-            result[part] = VALUES[weight[part]] * factors
+            values *= np.repeat(row, blocks.columns)[: weight.shape[1]]
+            result[i * blocks.rows :][: len(bits)] = values
     return result

@@ -23,6 +23,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The types that are read: an integer type to view their bits in, and the bits of infinity, which
 # those of infinite and undefined values are no less than, apart from the sign.
 TYPES = {"F32": (np.int32, 0x7F80_0000), "F16": (np.int16, 0x7C00), "BF16": (np.int16, 0x7F80)}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of NumPy's types
 FP8 = "F8_E4M3"  # The type of weights that are dequantized, and the bits of its NaN without a sign.
 FP8_NAN = 0x7F
 ROWS = 4096  # Rows of a table that are compared at a time.
@@ -82,10 +83,10 @@ class Checkpoint:
         assert self.blocks is not None
         bits = _read_bytes(self.directory / self.holders[name][0], name)
         bits = bits.reshape(self.quantized[name])
-        if (bits & FP8_NAN == FP8_NAN).any():
-            raise self._no_numbers(name, "has NaN or infinite values")
         weight = dequantize(bits, self.read(name + SCALE), self.blocks, self.dtype)
-        if not np.isfinite(weight).all():
+        if not _is_finite(weight, NAMES[weight.dtype.name]):
+            if (bits & FP8_NAN == FP8_NAN).any():
+                raise self._no_numbers(name, "has NaN or infinite values")
             raise self._no_numbers(name, f"times {name}{SCALE} is larger than {weight.dtype} holds")
         return weight
 
