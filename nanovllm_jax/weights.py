@@ -1,6 +1,8 @@
 """Reads checkpoints into sharded arrays: safetensors only, one layer on the host at a time."""
 
 import functools
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from nanovllm_jax.models.checkpoint import STACKED, layers_of, sources
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.tensor_files import Checkpoint
 
+logger = logging.getLogger("nanovllm_jax")
+
 # Maps (parameter path, place in its stack of layers, shape of one layer's parameter) to its value.
 GetValue = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
 
@@ -29,8 +33,19 @@ def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nn
         ValueError: a file is damaged, or weights are missing, unexpected, of another shape or type,
             or no numbers; the message names them.
     """
-    checkpoint, table, dtype = Checkpoint(directory), sources(config), jnp.dtype(config.dtype)
+    table, dtype = sources(config), jnp.dtype(config.dtype)
+    checkpoint = Checkpoint(directory, dtype)
     checkpoint.check(config)
+    if quantized := checkpoint.quantized:
+        logger.info(
+            "dequantizing %d of %d tensors from fp8 to %s: %.1f MB in the files, %.1f MB on the "
+            "devices",
+            len(quantized),
+            len(checkpoint.holders) - len(quantized),  # each has a tensor of scales
+            dtype,
+            checkpoint.quantized_bytes / 1e6,
+            sum(map(math.prod, quantized.values())) * dtype.itemsize / 1e6,
+        )
 
     def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
         dotted = ".".join(map(str, path))

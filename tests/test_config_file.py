@@ -204,11 +204,27 @@ def test_what_transformers_saves_again_is_the_same_model(written, tmp_path_facto
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (QWEN3 | {"quantization_config": FP8}, r"config\.json: .*quantized \(quant_method='fp8'\)"),
-        (
-            QWEN3 | {"quantization_config": {"bits": 4, "quant_method": "awq"}},
-            "quantized .*'awq'",
+        *(
+            (
+                QWEN3 | {"quantization_config": {"quant_method": name}},
+                f"quantized .*'{name}'.* take",
+            )
+            for name in ("awq", "gptq", "compressed-tensors", "bitsandbytes", "gguf", "mxfp4")
         ),
+        *(
+            (QWEN3 | {"quantization_config": FP8 | change}, rf"quantization_config: .*{message}")
+            for change, message in [
+                ({"activation_scheme": "static"}, "activation_scheme='static' is not supp.*; take"),
+                ({"fmt": "e5m2"}, "fmt='e5m2' is not supported"),
+                ({"scale_fmt": "ue8m0"}, "scale_fmt='ue8m0' is not supported"),
+                ({"kv_cache_scheme": {}}, "kv_cache_scheme={} is not supported"),
+                ({"weight_block_size": None}, "weight_block_size=None is not .* whole weight"),
+                ({"weight_block_size": [128]}, r"weight_block_size=\[128\] is not"),
+                ({"weight_block_size": [0, 128]}, r"weight_block_size=\[0, 128\] is not"),
+            ]
+        ),
+        (QWEN3 | {"quantization_config": []}, r"quantized \(\[\]\)"),
+        (QWEN3 | {"compression_config": FP8}, "compression_config: .*quantized"),
         (QWEN3 | {"quantization": {"group_size": 64, "bits": 4}}, "quantized .*'bits': 4"),
         (
             {
@@ -279,6 +295,12 @@ def test_missing_keys_are_the_architectures_own(written, missing):
 def test_no_key_value_heads_are_as_many_as_query_heads(written):
     path = written(config_json() | {"num_key_value_heads": None})
     assert assert_as_transformers(path).num_kv_heads == 6
+
+
+def test_blocks_of_fp8_change_how_weights_are_read_and_nothing_else(written):
+    plain = read(written(QWEN3))
+    for more in ({}, {"modules_to_not_convert": ["lm_head"]}, {"weight_block_size": [64, 32]}):
+        assert read(written(QWEN3 | {"quantization_config": FP8 | more})) == plain
 
 
 @pytest.mark.parametrize(

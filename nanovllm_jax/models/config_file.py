@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nanovllm_jax.files import is_there, read_json
 from nanovllm_jax.models.rope_settings import LAYER_TYPES, read_rope
+from nanovllm_jax.quantization import other_method, read_blocks
 
 
 class Family(NamedTuple):
@@ -123,12 +124,9 @@ ARCHITECTURES: dict[str, Family] = {
     ),
 }
 DTYPES = ("float32", "float16", "bfloat16")  # of checkpoints; an engine computes in fewer
-LARGEST_SIZE, MOST_LAYERS, MOST_EXPERTS = (
-    2**31 - 1,
-    10_000,
-    10_000,
-)  # Sizes beyond these are taken for damage.
-QUANTIZATION = ("quantization_config", "quantization", "compression_config")
+# Sizes beyond these are taken for damage.
+LARGEST_SIZE, MOST_LAYERS, MOST_EXPERTS = 2**31 - 1, 10_000, 10_000
+QUANTIZATION = ("quantization", "compression_config")  # of formats that are not read
 
 # Settings of other decoders, and the value with which they change nothing. None never does.
 NEUTRAL = {
@@ -200,11 +198,10 @@ def _wrong_architecture(raw: dict[str, Any]) -> list[str]:
 def _settings(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], list[str]]:
     """The fields of `ModelConfig` from a config.json with its defaults, and all problems."""
     problems = [
-        f"{key}: the model is quantized ({_method(raw[key])}), which is not supported; take a "
-        f"checkpoint in {', '.join(DTYPES)}"
-        for key in QUANTIZATION
-        if raw.get(key) is not None
+        f"{key}: {other_method(raw[key])}" for key in QUANTIZATION if raw.get(key) is not None
     ]
+    if (quantization := raw.get("quantization_config")) is not None:
+        problems += [f"quantization_config: {p}" for p in read_blocks(quantization)[1]]
     problems += [
         f"{key}={raw[key]!r:.80} is not supported; only {neutral!r} is"
         for key, neutral in NEUTRAL.items()
@@ -295,12 +292,6 @@ def _settings(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], list
         *problems, *wrong_layers, *wrong_window, *wrong_experts, *wrong_rope, *wrong_ends,
         *wrong_dtype,
     ]  # fmt: skip
-
-
-def _method(value: Any) -> str:
-    """How a model is quantized, in words."""
-    method = value.get("quant_method") if isinstance(value, dict) else None
-    return f"quant_method={method!r}" if method else f"{value!r:.80}"
 
 
 def _layers_without_rope(raw: dict[str, Any], layers: int) -> tuple[tuple[int, ...], list[str]]:
