@@ -79,6 +79,19 @@ def test_experts_dealt_out_to_devices(new_engine, checkpoint, expected, mesh):
     assert tokens(llm, edge_prompts(), greedy(ignore_eos=True)) == expected(**changes)
 
 
+def test_experts_that_cannot_be_split_are_refused(checkpoint):
+    config = ModelConfig.from_directory(checkpoint(**FAMILIES["qwen3-moe-some"]))
+    by_units = {"heads": 3, "kv_heads": 3, "ffn": 3, "expert_ffn": 3}
+    with pytest.raises(
+        ValueError, match=r"'expert_ffn' .* 3 devices.*12 experts, moe_inter.*\[1\]"
+    ):
+        config.sharded(lambda axis: by_units.get(axis, 1))
+    by_expert = {"heads": 3, "kv_heads": 3, "ffn": 3, "experts": 3}
+    assert config.sharded(lambda axis: by_expert.get(axis, 1)) == config
+    with pytest.raises(ValueError, match="'experts' cannot be split over 5 devices"):
+        config.sharded(lambda axis: {"experts": 5}.get(axis, 1))
+
+
 def test_a_cpu_copies_no_table_of_experts(new_engine, checkpoint):
     """It copies an expert that is chosen, since products want matrices, and no other."""
     many = {"num_experts": 64, "moe_intermediate_size": 64}

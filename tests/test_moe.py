@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from nanovllm_jax.layers import collectives
+from nanovllm_jax.layers.attention import PagedBatch
 from nanovllm_jax.layers.backend import DenseBackend, GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import Collectives
 from nanovllm_jax.layers.moe import MoE, route
@@ -55,6 +56,12 @@ def make_layer(rows, *, dtype=jnp.float32, normalize=True, sharding=None):
     return moe, values(rows, EMBED), norm, jnp.int32(LAYER)
 
 
+def batch_of(rows, padding=0):
+    """Where rows are written to: anywhere, but padding rows nowhere."""
+    slots = jnp.where(jnp.arange(rows) < rows - padding, 7, -1)
+    return PagedBatch(slots, jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, jnp.int32))
+
+
 def run(moe, x, norm, layer, backend):
     then = norm.at(layer)
     return jax.jit(lambda x: moe(x, norm, layer, backend, then))(x)
@@ -92,7 +99,7 @@ def test_experts_are_those_of_transformers(rows, normalize):
     with torch.no_grad():
         want = block(tensor(normed)[None])
     want = want[0] if isinstance(want, tuple) else want
-    got = run(moe, x, norm, layer, XlaBackend(shard("one device"), None, "xla"))
+    got = run(moe, x, norm, layer, XlaBackend(shard("one device"), batch_of(rows), "xla"))
     np.testing.assert_allclose(got, x + want[0].numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -104,7 +111,9 @@ def test_shards_add_up_to_the_whole(mesh, backend):
     for rows in (2, 40):
         whole = DenseBackend(jnp.ones((1, 1, 1), bool))
         want = run(*make_layer(rows), whole)
-        got = run(*make_layer(rows, sharding=shard(mesh)), backend(shard(mesh), None, kernels))
+        got = run(
+            *make_layer(rows, sharding=shard(mesh)), backend(shard(mesh), batch_of(rows), kernels)
+        )
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -121,10 +130,10 @@ def test_the_sum_and_the_norm_after_it_take_one_kernel(mesh, monkeypatch):
     monkeypatch.setattr(collectives, "one_shot_all_reduce_norm", add_and_norm)
     monkeypatch.setattr("nanovllm_jax.layers.collectives.supports_one_shot_norm", lambda *_: True)
     sharding, options = shard(mesh), {"dtype": jnp.bfloat16}
-    want = run(*make_layer(6, **options), XlaBackend(shard("one device"), None, "xla"))
+    want = run(*make_layer(6, **options), XlaBackend(shard("one device"), batch_of(6), "xla"))
     addresses = Collectives(jnp.zeros((sharding.mesh.size, 2), jnp.int32))
     layer = make_layer(6, **options, sharding=sharding)
-    got = run(*layer, GpuBackend(sharding, None, "triton", addresses))
+    got = run(*layer, GpuBackend(sharding, batch_of(6), "triton", addresses))
     if mesh == "whole":
         assert not calls and not isinstance(got, Normed)
         return
@@ -136,7 +145,7 @@ def test_the_sum_and_the_norm_after_it_take_one_kernel(mesh, monkeypatch):
     moe, x, norm, number = layer
     nan = RMSNorm(EMBED, 1e-6, dtype=jnp.bfloat16)
     nan.weight = nnx.Param(jnp.full((LAYERS, EMBED), jnp.nan, jnp.bfloat16))
-    backend = GpuBackend(sharding, None, "triton", addresses)
+    backend = GpuBackend(sharding, batch_of(6), "triton", addresses)
     again = run(moe, Normed(x, rms_norm(x, norm.weight[...][LAYER], 1e-6)), nan, number, backend)
     np.testing.assert_array_equal(np.float32(again.x), np.float32(got.x))
 
@@ -145,7 +154,7 @@ def test_experts_cost_one_sum_and_no_other_exchange():
     for mesh in ("tensor", "experts", "data and experts"):
         sharding = shard(mesh)
         moe, x, norm, layer = make_layer(8, sharding=sharding)
-        backend = XlaBackend(sharding, None, "xla")
+        backend = XlaBackend(sharding, batch_of(8), "xla")
         x = jax.device_put(x, sharding.named("batch"))
 
         graph, weights = nnx.split(moe)
@@ -164,7 +173,17 @@ def test_experts_cost_one_sum_and_no_other_exchange():
 def test_experts_cannot_be_dealt_out_among_devices_with_other_tokens():
     sharding = make_sharding({"data": 2}, merge_rules({"experts": "data"}))
     with pytest.raises(ValueError, match="twice over the same mesh axis"):
-        run(*make_layer(4, sharding=sharding), XlaBackend(sharding, None, "xla"))
+        run(*make_layer(4, sharding=sharding), XlaBackend(sharding, batch_of(4), "xla"))
+
+
+@pytest.mark.parametrize("mesh", ["one device", "data and experts"])
+def test_padding_rows_choose_no_expert(mesh):
+    """They would have weights read that no token needs."""
+    layer, sharding = make_layer(8, sharding=shard(mesh)), shard(mesh)
+    want = run(*layer, XlaBackend(sharding, batch_of(8), "xla"))
+    got = run(*layer, XlaBackend(sharding, batch_of(8, padding=3), "xla"))
+    np.testing.assert_array_equal(got[:5], want[:5])
+    np.testing.assert_array_equal(got[5:], layer[1][5:])
 
 
 def test_routing():

@@ -182,8 +182,9 @@ class XlaBackend(_PlainLinear):
         shape = (len(scores) // sharding.size("batch"), normed.shape[1])
         one_shot = summed == (AXIS,) and self._sums(shape, normed.dtype)
 
-        def on_shard(x, residual, gate_up, down, scores, number, then, collectives):
+        def on_shard(x, residual, gate_up, down, scores, slots, number, then, collectives):
             choices, weights = route(scores)
+            choices = jnp.where(slots[:, None] >= 0, choices, -1)  # padding rows choose nobody
             if dealt:
                 choices -= jax.lax.axis_index(dealt) * gate_up.shape[1]
             y = expert_mlp(x, gate_up, down, choices, weights, number, implementation=kernels)
@@ -200,6 +201,7 @@ class XlaBackend(_PlainLinear):
                 spec(None, "experts", None, "expert_ffn"),
                 spec(None, "experts", None, "expert_ffn"),
                 rows,
+                rows,
                 whole,
                 whole,
                 Collectives.spec(sharding),
@@ -210,6 +212,7 @@ class XlaBackend(_PlainLinear):
             plain(x),
             *stacks,
             scores,
+            self.batch.slot_mapping,
             number,
             self._joining(then, shape, normed.dtype) if one_shot else None,
             self.collectives,

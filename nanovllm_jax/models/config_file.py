@@ -125,7 +125,7 @@ ARCHITECTURES: dict[str, Family] = {
 }
 DTYPES = ("float32", "float16", "bfloat16")  # of checkpoints; an engine computes in fewer
 # Sizes beyond these are taken for damage.
-LARGEST_SIZE, MOST_LAYERS, MOST_EXPERTS = 2**31 - 1, 10_000, 10_000
+LARGEST_SIZE, MOST_LAYERS, MOST_EXPERTS = 2**31 - 1, 10_000, 200_000  # experts of all layers
 QUANTIZATION = ("quantization", "compression_config")  # of formats that are not read
 
 # Settings of other decoders, and the value with which they change nothing. None never does.
@@ -257,7 +257,7 @@ def _settings(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], list
     window, wrong_window = _sliding_window(raw | from_layer, layers, unrotated)
     experts, wrong_experts = {}, []
     if "num_experts" in family.defaults:
-        count, wrong_experts = _num_experts(raw)
+        count, wrong_experts = _num_experts(raw, layers)
         dense, wrong_dense = _dense_layers(raw, layers, count)
         experts = {
             "num_experts": count,
@@ -312,14 +312,14 @@ def _layers_without_rope(raw: dict[str, Any], layers: int) -> tuple[tuple[int, .
     return tuple(i for i in range(layers) if not rotated[i]), []
 
 
-def _num_experts(raw: dict[str, Any]) -> tuple[int, list[str]]:
+def _num_experts(raw: dict[str, Any], layers: int) -> tuple[int, list[str]]:
     """The experts of a layer, under the names of transformers 4 and 5, and all problems."""
-    keys = ("num_experts", "num_local_experts")
+    keys, most = ("num_experts", "num_local_experts"), MOST_EXPERTS // layers
     given = {key: raw[key] for key in keys if raw[key] is not None}
-    wrong = {key: n for key, n in given.items() if type(n) is not int or not 0 <= n <= MOST_EXPERTS}
+    wrong = {key: n for key, n in given.items() if type(n) is not int or not 0 <= n <= most}
     if wrong:
         return 1, [
-            f"{key} must be an integer between 0 and {MOST_EXPERTS}, got {n!r:.80}"
+            f"{key} must be an integer between 0 and {most}, got {n!r:.80}"
             for key, n in wrong.items()
         ]
     if len(set(given.values())) > 1:
