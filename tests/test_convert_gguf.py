@@ -12,6 +12,7 @@ import string
 
 import numpy as np
 import pytest
+from helpers import greedy, tokens
 from safetensors.numpy import load_file
 
 from nanovllm_jax.tokenizer import load_tokenizer
@@ -164,7 +165,8 @@ def test_dequantized_tensors_and_settings_are_those_of_transformers(tmp_path, ar
     for key in ("hidden_size", "num_key_value_heads", "intermediate_size", "vocab_size"):
         assert getattr(ours, key) == getattr(config, key)
     assert ours.head_dim == getattr(config, "head_dim", 16)
-    assert ours.rope_parameters["rope_theta"] == config.rope_parameters["rope_theta"]
+    bases = [getattr(c, "rope_parameters", vars(c))["rope_theta"] for c in (ours, config)]
+    assert bases == [50000.0, 50000.0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -245,6 +247,19 @@ def test_yarn_and_linear_scaling_are_named_as_in_config_json(tmp_path):
     convert(tmp_path / "b.gguf", tmp_path / "other")
     scaling = {"rope_type": "linear", "factor": 2.0}
     assert json.loads((tmp_path / "other" / "config.json").read_text())["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_engine_generates_what_transformers_does_from_the_directory(
+    tmp_path, new_engine, oracle, arch
+):
+    write_gguf(tmp_path / "a.gguf", arch, tied=arch == "qwen2")
+    convert(tmp_path / "a.gguf", tmp_path / "out", "float32")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, len(TOKENS), length).tolist() for length in (3, 40, 300)]
+    wanted = oracle(tmp_path / "out", prompts, 12)
+    llm = new_engine(tmp_path / "out", max_model_len=512)
+    assert tokens(llm, prompts, greedy(12, ignore_eos=True)) == wanted
 
 
 # --- tokenizers ---
