@@ -66,7 +66,7 @@ class Backend(Protocol):
         down: Linear,
         scores: Float[Array, "T E"],
         route: Route,
-        layer: Layer = None,
+        layer: Int32[Array, ""],
         *,
         norm: RMSNorm,
         then: NormAt | None = None,
@@ -74,7 +74,7 @@ class Backend(Protocol):
         """Add to x the weighted sum of the MLPs of the experts that are chosen for norm(x).
 
         Args:
-            gate_up, down: the weights of all experts, [E, 2, F, D] and [E, D, F].
+            gate_up, down: stacks of the weights of all experts, [L, E, 2, F, D] and [L, E, D, F].
             route: turns scores into each token's choices of experts and their weights.
             norm, then: as for `linear`.
         """
@@ -95,12 +95,6 @@ class Backend(Protocol):
     def constrain(self, x: Hidden, *axes: str | None) -> Hidden:
         """Tell the compiler how an intermediate array with these logical axes is sharded."""
         ...
-
-
-def _stack(linear: Linear | RMSNorm, layer: Layer) -> Float[Array, "L *axes"]:
-    """The weights of all layers, also where there is only one."""
-    weight = linear.weight[...]
-    return weight[None] if layer is None else weight
 
 
 def _split(x, norm: RMSNorm | None):
@@ -142,11 +136,10 @@ class DenseBackend(_PlainLinear):
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
         return dense_attention(qkv, q_norm, k_norm, rope, layer, self.mask), cache
 
-    def experts(self, x, gate_up, down, scores, route, layer=None, *, norm, then=None):
-        stacks = (_stack(linear, layer) for linear in (gate_up, down))
-        x, layer = plain(x), jnp.int32(0) if layer is None else layer
+    def experts(self, x, gate_up, down, scores, route, layer, *, norm, then=None):
+        x, weights = plain(x), (gate_up.weight[...], down.weight[...])
         normed = self.norm(x, norm, layer)
-        return x + expert_mlp(normed, *stacks, *route(scores), layer, implementation="xla")
+        return x + expert_mlp(normed, *weights, *route(scores), layer, implementation="xla")
 
     def constrain(self, x, *axes):
         return x
@@ -168,55 +161,37 @@ class XlaBackend(_PlainLinear):
             sharding=self.sharding, implementation=self.attention,
         )  # fmt: skip
 
-    def experts(self, x, gate_up, down, scores, route, layer=None, *, norm, then=None):
+    def experts(self, x, gate_up, down, scores, route, layer, *, norm, then=None):
         """Each device adds up what its experts, or its hidden units of all, give to every token."""
         sharding, spec, kernels = self.sharding, self.sharding.spec, self.attention
         _, dealt, split = spec("batch", "experts", "expert_ffn")  # no mesh axis may serve twice
         summed = tuple(m for m in jax.tree.leaves((dealt, split)) if sharding.mesh.shape[m] > 1)
-        stacks = [_stack(linear, layer) for linear in (gate_up, down)]
-        number = jnp.int32(0) if layer is None else layer
+        stacks, place = [gate_up.weight[...], down.weight[...]], layer
         if kernels == "xla":  # on a CPU the weights of a layer are arrays of their own
-            stacks, number = [stack[number][None] for stack in stacks], jnp.int32(0)
+            stacks, place = [stack[layer][None] for stack in stacks], jnp.int32(0)
         normed, norm = _split(x, norm)
         normed = normed if norm is None else self.norm(normed, norm, layer)
         shape = (len(scores) // sharding.size("batch"), normed.shape[1])
         one_shot = summed == (AXIS,) and self._sums(shape, normed.dtype)
 
-        def on_shard(x, residual, gate_up, down, scores, slots, number, then, collectives):
+        def on_shard(x, residual, gate_up, down, scores, slots, place, then, collectives):
             choices, weights = route(scores)
             choices = jnp.where(slots[:, None] >= 0, choices, -1)  # padding rows choose nobody
             if dealt:
                 choices -= jax.lax.axis_index(dealt) * gate_up.shape[1]
-            y = expert_mlp(x, gate_up, down, choices, weights, number, implementation=kernels)
+            y = expert_mlp(x, gate_up, down, choices, weights, place, implementation=kernels)
             if one_shot:
                 return collectives.sum(y, residual, then)
             return residual + (jax.lax.psum(y, summed) if summed else y)
 
-        rows, whole = spec("batch"), spec()
-        return sharding.shard_map(
-            on_shard,
-            (
-                rows,
-                rows,
-                spec(None, "experts", None, "expert_ffn"),
-                spec(None, "experts", None, "expert_ffn"),
-                rows,
-                rows,
-                whole,
-                whole,
-                Collectives.spec(sharding),
-            ),
-            rows,
-        )(
-            normed,
-            plain(x),
-            *stacks,
-            scores,
-            self.batch.slot_mapping,
-            number,
-            self._joining(then, shape, normed.dtype) if one_shot else None,
-            self.collectives,
+        rows, whole, parts = spec("batch"), spec(), spec(None, "experts", None, "expert_ffn")
+        of_devices = Collectives.spec(sharding)
+        then = self._joining(then, shape, normed.dtype) if one_shot else None
+        mapped = sharding.shard_map(
+            on_shard, (rows, rows, parts, parts, rows, rows, whole, whole, of_devices), rows
         )
+        slots, collectives = self.batch.slot_mapping, self.collectives
+        return mapped(normed, plain(x), *stacks, scores, slots, place, then, collectives)
 
     def constrain(self, x, *axes):
         return jax.tree.map(lambda array: self.sharding.constrain(array, *axes), x)
@@ -290,6 +265,9 @@ class GpuBackend(XlaBackend):
             bias = jnp.broadcast_to(linear.bias_at(layer), (len(x), *linear.out_shape))
             residual = bias if residual is None else residual + bias
 
+        def stacked(weight):
+            return weight[None] if layer is None else weight
+
         def on_shard(x, weight, norm_weight, residual, layer, then, collectives):
             if plan.one_row:
                 y = fused_linear(
@@ -323,8 +301,8 @@ class GpuBackend(XlaBackend):
             out_spec,
         )(
             x,
-            _stack(linear, layer),
-            None if norm is None else _stack(norm, layer),
+            stacked(linear.weight[...]),
+            None if norm is None else stacked(norm.weight[...]),
             residual,
             jnp.int32(0) if layer is None else layer,
             self._joining(then, (plan.rows, *plan.out), x.dtype) if plan.one_shot else None,
