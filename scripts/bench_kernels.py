@@ -179,7 +179,7 @@ def expert_case(tokens: int, scale: Namespace) -> Case:
         return normal(2, tokens, width), gate_up, down, choices, jnp.full((tokens, CHOICES), 0.5)
 
     rng = np.random.default_rng(tokens)
-    choices = np.int32([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)])
+    choices = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]).astype(np.int32)
     bound_by_bytes = tokens * CHOICES / EXPERTS < 250
     work = 2 * 3 * width * size * (len(np.unique(choices)) if bound_by_bytes else choices.size)
     unit = "TB/s" if bound_by_bytes else "TFLOP/s"

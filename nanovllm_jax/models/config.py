@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_jax.layers.rope import Rope
-from nanovllm_jax.models.config_file import ARCHITECTURES, read_settings
+from nanovllm_jax.models.config_file import read_settings
+from nanovllm_jax.models.families import ARCHITECTURES
 
 
 @dataclass(frozen=True)
