@@ -204,17 +204,24 @@ def _gate_up_kernel(
     """Run one program per block and `block_n` hidden units; outputs lie in the experts' order."""
     expert, first, rows = (blocks_ref[pl.program_id(1), i] for i in range(3))
     hidden = out_ref.shape[1]
-    unit = pl.program_id(0) * block_n + jnp.arange(block_n)
+    tile = pl.program_id(0)
 
     @pl.when(rows > 0)
     def _():
         m = jnp.arange(block_rows)
         row = plgpu.load(order_ref.at[first + m], mask=m < rows, other=0)
         token = lax.div(row, jnp.int32(choices))
-        gate_rows = (layer_ref[0] * num_experts + expert) * (2 * hidden) + _within(unit, hidden)
-        gate, up = _products(x_ref, token, w_ref, [gate_rows, gate_rows + hidden], chunk)
+        # Gate and up take turns in one product: a wide one is faster, and each pair of outputs lies
+        # in the registers of one thread.
+        n = jnp.arange(2 * block_n)
+        pair, which = lax.div(n, jnp.int32(2)), lax.rem(n, jnp.int32(2))
+        hidden_unit = _within(tile * block_n + pair, hidden)
+        w_rows = (layer_ref[0] * num_experts + expert) * (2 * hidden) + which * hidden + hidden_unit
+        pairs = _product(x_ref, token, w_ref, w_rows, chunk).reshape(block_rows, block_n, 2)
+        is_gate = lax.broadcasted_iota(jnp.int32, pairs.shape, 2) == 0
+        gate, up = (jnp.where(taken, pairs, 0).sum(axis=2) for taken in (is_gate, ~is_gate))
         gated = gate / (1 + jnp.exp(-gate)) * up
-        _store(out_ref, first + m, unit, gated, m < rows)
+        _store(out_ref, first + m, tile * block_n + jnp.arange(block_n), gated, m < rows)
 
 
 def _down_kernel(
@@ -231,27 +238,29 @@ def _down_kernel(
         m = jnp.arange(block_rows)
         w_rows = (layer_ref[0] * num_experts + expert) * width + _within(out, width)
         # The rows after the block's own may be unwritten: its last one is repeated instead.
-        [outputs] = _products(x_ref, first + jnp.minimum(m, rows - 1), w_ref, [w_rows], chunk)
+        outputs = _product(x_ref, first + jnp.minimum(m, rows - 1), w_ref, w_rows, chunk)
         row = plgpu.load(order_ref.at[first + m], mask=m < rows, other=num_rows)
         _store(out_ref, row, out, outputs, m < rows)
 
 
-def _products(x_ref, x_rows, w_ref, tiles, chunk: int):
-    """Multiply rows of x by several tiles of rows of w, in float32; returns [M, N] for each tile.
+def _product(x_ref, x_rows, w_ref, w_rows, chunk: int):
+    """Multiply rows of x by rows of w, in float32.
 
     A row that is not wanted may hold anything: it reaches no other row or column of the result.
     """
     width = x_ref.shape[1]
 
-    def step(i, sums):
+    def step(i, total):
         cols = i * chunk + jnp.arange(chunk)
         mask = cols < width if width % chunk else None
-        x = load_tile(x_ref, x_rows, cols, None, mask)
-        weights = [load_tile(w_ref, w_rows, cols, None, mask) for w_rows in tiles]
-        return [s + _dot(x, w) for s, w in zip(sums, weights, strict=True)]
+        x, w = (
+            load_tile(x_ref, x_rows, cols, None, mask),
+            load_tile(w_ref, w_rows, cols, None, mask),
+        )
+        return total + _dot(x, w)
 
-    sums = [jnp.zeros((x_rows.shape[0], w_rows.shape[0]), jnp.float32) for w_rows in tiles]
-    return lax.fori_loop(0, cdiv(width, chunk), step, sums)
+    total = jnp.zeros((x_rows.shape[0], w_rows.shape[0]), jnp.float32)
+    return lax.fori_loop(0, cdiv(width, chunk), step, total)
 
 
 def _within(numbers, count: int):
