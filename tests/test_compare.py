@@ -542,7 +542,13 @@ def test_a_worker_ends_with_its_parent_and_takes_its_own_children_along():
     assert process.wait(20) == -signal.SIGKILL
     process.stdout.read()  # ends when the child's files are closed, a moment before it is gone
     process.stdout.close()
-    status = Path(f"/proc/{child}/status")
+
+    def runs():
+        try:
+            return "State:\tZ" not in Path(f"/proc/{child}/status").read_text()
+        except OSError:  # it is gone
+            return False
+
     deadline = time.monotonic() + 20
-    while status.exists() and "State:\tZ" not in status.read_text():
+    while runs():
         assert time.monotonic() < deadline
