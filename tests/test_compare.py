@@ -44,7 +44,7 @@ from nanovllm_jax.tools.options import UsageError
 
 ROOT = Path(__file__).parents[1]
 TINY = replace(
-    shapes.QWEN3["0.6B"], vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,
+    shapes.SHAPES["0.6B"], vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1,
     num_heads=2, num_kv_heads=1, head_dim=16, max_position_embeddings=512, eos_token_ids=(2,),
 )  # fmt: skip
 SMALL = workloads.Scale(
