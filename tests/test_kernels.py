@@ -651,7 +651,7 @@ def test_mosaic_prefill_lowers_for_a_gpu():
         return two_layers(*args, decode=False, implementation="mosaic", interpret=False)
 
     text = lower_for_h100(jax.jit(step, donate_argnums=(7, 8)), *two_layers_shapes("bfloat16"))
-    assert kernels_in(text).count("mosaic_gpu") == 1  # both layers call one kernel
+    assert kernels_in(text).count("paged_prefill_mosaic") == 1  # both layers call one kernel
 
 
 @each_implementation

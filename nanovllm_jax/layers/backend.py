@@ -18,7 +18,12 @@ from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import fused_linear, supports_fused_linear
+from pallas_kernels import (
+    fused_linear,
+    gated_linear,
+    supports_fused_linear,
+    supports_gated_linear,
+)
 
 
 class Backend(Protocol):
@@ -142,13 +147,15 @@ class LinearPlan(NamedTuple):
     summed: tuple[str, ...]  # mesh axes whose devices hold parts of the sum
     one_row: bool  # one kernel for norm, product, gate and residual
     one_shot: bool  # one kernel for the sum and the residual
+    many_rows: bool  # one kernel for product and gate
 
 
 @dataclass(frozen=True)
 class GpuBackend(XlaBackend):
     """Serving with the project's own kernels, where they fit; elsewhere as `XlaBackend`.
 
-    A single token in 16 bits takes one kernel for a Linear and what surrounds it. A small sum over
+    A single token in 16 bits takes one kernel for a Linear and what surrounds it. Many tokens take
+    one for a gated Linear, which does not write what it puts through the gate. A small sum over
     the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
     """
 
@@ -183,6 +190,8 @@ class GpuBackend(XlaBackend):
             return super().linear(
                 x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype
             )
+        if plan.many_rows and norm is not None:
+            x, norm = self.norm(x, norm, layer), None
         num_in, eps = len(linear.in_axes), 0.0 if norm is None else norm.eps
 
         def stacked(weight):
@@ -195,6 +204,11 @@ class GpuBackend(XlaBackend):
                     norm_weight, None if plan.summed else residual,
                     eps=eps, gated=gated, dtype=dtype or x.dtype,
                 ).reshape(plan.rows, *plan.out)  # fmt: skip
+            elif plan.many_rows:
+                rows = x.reshape(plan.rows, plan.width)
+                weight = weight.reshape(len(weight), 2, -1, plan.width)
+                y = gated_linear(rows, weight, layer).reshape(plan.rows, *plan.out)
+                y = y.astype(dtype or x.dtype)
             else:
                 y = product(x, weight[layer], num_in, dtype)
             if plan.one_shot:
@@ -242,9 +256,15 @@ class GpuBackend(XlaBackend):
         one_row = supports_fused_linear(rows, num_out, num_inputs, dtype)
         # A product without a norm before it, and with a residual after it.
         one_shot = residual and summed == (AXIS,) and self._sums((rows, num_out), dtype)
-        if not self._holds_hidden_size or not (one_row or one_shot):
+        takes_gate = gated and not residual and not summed
+        many_rows = takes_gate and self._many_rows(rows, num_out, num_inputs, dtype)
+        if not self._holds_hidden_size or not (one_row or one_shot or many_rows):
             return None
-        return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot)
+        return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot, many_rows)
+
+    def _many_rows(self, rows: int, num_out: int, num_inputs: int, dtype: DTypeLike) -> bool:
+        device = self.sharding.mesh.devices.flat[0]
+        return supports_gated_linear(rows, num_out, num_inputs, dtype, device)
 
     @property
     def _holds_hidden_size(self) -> bool:
