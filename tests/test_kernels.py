@@ -21,6 +21,7 @@ from pallas_kernels import (
     decode_step,
     draw,
     fused_linear,
+    gated_linear,
     gumbel,
     mosaic_prefill,
     mosaic_problem,
@@ -30,12 +31,14 @@ from pallas_kernels import (
     random_bits,
     stream_words,
     supports_fused_linear,
+    supports_gated_linear,
 )
 from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
 
 # The package's attributes of these names are functions.
 decode_module = sys.modules["pallas_kernels.paged_decode"]
 draw_module = sys.modules["pallas_kernels.draw"]
+gated_module = sys.modules["pallas_kernels.gated_linear"]
 
 IMPLEMENTATIONS = ("xla", "triton")
 LAYERS, LAYER = 3, 1
@@ -314,6 +317,26 @@ def check_fused_linear(
     np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=half_ulp + 1e-4, atol=1e-4)
 
 
+def check_gated_linear(num_rows, width, num_out, *, seed=0, **options):
+    """`gated_linear` against float32 NumPy; the weights of all other layers are NaN."""
+    rng = np.random.default_rng([seed, num_rows, width, num_out])
+    x = rng.standard_normal((num_rows, width), np.float32)
+    x[:: num_rows // 3] *= 100  # whose exponentials leave float32's range
+    x = jnp.asarray(x, jnp.bfloat16)
+    own = rng.standard_normal((2, num_out, width), np.float32) * (2 * width**-0.5)
+    own = jnp.asarray(own, jnp.bfloat16)
+    weight = jnp.full((LAYERS, *own.shape), jnp.nan, jnp.bfloat16).at[LAYER].set(own)
+    out = gated_linear(x, weight, jnp.int32(LAYER), **options)
+    assert out.shape == (num_rows, num_out) and out.dtype == jnp.bfloat16
+
+    gate, up = (np.asarray(x, np.float32) @ np.asarray(half, np.float32).T for half in own)
+    with np.errstate(over="ignore"):
+        want = gate / (1 + np.exp(-gate)) * up
+    # Rounded once, at the end: a gate or an up rounded before it would be out of these bounds.
+    half_ulp = float(jnp.finfo(out.dtype).eps) / 2
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=half_ulp + 2e-4, atol=2e-4)
+
+
 DRAW_KINDS = ("random", "ties", "zeros", "masked", "nothing", "one")
 
 
@@ -536,6 +559,21 @@ def test_mosaic_prefill_matches_dense_attention(shape, monkeypatch):
     check_prefill("mosaic", [(0, 0)], padding=5, **shape)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter is too old")
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_out", "options"),
+    [
+        (128, 64, 128, dict()),  # one tile of one step, and a member of the cluster without rows
+        (600, 192, 384, dict(band=2)),  # more stages than steps, and a band less high than others
+        (1032, 320, 256, dict(stages=2, band=3)),
+    ],
+)
+def test_gated_linear_matches_float32(num_rows, width, num_out, options, cluster, monkeypatch):
+    monkeypatch.setattr(gated_module, "PROGRAMS", 4)  # so that each has several tiles
+    check_gated_linear(num_rows, width, num_out, cluster=cluster, interpret=True, **options)
+
+
 # --- What the engine relies on ---------------------------------------------------------------
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 16, 8, 4, 128, 4
@@ -635,6 +673,17 @@ def test_fused_linear_lowers_for_a_gpu(fused, gated):
     linear = functools.partial(fused_linear, gated=gated, dtype=jnp.float32, interpret=False)
     text = lower_for_h100(jax.jit(linear), x, weight, layer, *optional)
     assert kernels_in(text) == ["fused_linear"]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_out"),
+    [(16384, 1024, 3072), (2048, 4096, 12288), (16384, 1024, 1536), (1096, 4096, 6144)],
+)
+def test_gated_linear_lowers_for_a_gpu(num_rows, width, num_out):
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = struct((num_rows, width)), struct((3, 2, num_out, width))
+    text = lower_for_h100(gated_linear, *args, jax.ShapeDtypeStruct((), jnp.int32))
+    assert kernels_in(text) == ["gated_linear"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -810,3 +859,47 @@ def test_fused_linear_names_what_it_does_not_take():
 )
 def test_supports_fused_linear(rows, num_out, width, dtype, fits):
     assert supports_fused_linear(rows, num_out, width, dtype) == fits
+
+
+def test_gated_linear_names_what_it_does_not_take():
+    def linear(rows=128, width=64, num_out=128, halves=2, weight_width=None, dtype="bfloat16"):
+        weight = jnp.zeros((1, halves, num_out, weight_width or width), dtype)
+        gated_linear(jnp.zeros((rows, width), "bfloat16"), weight, jnp.int32(0))
+
+    with pytest.raises(ValueError, match=r"128 rows in multiples of 8.*bfloat16\(120, 64\)"):
+        linear(rows=120)
+    with pytest.raises(ValueError, match=r"bfloat16\(132, 64\)"):
+        linear(rows=132)
+    with pytest.raises(ValueError, match=r"outputs in multiples of 128.*\(1, 2, 192, 64\)"):
+        linear(num_out=192)
+    with pytest.raises(ValueError, match=r"inputs in multiples of 64, not bfloat16\(128, 96\)"):
+        linear(width=96)
+    with pytest.raises(ValueError, match=r"with bfloat16\(1, 2, 128, 128\)"):
+        linear(weight_width=128)
+    with pytest.raises(ValueError, match=r"with bfloat16\(1, 1, 128, 64\)"):
+        linear(halves=1)
+    with pytest.raises(ValueError, match=r"with float32\(1, 2, 128, 64\)"):
+        linear(dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_out", "width", "dtype", "capability", "fits"),
+    [
+        (1024, 3072, 1024, "bfloat16", "9.0", True),
+        (16384, 1536, 1024, "bfloat16", "9.0", True),
+        (1016, 3072, 1024, "bfloat16", "9.0", False),
+        (1028, 3072, 1024, "bfloat16", "9.0", False),
+        (1024, 3008, 1024, "bfloat16", "9.0", False),
+        (1024, 3072, 1000, "bfloat16", "9.0", False),
+        (1024, 3072, 1024, "float16", "9.0", False),
+        (1024, 3072, 1024, "bfloat16", "8.0", False),
+        (1024, 3072, 1024, "bfloat16", "10.0", False),
+        (1024, 3072, 1024, "bfloat16", None, False),  # a CPU
+    ],
+)
+def test_supports_gated_linear(rows, num_out, width, dtype, capability, fits):
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, client=client)
+    if capability is None:
+        device = SimpleNamespace(platform="cpu")
+    assert supports_gated_linear(rows, num_out, width, dtype, device) == fits

@@ -31,6 +31,7 @@ def test_time_is_counted_once_where_kernels_overlap():
         ("wrapped_scatter", "jit(decode_step)/jit(norm_rope_write)/scatter", "KV write"),
         ("nvjet_sm90_tst_48x64", "", "products"),
         ("fused_linear__2", "", "products"),
+        ("gated_linear_mosaic_gpu_kernel", "", "products"),
         ("ynn_fusion_36", "jit(run)/jit(run_layer)/dot_general", "products"),
         ("input_reduce_fusion", "jit(run)/jit(_draw)/reduce", "sampling"),
         ("loop_multiply_fusion_27", "jit(run)/mul", "norms, activations, inputs"),
