@@ -1,4 +1,4 @@
-"""The first product of a gated MLP for many rows, which writes silu(gate) * up and nothing else.
+"""One product computes gate and up of a gated MLP, and writes silu(gate) * up and nothing else.
 
 It is written for Pallas's Mosaic GPU backend and runs on sm_90 only.
 """
@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Int32
 
-from pallas_kernels._common import LOG2_E, cdiv, mosaic_problem
+from pallas_kernels._common import LOG2_E, mosaic_problem
 from pallas_kernels._compat import mosaic_interpreter
 
 # Warpgroups of a program that compute; one more issues the copies.
@@ -34,7 +34,7 @@ STAGES = 4
 # weight to both. By itself, a program at the tensor cores' full rate would read 48 bytes per clock
 # from the second-level cache; two read 32 each.
 CLUSTER = 2
-# Tiles of a cluster, one below the other, in a band; see `_tile`.
+# Tiles of a cluster that a band has one below the other; see `_tile`.
 BAND = 8
 # Programs of a launch: one per multiprocessor of an H100 or H200 (SXM). More would queue.
 PROGRAMS = 132
@@ -53,7 +53,7 @@ Ref = Any  # a reference inside a kernel; Pallas has no public type for it
 def supports_gated_linear(
     num_rows: int, num_out: int, width: int, dtype: DTypeLike, device: Any
 ) -> bool:
-    """Whether `gated_linear` takes such a layer on this device, and has rows enough to pay off."""
+    """Whether `gated_linear` takes such a layer, which has rows enough, on this device."""
     if not _fits(num_rows, num_out, width, dtype) or num_rows < FEWEST_ROWS:
         return False
     return device.platform == "gpu" and mosaic_problem(device) is None
@@ -88,7 +88,7 @@ def gated_linear(
         layer: the layer whose weights are used.
         stages: steps of a tile's product that shared memory holds; at least 2.
         cluster: programs that share the weight's copies.
-        band: tiles of a cluster, one below the other, in a band; see `_tile`.
+        band: tiles of a cluster that a band has one below the other; see `_tile`.
         interpret: run in Mosaic's interpreter, which needs jax 0.11.
 
     Raises:
@@ -103,7 +103,7 @@ def gated_linear(
             f"outputs in multiples of {TILE_COLUMNS} and inputs in multiples of {DEPTH}, not "
             f"{x.dtype}{x.shape} with {weight.dtype}{weight.shape}"
         )
-    row_tiles, column_tiles = cdiv(num_rows, cluster * TILE_ROWS), num_out // TILE_COLUMNS
+    row_tiles, column_tiles = pl.cdiv(num_rows, cluster * TILE_ROWS), num_out // TILE_COLUMNS
     geometry = Geometry(
         clusters=min(PROGRAMS // cluster, row_tiles * column_tiles),
         cluster=cluster,
@@ -281,7 +281,8 @@ def _compute_tile(
     shape = (ROWS, 2 * TILE_COLUMNS)
     sums = pl.run_scoped(product, mgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     gate, up = sums[:, :TILE_COLUMNS], sums[:, TILE_COLUMNS:]
-    # The square of a quick reciprocal root is far quicker than a division, and as exact here.
+    # The approximate reciprocal root is right to about 22 bits, and its square far quicker than an
+    # exact division. Where the exponential overflows, it is zero.
     root = lax.rsqrt(1 + jnp.exp2(gate * -LOG2_E))
     gated = (gate * up * (root * root)).astype(refs.out.dtype)
 
