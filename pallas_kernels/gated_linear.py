@@ -27,9 +27,12 @@ TILE_ROWS = COMPUTE_WARPGROUPS * ROWS
 TILE_COLUMNS = 128
 # Columns of x and of the weight that a step multiplies; in bfloat16, one swizzle of 128 bytes.
 DEPTH = 64
-# Steps in shared memory: four of 48 KiB and 32 KiB of output take 224 of its 227 KiB. They also
-# bound how far one warpgroup may run ahead of the other, to multiply while that one computes gates.
+# Steps in shared memory: four of 48 KiB and 32 KiB of output take 224 of its 227 KiB.
 STAGES = 4
+# Steps of a tile that the first warpgroup has done before the second begins. In step with each
+# other, both would compute their gates at the same time, and the tensor cores would then be idle:
+# after the 16,384 clocks of a tile of Qwen3-0.6B, for the 2,048 of its exponentials and roots.
+LEAD = 1
 # Programs of a cluster. They have the same columns of other rows, and each copies half of the
 # weight to both. By itself, a program at the tensor cores' full rate would read 48 bytes per clock
 # from the second-level cache; two read 32 each.
@@ -63,17 +66,19 @@ def _fits(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
     return (
         jnp.dtype(dtype) == jnp.bfloat16
         and num_rows >= TILE_ROWS
+        and width >= STAGES * DEPTH
         and num_rows % ALIGNMENT == num_out % TILE_COLUMNS == width % DEPTH == 0
     )
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "cluster", "band", "interpret"))
+@functools.partial(jax.jit, static_argnames=("stages", "lead", "cluster", "band", "interpret"))
 def gated_linear(
     x: BFloat16[Array, "T D"],
     weight: BFloat16[Array, "L 2 F D"],
     layer: Int32[Array, ""],
     *,
     stages: int = STAGES,
+    lead: int = LEAD,
     cluster: int = CLUSTER,
     band: int = BAND,
     interpret: bool = False,
@@ -86,23 +91,27 @@ def gated_linear(
     Args:
         weight: gate and up of all layers, so that no slice must be copied for the kernel.
         layer: the layer whose weights are used.
-        stages: steps of a tile's product that shared memory holds; at least 2.
+        stages: steps of a tile's product that shared memory holds: 2 to D / 64.
+        lead: steps of a tile that the first warpgroup has done before the second begins, fewer than
+            `stages`; with 0, they do not wait for each other.
         cluster: programs that share the weight's copies.
         band: tiles of a cluster that a band has one below the other; see `_tile`.
         interpret: run in Mosaic's interpreter, which needs jax 0.11.
 
     Raises:
-        ValueError: the shapes do not fit each other or the kernel, or `interpret` is set with an
-            older jax.
+        ValueError: the shapes do not fit each other or the kernel, the settings do not fit each
+            other, or `interpret` is set with an older jax.
     """
     (num_rows, width), num_out = x.shape, weight.shape[2]
     same = weight.dtype == x.dtype and weight.shape[1::2] == (2, width)
     if not same or not _fits(num_rows, num_out, width, x.dtype):
         raise ValueError(
             f"gated_linear takes bfloat16: at least {TILE_ROWS} rows in multiples of {ALIGNMENT}, "
-            f"outputs in multiples of {TILE_COLUMNS} and inputs in multiples of {DEPTH}, not "
-            f"{x.dtype}{x.shape} with {weight.dtype}{weight.shape}"
+            f"at least {STAGES * DEPTH} inputs in multiples of {DEPTH} and outputs in multiples of "
+            f"{TILE_COLUMNS}, not {x.dtype}{x.shape} with {weight.dtype}{weight.shape}"
         )
+    if not 0 <= lead < stages or not 2 <= stages <= width // DEPTH:
+        raise ValueError(f"there is no room for {stages} stages and a lead of {lead} steps")
     row_tiles, column_tiles = pl.cdiv(num_rows, cluster * TILE_ROWS), num_out // TILE_COLUMNS
     geometry = Geometry(
         clusters=min(PROGRAMS // cluster, row_tiles * column_tiles),
@@ -111,6 +120,7 @@ def gated_linear(
         column_tiles=column_tiles,
         steps=width // DEPTH,
         stages=stages,
+        lead=lead,
         band=band,
     )
     swizzled = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
@@ -133,6 +143,7 @@ def gated_linear(
             free=mgpu.ClusterBarrier(
                 collective_axes=("member",), num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages
             ),
+            ahead=mgpu.Barrier(),
         ),
         compiler_params=mgpu.CompilerParams(
             approx_math=True, lowering_semantics=mgpu.LoweringSemantics.Lane
@@ -149,6 +160,7 @@ class Geometry(NamedTuple):
     column_tiles: int
     steps: int  # of a tile's product
     stages: int  # steps in shared memory
+    lead: int  # steps of a tile that the first warpgroup does before the second begins
     band: int  # rows of tiles in a band
 
 
@@ -174,6 +186,7 @@ class Scratch(NamedTuple):
     rows: Ref  # the output of a tile on its way to memory
     ready: Ref
     free: Ref
+    ahead: Ref  # the first warpgroup has its lead
 
 
 def _kernel(*operands, geometry: Geometry, **scratch):
@@ -272,8 +285,14 @@ def _compute_tile(
             mgpu.wgmma_wait(1)  # the step before is done, and this one is under way
             release(k - 1)
 
+        # The first warpgroup cannot be a whole tile ahead, so it never arrives twice for one wait.
+        if geometry.lead:
+            pl.when(warpgroup == 1)(lambda: mgpu.barrier_wait(smem.ahead))
         multiply(0)
-        lax.fori_loop(1, geometry.steps, multiply_and_release, None)
+        lax.fori_loop(1, geometry.lead + 1, multiply_and_release, None)
+        if geometry.lead:
+            pl.when(warpgroup == 0)(lambda: mgpu.barrier_arrive(smem.ahead))
+        lax.fori_loop(geometry.lead + 1, geometry.steps, multiply_and_release, None)
         done = sums[...]
         release(geometry.steps - 1)
         return done

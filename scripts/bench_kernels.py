@@ -44,7 +44,7 @@ MODELS = {"0.6B": (16, 1024, 3072), "8B": (32, 4096, 12288)}
 # XLA's own products are compiled as in the engine, by cuBLAS and untuned.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}
 # Settings of gated_linear that --settings tries besides its defaults.
-SETTINGS = ({"stages": 3}, {"cluster": 1}, {"band": 4}, {"band": 16}, {"band": 64})
+SETTINGS = ({"lead": 0}, {"lead": 2}, {"stages": 3}, {"cluster": 1}, {"band": 4}, {"band": 16})
 
 
 # The sizes of the cases, at full scale and for --tiny.

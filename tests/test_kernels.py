@@ -565,9 +565,11 @@ def test_mosaic_prefill_matches_dense_attention(shape, monkeypatch):
 @pytest.mark.parametrize(
     ("num_rows", "width", "num_out", "options"),
     [
-        (128, 64, 128, dict()),  # one tile of one step, and a member of the cluster without rows
-        (600, 192, 384, dict(band=2)),  # more stages than steps, and a band less high than others
+        (128, 256, 128, dict()),  # one tile, and a member of the cluster without rows
+        (600, 256, 384, dict(band=2)),  # a band less high than the others
         (520, 320, 256, dict(stages=2, band=3)),
+        (264, 320, 256, dict(lead=2)),
+        (264, 320, 256, dict(lead=0)),
     ],
 )
 def test_gated_linear_matches_float32(num_rows, width, num_out, options, cluster, monkeypatch):
@@ -865,24 +867,32 @@ def test_supports_fused_linear(rows, num_out, width, dtype, fits):
 
 
 def test_gated_linear_names_what_it_does_not_take():
-    def linear(rows=128, width=64, num_out=128, halves=2, weight_width=None, dtype="bfloat16"):
+    def linear(
+        rows=128, width=256, num_out=128, halves=2, weight_width=None, dtype="bfloat16", **options
+    ):  # fmt: skip
         weight = jnp.zeros((1, halves, num_out, weight_width or width), dtype)
-        gated_linear(jnp.zeros((rows, width), "bfloat16"), weight, jnp.int32(0))
+        gated_linear(jnp.zeros((rows, width), "bfloat16"), weight, jnp.int32(0), **options)
 
-    with pytest.raises(ValueError, match=r"128 rows in multiples of 8.*bfloat16\(120, 64\)"):
+    with pytest.raises(ValueError, match=r"128 rows in multiples of 8.*bfloat16\(120, 256\)"):
         linear(rows=120)
-    with pytest.raises(ValueError, match=r"bfloat16\(132, 64\)"):
+    with pytest.raises(ValueError, match=r"bfloat16\(132, 256\)"):
         linear(rows=132)
-    with pytest.raises(ValueError, match=r"outputs in multiples of 128.*\(1, 2, 192, 64\)"):
+    with pytest.raises(ValueError, match=r"outputs in multiples of 128.*\(1, 2, 192, 256\)"):
         linear(num_out=192)
-    with pytest.raises(ValueError, match=r"inputs in multiples of 64, not bfloat16\(128, 96\)"):
-        linear(width=96)
-    with pytest.raises(ValueError, match=r"with bfloat16\(1, 2, 128, 128\)"):
-        linear(weight_width=128)
-    with pytest.raises(ValueError, match=r"with bfloat16\(1, 1, 128, 64\)"):
+    with pytest.raises(ValueError, match=r"inputs in multiples of 64 .*bfloat16\(128, 288\)"):
+        linear(width=288)
+    with pytest.raises(ValueError, match=r"at least 256 inputs .*bfloat16\(128, 192\)"):
+        linear(width=192)
+    with pytest.raises(ValueError, match=r"with bfloat16\(1, 2, 128, 320\)"):
+        linear(weight_width=320)
+    with pytest.raises(ValueError, match=r"with bfloat16\(1, 1, 128, 256\)"):
         linear(halves=1)
-    with pytest.raises(ValueError, match=r"with float32\(1, 2, 128, 64\)"):
+    with pytest.raises(ValueError, match=r"with float32\(1, 2, 128, 256\)"):
         linear(dtype="float32")
+    # With these a GPU would wait for ever.
+    for options in (dict(stages=5), dict(stages=1, lead=0), dict(lead=4), dict(lead=-1)):
+        with pytest.raises(ValueError, match="no room for"):
+            linear(**options)
 
 
 @pytest.mark.parametrize(
@@ -894,6 +904,7 @@ def test_gated_linear_names_what_it_does_not_take():
         (1028, 3072, 1024, "bfloat16", "9.0", False),
         (1024, 3008, 1024, "bfloat16", "9.0", False),
         (1024, 3072, 1000, "bfloat16", "9.0", False),
+        (1024, 3072, 192, "bfloat16", "9.0", False),
         (1024, 3072, 1024, "float16", "9.0", False),
         (1024, 3072, 1024, "bfloat16", "8.0", False),
         (1024, 3072, 1024, "bfloat16", "10.0", False),

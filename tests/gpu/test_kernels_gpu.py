@@ -107,10 +107,18 @@ def test_fused_linear(linear):
     jax.default_backend() != "gpu" or mosaic_problem(jax.devices()[0]) is not None,
     reason="needs a Hopper GPU",
 )
-@pytest.mark.parametrize("options", [{}, {"cluster": 1}, {"stages": 2, "band": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"cluster": 1, "lead": 0}, {"stages": 2, "band": 3}, {"lead": 2}], ids=str
+)
 @pytest.mark.parametrize(
     ("num_rows", "width", "num_out"),
-    [(4096, 1024, 3072), (1032, 1024, 1536), (1096, 4096, 6144), (1024, 896, 4864), (128, 64, 128)],
+    [
+        (4096, 1024, 3072),
+        (1032, 1024, 1536),
+        (1096, 4096, 6144),
+        (1024, 896, 4864),
+        (128, 256, 128),
+    ],
 )
 def test_gated_linear(num_rows, width, num_out, options):
     for seed in range(3):  # a race would not show every time
