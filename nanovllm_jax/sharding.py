@@ -20,12 +20,15 @@ Rule = str | tuple[str, ...] | None  # The mesh axis or axes that a logical axis
 # Logical axis -> mesh axis. "tensor" is Megatron's tensor parallelism (arXiv:1909.08053): attention
 # is split by KV head together with the query heads that share it, the MLP by its hidden units,
 # embedding and logits by vocabulary entry. "data" splits the sequences: tokens, rows and cache.
+# Experts are split like the MLP; {"experts": "tensor", "expert_ffn": None} deals them out whole.
 DEFAULT_RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "vocab": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
         "ffn": "tensor",
+        "experts": None,
+        "expert_ffn": "tensor",  # hidden units of an expert
         "embed": None,  # of weights: the side that meets the residual stream
         "batch": "data",  # sequences: their tokens, rows and cache pages
         "activation_tokens": "data",  # the residual stream between a layer's two halves

@@ -5,6 +5,8 @@ tensors to, or else model.safetensors. Other files beside them (adapters, averag
 states of a trainer, macOS's `._` files) do not matter.
 """
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,29 @@ from safetensors import SafetensorError, safe_open
 from nanovllm_jax.files import check_readable, is_there, read_json
 from nanovllm_jax.models import ModelConfig
 from nanovllm_jax.models.checkpoint import HEAD, TABLE, determined_tensor, tensor_shapes
+from nanovllm_jax.quantization import SCALE, Blocks, dequantize, read_blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # The types that are read: an integer type to view their bits in, and the bits of infinity, which
 # those of infinite and undefined values are no less than, apart from the sign.
 TYPES = {"F32": (np.int32, 0x7F80_0000), "F16": (np.int16, 0x7C00), "BF16": (np.int16, 0x7F80)}
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # of NumPy's types
+FP8 = "F8_E4M3"  # The type of weights that are dequantized, and the bits of its NaN without a sign.
+FP8_NAN = 0x7F
 ROWS = 4096  # Rows of a table that are compared at a time.
 
 
 class Checkpoint:
-    """Reads the tensors of a directory's safetensors files by name, when asked for."""
+    """Reads the tensors of a directory's safetensors files by name, when asked for.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    Args:
+        directory: has the files, and the config.json that says how they are quantized, if at all.
+        dtype: what quantized weights are dequantized to.
+    """
+
+    def __init__(self, directory: Path, dtype: Any = np.float32):
+        self.directory, self.dtype = directory, dtype
         files, self.index = _files(directory)
         self.handles: dict[str, Any] = {}  # file name -> open file
         self.holders: dict[str, list[str]] = {}  # tensor -> names of the files that hold it
@@ -40,19 +51,50 @@ class Checkpoint:
             self.handles[file.name] = handle
             for name in handle.keys():  # noqa: SIM118 (it is no dict)
                 self.holders.setdefault(name, []).append(file.name)
+        self.blocks = _blocks(directory)
+        self.quantized = {  # shapes of the weights that are dequantized
+            name: tuple(self._slice(name).get_shape())
+            for name in self.holders
+            if self.blocks and self._slice(name).get_dtype() == FP8
+        }
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes that the quantized weights and their scales take in the files."""
+        widths = {"F32": 4, "F16": 2, "BF16": 2}
+        scales = [self._slice(name + SCALE) for name in self.quantized]
+        stored = sum(math.prod(x.get_shape()) * widths[x.get_dtype()] for x in scales)
+        return stored + sum(map(math.prod, self.quantized.values()))
 
     def read(self, name: str) -> np.ndarray:
-        """Read a tensor; ValueError if it has values that are no numbers."""
+        """Read a tensor, dequantized; ValueError if it has values that are no numbers."""
         if name not in self.holders:  # `check` has allowed no other tensor to be missing
             name = HEAD
         [file] = self.holders[name]
+        if name in self.quantized:
+            return self._dequantized(name)
         tensor = self.handles[file].get_tensor(name)
         if not _is_finite(tensor, self._slice(name).get_dtype()):
-            raise ValueError(
-                f"{self.directory / file}: {name} has NaN or infinite values, with which every "
-                f"answer is the same token; download it again, or take an earlier checkpoint"
-            )
+            raise self._no_numbers(name, "has NaN or infinite values")
         return tensor
+
+    def _dequantized(self, name: str) -> np.ndarray:
+        """Read a weight of 8-bit floats and multiply it by its scales."""
+        assert self.blocks is not None
+        bits = _read_bytes(self.directory / self.holders[name][0], name)
+        bits = bits.reshape(self.quantized[name])
+        weight = dequantize(bits, self.read(name + SCALE), self.blocks, self.dtype)
+        if not _is_finite(weight, NAMES[weight.dtype.name]):
+            if (bits & FP8_NAN == FP8_NAN).any():
+                raise self._no_numbers(name, "has NaN or infinite values")
+            raise self._no_numbers(name, f"times {name}{SCALE} is larger than {weight.dtype} holds")
+        return weight
+
+    def _no_numbers(self, name: str, problem: str) -> ValueError:
+        return ValueError(
+            f"{self.directory / self.holders[name][0]}: {name} {problem}, with which every answer "
+            f"is the same token; download it again, or take an earlier checkpoint"
+        )
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError unless the files hold exactly this model.
@@ -62,6 +104,10 @@ class Checkpoint:
         expected, found = tensor_shapes(config), self.holders.keys()
         if config.tie_word_embeddings and HEAD in found and TABLE not in found:
             expected[HEAD] = expected.pop(TABLE)  # the one table, saved under its other name
+        if self.blocks:
+            for name, shape in self.quantized.items():
+                if name in expected and len(shape) == 2:
+                    expected[name + SCALE] = self.blocks.scales_of(shape)
         shapes = {name: tuple(self._slice(name).get_shape()) for name in found}
         types = {name: self._slice(name).get_dtype() for name in found}
         unexpected, unlike = [], []
@@ -87,7 +133,7 @@ class Checkpoint:
             f"of a type other than {', '.join(TYPES)}": [
                 f"{self._named(name)} is {kind}"
                 for name, kind in sorted(types.items())
-                if kind not in TYPES
+                if kind not in TYPES and not (name + SCALE in expected and kind == FP8)
             ],
             "in two files": [
                 f"{name} in {' and '.join(files)}"
@@ -129,6 +175,26 @@ class Checkpoint:
         parts = [slice(i, i + ROWS) for i in range(0, left.get_shape()[0] - ROWS, ROWS)]
         parts.append(slice(len(parts) * ROWS, None))  # safetensors allows no end beyond the last
         return all(np.array_equal(left[part], right[part]) for part in parts)
+
+
+def _blocks(directory: Path) -> Blocks | None:
+    """How the weights are quantized; None if they are not."""
+    settings = read_json(directory / "config.json").get("quantization_config")
+    if settings is None:
+        return None
+    blocks, problems = read_blocks(settings)
+    if problems:
+        raise ValueError(f"{directory / 'config.json'}: quantization_config: {problems[0]}")
+    return blocks
+
+
+def _read_bytes(file: Path, name: str) -> np.ndarray:
+    """Read a tensor's bytes from a sound file: safetensors gives NumPy no 8-bit floats."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        begin, end = json.loads(stream.read(size))[name]["data_offsets"]
+        stream.seek(8 + size + begin)
+        return np.frombuffer(stream.read(end - begin), np.uint8)
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:

@@ -1,6 +1,8 @@
 """Reads checkpoints into sharded arrays: safetensors only, one layer on the host at a time."""
 
 import functools
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from nanovllm_jax.models import ModelConfig, parameters
-from nanovllm_jax.models.checkpoint import STACKED, sources
+from nanovllm_jax.models.checkpoint import STACKED, layers_of, sources
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.tensor_files import Checkpoint
 
-# Maps (parameter path, layer number, shape of one layer's parameter) to its value.
+logger = logging.getLogger("nanovllm_jax")
+
+# Maps (parameter path, place in its stack of layers, shape of one layer's parameter) to its value.
 GetValue = Callable[[tuple, int, tuple[int, ...]], np.ndarray | jax.Array]
 
 
@@ -29,12 +33,24 @@ def load_weights(config: ModelConfig, sharding: Sharding, directory: Path) -> nn
         ValueError: a file is damaged, or weights are missing, unexpected, of another shape or type,
             or no numbers; the message names them.
     """
-    checkpoint, table, dtype = Checkpoint(directory), sources(config), jnp.dtype(config.dtype)
+    table, dtype = sources(config), jnp.dtype(config.dtype)
+    checkpoint = Checkpoint(directory, dtype)
     checkpoint.check(config)
+    if quantized := checkpoint.quantized:
+        logger.info(
+            "dequantizing %d of %d tensors from fp8 to %s: %.1f MB in the files, %.1f MB on the "
+            "devices",
+            len(quantized),
+            len(checkpoint.holders) - len(quantized),  # each has a tensor of scales
+            dtype,
+            checkpoint.quantized_bytes / 1e6,
+            sum(map(math.prod, quantized.values())) * dtype.itemsize / 1e6,
+        )
 
     def read(path: tuple, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-        source = table[".".join(map(str, path))]
-        names = [name.format(i=layer) for name, _ in source.tensors]
+        dotted = ".".join(map(str, path))
+        source, number = table[dotted], layers_of(dotted, config)[layer]
+        names = [name.format(i=number) for name, _ in source.tensors]
         # Converted one by one: NumPy joins no float16 with bfloat16.
         return source.join(*(checkpoint.read(n).astype(dtype, copy=False) for n in names))
 
@@ -86,10 +102,11 @@ class LayerWeights:
         """Split a weight [L, *axes], to be multiplied with activations.
 
         Weights of three axes or more get their inputs first, [*in, *out]: XLA multiplies with
-        matrices, which it would make of the other order by a transposition at each use.
+        matrices, which it would make of the other order by a transposition at each use. Experts
+        stay apart, since a step reads few of them.
         """
         order = list(range(len(axes)))
-        if len(axes) > 2:  # a product into the hidden size, or out of it
+        if len(axes) > 2 and "experts" not in axes:  # a product into the hidden size, or out of it
             order = order[-1:] + order[:-1] if axes[-1] == "embed" else order[1:] + order[:1]
         layers = tuple(weight[i].transpose(order) for i in range(len(weight)))
         return cls(layers, tuple(order))

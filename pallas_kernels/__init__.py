@@ -1,10 +1,12 @@
-"""Attention over a paged KV cache: arrays in, arrays out, one file per kernel.
+"""Attention over a paged KV cache, and what surrounds it: arrays in, arrays out.
+
+There is one file per kernel.
 
 The cache of each of K and V is one array `[L, P, S, K, H]`: layers, pages, positions in a page, KV
 heads, head dim. A block table lists the pages of a sequence in order, so that position p of
 sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 
-Every function of attention takes `implementation`:
+Every function of attention, and `expert_mlp`, takes `implementation`:
 
 - "triton": Pallas kernels for NVIDIA GPUs from Ampere on, interpreted if there is no GPU.
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
@@ -36,6 +38,7 @@ from pallas_kernels.all_reduce import (
 from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.gated_linear import gated_linear, supports_gated_linear
+from pallas_kernels.grouped_linear import expert_mlp
 from pallas_kernels.kv_write import norm_rope_write
 from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
 from pallas_kernels.paged_decode import decode_step, paged_decode
@@ -46,6 +49,7 @@ __all__ = [
     "addressable_pages",
     "decode_step",
     "draw",
+    "expert_mlp",
     "fused_linear",
     "gated_linear",
     "gumbel",

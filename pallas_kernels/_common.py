@@ -183,7 +183,7 @@ def product_dtype(dtype, cache_dtype):
     """Return the dtype in which queries are multiplied with the keys and values of a cache.
 
     It is float16 for an 8-bit cache: from e4m3, one instruction converts two elements, exactly.
-    Queries are normed, far inside float16's range, and softmax weights are at most 1.
+    Queries lie far inside float16's range, and softmax weights are at most 1.
     """
     eight_bit = jnp.dtype(cache_dtype).itemsize == 1 and jnp.dtype(dtype).itemsize == 2
     return jnp.dtype(jnp.float16) if eight_bit else jnp.dtype(dtype)

@@ -29,8 +29,8 @@ from pallas_kernels._common import (
 )
 def norm_rope_write(
     qkv: Float[Array, "T K G2 H"],
-    q_norm: Float[Array, "*L H"],
-    k_norm: Float[Array, "*L H"],
+    q_norm: Float[Array, "*L H"] | None,
+    k_norm: Float[Array, "*L H"] | None,
     cos: Float[Array, "T half"],
     sin: Float[Array, "T half"],
     slot_mapping: Int32[Array, " T"],
@@ -49,7 +49,8 @@ def norm_rope_write(
     Args:
         qkv: a KV head of a token has its G query heads, then the key, then the value: G2 = G + 2.
         q_norm, k_norm: the weights of the RMSNorm of each query and key head, either this layer's,
-            `[H]`, or all layers', `[L, H]`. Stacked weights save the GPU the copy of a slice.
+            `[H]`, or all layers', `[L, H]`. Stacked weights save the GPU the copy of a slice. None
+            for both: there is no norm.
         cos, sin: the float32 cosine and sine of each token's position times the H/2 inverse
             frequencies. The caller computes them once a step, because a sine of 32,000 radians is
             slow on a GPU and every layer needs the same ones.
@@ -86,25 +87,25 @@ def check_write(qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, l
         raise ValueError(f"qkv {qkv.shape} is not [T, K, G+2, H] for the cache {k_cache.shape}")
     if head_dim % 2 or not cos.shape == sin.shape == (num_tokens, head_dim // 2):
         raise ValueError(f"cos {cos.shape}, sin {sin.shape} are not [T, H/2] for qkv {qkv.shape}")
-    if q_norm.shape != k_norm.shape or q_norm.shape not in (
-        (head_dim,),
-        (k_cache.shape[0], head_dim),
-    ):
-        raise ValueError(f"q_norm {q_norm.shape}, k_norm {k_norm.shape} are not [H] or [L, H]")
+    norms = tuple(None if norm is None else norm.shape for norm in (q_norm, k_norm))
+    allowed = (None, (head_dim,), (k_cache.shape[0], head_dim))
+    if norms[0] != norms[1] or norms[0] not in allowed:
+        raise ValueError(f"q_norm {norms[0]}, k_norm {norms[1]} are not [H], [L, H] or None")
     if slot_mapping.shape != (num_tokens,):
         raise ValueError(f"slot_mapping {slot_mapping.shape} is not [T] for qkv {qkv.shape}")
 
 
 def _norm_rope(halves, weights, cos, sin, head_dim, eps):
-    """Norm and rotate heads, given as their two halves `[..., H/2]`, as Qwen3 does."""
+    """Norm (unless `weights` is None) and rotate heads, given as their two halves `[..., H/2]`."""
     dtype = halves[0].dtype
     x1, x2 = (x.astype(jnp.float32) for x in halves)
-    weight1, weight2 = (weight.astype(dtype) for weight in weights)
-    squares = (x1 * x1).sum(axis=-1, keepdims=True) + (x2 * x2).sum(axis=-1, keepdims=True)
-    inv_rms = lax.rsqrt(squares / head_dim + eps)
-    # Rounded before and after the weight, because Qwen3RMSNorm is.
-    x1 = ((x1 * inv_rms).astype(dtype) * weight1).astype(jnp.float32)
-    x2 = ((x2 * inv_rms).astype(dtype) * weight2).astype(jnp.float32)
+    if weights is not None:
+        weight1, weight2 = (weight.astype(dtype) for weight in weights)
+        squares = (x1 * x1).sum(axis=-1, keepdims=True) + (x2 * x2).sum(axis=-1, keepdims=True)
+        inv_rms = lax.rsqrt(squares / head_dim + eps)
+        # Rounded before and after the weight, because Qwen3RMSNorm is.
+        x1 = ((x1 * inv_rms).astype(dtype) * weight1).astype(jnp.float32)
+        x2 = ((x2 * inv_rms).astype(dtype) * weight2).astype(jnp.float32)
     return (x1 * cos - x2 * sin).astype(dtype), (x2 * cos + x1 * sin).astype(dtype)
 
 
@@ -119,8 +120,9 @@ def _norm_rope_write_xla(
 
     def norm_rope(heads, weight):  # heads [T, heads, H]
         halves = jnp.split(heads, 2, axis=-1)
-        weights = jnp.split(weight[layer] if weight.ndim == 2 else weight, 2)
-        halves = _norm_rope(halves, weights, cos[:, None], sin[:, None], head_dim, eps)
+        if weight is not None:
+            weight = jnp.split(weight[layer] if weight.ndim == 2 else weight, 2)
+        halves = _norm_rope(halves, weight, cos[:, None], sin[:, None], head_dim, eps)
         return jnp.concatenate(halves, axis=-1)
 
     q = norm_rope(qkv[:, :, :-2].reshape(num_tokens, -1, head_dim), q_norm)
@@ -143,10 +145,12 @@ def _norm_rope_write_xla(
 
 
 def _kernel(
-    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slot_mapping_ref, layer_ref, _k_in, _v_in,
-    q_ref, k_ref, v_ref, *, group: int, cache_shape: tuple[int, ...], eps: float,
+    qkv_ref, cos_ref, sin_ref, slot_mapping_ref, layer_ref, _k_in, _v_in, *refs,
+    group: int, cache_shape: tuple[int, ...], eps: float,
 ):  # fmt: skip
     """Run one program per token. Matrices have rows of half a head, since RoPE pairs the halves."""
+    *norm_refs, q_ref, k_ref, v_ref = refs
+    q_norm_ref, k_norm_ref = norm_refs or (None, None)
     token = pl.program_id(0)
     num_kv_heads, head_dim = cache_shape[3:]
     num_heads = num_kv_heads * group
@@ -163,8 +167,10 @@ def _kernel(
         store_rows(ref, 2 * rows + 1, halves[1], mask)
 
     def norm_rope(halves, norm_ref):
-        row = 2 * layer + one if norm_ref.shape[0] > 2 else one  # all layers' weights, or one's
-        weights = load_rows(norm_ref, row), load_rows(norm_ref, row + 1)
+        weights = None
+        if norm_ref is not None:
+            row = 2 * layer + one if norm_ref.shape[0] > 2 else one  # all layers', or one's
+            weights = load_rows(norm_ref, row), load_rows(norm_ref, row + 1)
         return _norm_rope(halves, weights, cos, sin, head_dim, eps)
 
     n = jnp.arange(next_power_of_2(num_heads))
@@ -194,6 +200,7 @@ def _norm_rope_write_triton(
     num_heads = num_kv_heads * (per_group - 2)
     half = head_dim // 2
     k_rows, v_rows = k_cache.reshape(-1, half), v_cache.reshape(-1, half)
+    norms = [norm.reshape(-1, half) for norm in (q_norm, k_norm) if norm is not None]
     kernel = functools.partial(_kernel, group=per_group - 2, cache_shape=k_cache.shape, eps=eps)
     q, k_rows, v_rows = pl.pallas_call(
         kernel,
@@ -203,13 +210,13 @@ def _norm_rope_write_triton(
             jax.ShapeDtypeStruct(k_rows.shape, k_rows.dtype),
             jax.ShapeDtypeStruct(v_rows.shape, v_rows.dtype),
         ],
-        input_output_aliases={7: 1, 8: 2},
+        input_output_aliases={5: 1, 6: 2},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="norm_rope_write",
     )(
-        qkv.reshape(-1, half), q_norm.reshape(-1, half), k_norm.reshape(-1, half), cos, sin,
-        slot_mapping, jnp.reshape(layer, 1), k_rows, v_rows,
+        qkv.reshape(-1, half), cos, sin, slot_mapping, jnp.reshape(layer, 1), k_rows, v_rows,
+        *norms,
     )  # fmt: skip
     return (
         q.reshape(num_tokens, num_heads, head_dim),

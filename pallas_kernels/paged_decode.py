@@ -92,8 +92,8 @@ def paged_decode(
 )
 def decode_step(
     qkv: Float[Array, "B K G2 H"],
-    q_norm: Float[Array, "*L H"],
-    k_norm: Float[Array, "*L H"],
+    q_norm: Float[Array, "*L H"] | None,
+    k_norm: Float[Array, "*L H"] | None,
     cos: Float[Array, "B half"],
     sin: Float[Array, "B half"],
     slot_mapping: Int32[Array, " B"],
@@ -226,16 +226,17 @@ def _decode_kernel(
 
 
 def _fused_kernel(
-    qkv_ref, q_norm_ref, k_norm_ref, cos_ref, sin_ref, slot_mapping_ref, _k_in, _v_in, tables_ref,
-    lens_ref, layer_ref, k_ref, v_ref, out_ref, *lse_ref,
-    cache_shape: tuple[int, ...], group: int, block_n: int, num_splits: int, scale: float,
-    eps: float,
+    qkv_ref, cos_ref, sin_ref, slot_mapping_ref, _k_in, _v_in, tables_ref, lens_ref, layer_ref,
+    *refs, cache_shape: tuple[int, ...], group: int, block_n: int, num_splits: int, scale: float,
+    eps: float, normed: bool,
 ):  # fmt: skip
     """Do what `_decode_kernel` does, and also norm, rotate, and write the new key and value.
 
     The newest position is attended to in registers, by the program that writes it: nothing is
     read that another program of this kernel writes.
     """
+    norm_refs, (k_ref, v_ref, out_ref, *lse_ref) = refs[: 2 * normed], refs[2 * normed :]
+    q_norm_ref, k_norm_ref = norm_refs or (None, None)
     kv_head, b, split = (pl.program_id(axis) for axis in range(3))
     num_kv_heads, head_dim = cache_shape[3:]
     context, layer = lens_ref[b], layer_ref[0]
@@ -254,8 +255,11 @@ def _fused_kernel(
     sin = jnp.where(cols < half, -sin, sin)
 
     def norm_rope(rows, norm_ref, mask):
-        norm_row = (layer if norm_ref.shape[0] > 1 else 0) + one
         x, other = (load_tile(qkv_ref, rows, c, mask, in_head) for c in (cols, pair))
+        if norm_ref is None:
+            x32, other = x.astype(jnp.float32), other.astype(jnp.float32)
+            return (x32 * cos + other * sin).astype(x.dtype)
+        norm_row = (layer if norm_ref.shape[0] > 1 else 0) + one
         w, other_w = (load_tile(norm_ref, norm_row, c, None, in_head) for c in (cols, pair))
         x32 = x.astype(jnp.float32)
         inv_rms = lax.rsqrt((x32 * x32).sum(axis=1, keepdims=True) / head_dim + eps)
@@ -374,13 +378,14 @@ def _decode_step_triton(
     shape = (batch, num_kv_heads * (per_group - 2), head_dim)
     rows = functools.partial(jnp.reshape, shape=(-1, head_dim))
     operands = (
-        rows(qkv), rows(q_norm), rows(k_norm), cos, sin, slot_mapping, rows(k_cache), rows(v_cache),
-        block_tables, context_lens, jnp.reshape(layer, 1),
+        rows(qkv), cos, sin, slot_mapping, rows(k_cache), rows(v_cache), block_tables,
+        context_lens, jnp.reshape(layer, 1),
+        *(rows(norm) for norm in (q_norm, k_norm) if norm is not None),
     )  # fmt: skip
     new_k, new_v, *parts = _call_decode(
-        functools.partial(_fused_kernel, eps=eps), operands, shape, qkv.dtype, k_cache,
-        num_splits=num_splits, scale=scale, interpret=interpret, written=operands[6:8],
-        input_output_aliases={6: 0, 7: 1},
+        functools.partial(_fused_kernel, eps=eps, normed=q_norm is not None),
+        operands, shape, qkv.dtype, k_cache, num_splits=num_splits, scale=scale,
+        interpret=interpret, written=operands[4:6], input_output_aliases={4: 0, 5: 1},
     )  # fmt: skip
     out = _combine(parts, shape, qkv.dtype, num_splits, interpret)
     return out, new_k.reshape(k_cache.shape), new_v.reshape(v_cache.shape)

@@ -1,4 +1,4 @@
-"""Time the kernels at the shapes of Qwen3-0.6B and Qwen3-8B, beside an H100's ceilings.
+"""Time the kernels at the shapes of Qwen3-0.6B, 8B and 30B-A3B, beside an H100's ceilings.
 
     python scripts/bench_kernels.py                        # on a GPU: under 100 s
     python scripts/bench_kernels.py --tiny                 # on a CPU: does it run?
@@ -25,6 +25,7 @@ from nanovllm_jax.layers.linear import product
 from nanovllm_jax.tools.roofline import HARDWARE, TB
 from pallas_kernels import (
     draw,
+    expert_mlp,
     fused_linear,
     gated_linear,
     norm_rope_write,
@@ -45,6 +46,8 @@ MODELS = {"0.6B": (16, 1024, 3072), "8B": (32, 4096, 12288)}
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}
 # Settings of gated_linear that --settings tries besides its defaults.
 SETTINGS = ({"lead": 0}, {"lead": 2}, {"stages": 3}, {"cluster": 1}, {"band": 4}, {"band": 16})
+# Of Qwen3-30B-A3B: experts, those of a token, hidden size and hidden units of an expert.
+EXPERTS, CHOICES, EXPERT_WIDTH, EXPERT_SIZE = 128, 8, 2048, 768
 
 
 # The sizes of the cases, at full scale and for --tiny.
@@ -54,6 +57,7 @@ SIZES = {
     "mixed_contexts": ((100, 2048), (3, 40)), "prompts": ((16, 1024), (2, 24)),
     "gated_rows": ((16384, 2048), (16,)),
     "write_tokens": ((1, 256, 16384), (8,)),
+    "expert_tokens": ((1, 16, 64, 256, 2048, 16384), (5,)),
     "widths_over": (1, 8),  # divides hidden size and width of the MLP
 }  # fmt: skip
 
@@ -201,6 +205,35 @@ def draw_case(rows: int, scale: Namespace) -> Case:
     return Case(f"draw {rows} tokens", run, make, scale.calls, 4 * rows * width, "TB/s")
 
 
+def expert_case(tokens: int, scale: Namespace) -> Case:
+    """Make a case of experts, evenly chosen: its work is the bytes of those chosen, or the FLOPs.
+
+    Few tokens are bound by the bytes of weights, many by the products.
+    """
+    calls, layers = scale.calls // 4 if tokens > 1000 else scale.calls, max(1, scale.layers // 2)
+    width, size = EXPERT_WIDTH // scale.widths_over, EXPERT_SIZE // scale.widths_over
+
+    def run(k_cache, v_cache, x, gate_up, down, choices, weights):
+        for i in range(max(1, calls)):  # with other experts and another layer each time
+            layer, chosen = jnp.int32(i % layers), (choices + 16 * i) % EXPERTS
+            x = expert_mlp(
+                x, gate_up, down, chosen, weights, layer, implementation=scale.implementation
+            )
+        return k_cache, v_cache, x
+
+    def make():
+        gate_up = normal(0, layers, EXPERTS, 2, size, width) * width**-0.5
+        down = normal(1, layers, EXPERTS, width, size) * 2 * size**-0.5
+        return normal(2, tokens, width), gate_up, down, choices, jnp.full((tokens, CHOICES), 0.5)
+
+    rng = np.random.default_rng(tokens)
+    choices = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]).astype(np.int32)
+    bound_by_bytes = tokens * CHOICES / EXPERTS < 250
+    work = 2 * 3 * width * size * (len(np.unique(choices)) if bound_by_bytes else choices.size)
+    unit = "TB/s" if bound_by_bytes else "TFLOP/s"
+    return Case(f"experts {tokens} tokens", run, make, max(1, calls), work, unit)
+
+
 def cases(model: str, scale: Namespace) -> Iterator[Case]:
     """Yield the cases of one model; their arrays are made when their turn comes."""
     rng = np.random.default_rng(0)
@@ -263,7 +296,9 @@ def main():
     caches = [stack(normal(k, scale.pages, scale.page_size, KV_HEADS, HEAD_DIM)) for k in (1, 2)]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.implementation}")
     print(f"{'model':6}{'case':36}{'us':>9}{'reached':>14}{'of ceiling':>12}")
-    for model, case in ((m, case) for m in MODELS for case in cases(m, scale)):
+    all_cases = [(m, case) for m in MODELS for case in cases(m, scale)]
+    all_cases += [("A3B", expert_case(tokens, scale)) for tokens in scale.expert_tokens]
+    for model, case in all_cases:
         if options.only not in case.name:
             continue
         if time.perf_counter() - began > options.budget:

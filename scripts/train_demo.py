@@ -33,6 +33,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from nanovllm_jax import LLM
 from nanovllm_jax.layers.backend import DenseBackend
+from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models.checkpoint import STACKED, sources
 from nanovllm_jax.models.config import ModelConfig
 from nanovllm_jax.models.decoder import Decoder
@@ -54,7 +55,7 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     head_dim=64,
     max_position_embeddings=4096,
-    rope_theta=10000.0,
+    rope=Rope(10000.0),
     tie_word_embeddings=True,
     dtype="bfloat16",
 )

@@ -201,7 +201,7 @@ def oracle(pytestconfig):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         if path not in models:
-            model = transformers.Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
             models[path] = model.eval()
         completions = []
         for ids in prompts:

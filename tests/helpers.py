@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 checkpoints, requests for them, and ways to look into an engine."""
+"""Tiny random checkpoints (Qwen3's unless told), requests for them, ways to look into an engine."""
 
 import contextlib
 import json
@@ -47,8 +47,52 @@ SHAPES = {
 }
 
 
+# --- other families, as changes of `config_json` ---
+
+ORIGINAL = {"original_max_position_embeddings": 160}  # the prompts have up to 512 tokens
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **ORIGINAL}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **ORIGINAL}
+
+
+def family(name: str, model_type: str, heads: int, kv_heads: int, **changes) -> dict:
+    changes = {"architectures": [f"{name}ForCausalLM"], "model_type": model_type} | changes
+    changes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {"head_dim": None, "attention_bias": None} | changes
+
+
+EXPERTS = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+FAMILIES = {
+    "qwen2": family("Qwen2", "qwen2", 14, 2, hidden_size=112, tie_word_embeddings=True),
+    "qwen2-yarn": family("Qwen2", "qwen2", 3, 1, rope_parameters=YARN),
+    "llama3": family("Llama", "llama", 6, 2, rope_parameters=LLAMA3, tie_word_embeddings=True),
+    "llama-biases": family(
+        "Llama", "llama", 3, 3, attention_bias=True, mlp_bias=True, max_position_embeddings=512,
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    ),
+    "llama-dynamic": family(
+        "Llama", "llama", 15, 5, hidden_size=60,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "mistral": family("Mistral", "mistral", 4, 2, head_dim=20, sliding_window=None),
+    "smollm3": family(
+        "SmolLM3", "smollm3", 4, 1, num_hidden_layers=5, no_rope_layers=[1, 0, 1, 1, 0],
+        rope_parameters={"rope_type": "default", "rope_theta": 2e6}, pad_token_id=0, eos_token_id=3,
+    ),
+    "qwen3-yarn": family("Qwen3", "qwen3", 4, 2, head_dim=16, rope_parameters=YARN),
+    "qwen3-moe": family(
+        "Qwen3Moe", "qwen3_moe", 4, 2, head_dim=16, norm_topk_prob=True, **EXPERTS
+    ),
+    "qwen3-moe-some": family(  # layers 1, 3 and 4 have an MLP
+        "Qwen3Moe", "qwen3_moe", 6, 3, num_hidden_layers=6, decoder_sparse_step=1,
+        mlp_only_layers=[1, 3, 4], tie_word_embeddings=True, **EXPERTS,
+    ),
+    "qwen3-biases": family("Qwen3", "qwen3", 4, 2, head_dim=16, attention_bias=True),
+}  # fmt: skip
+
+
 def config_json(shape: str = "gqa", **changes) -> dict:
-    """Return a tiny model's config.json as transformers 5 writes it; None drops a key."""
+    """Return a tiny Qwen3's config.json as transformers 5 writes it; None drops a key."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -71,10 +115,11 @@ def config_json(shape: str = "gqa", **changes) -> dict:
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Draw a checkpoint's tensors, at a scale that makes greedy outputs diverse."""
     rng = np.random.default_rng(seed)
-    d, f, h = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    d, family = config["hidden_size"], config["model_type"]
     n, k, vocab = (
         config[key] for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")
     )
+    h = config.get("head_dim", d // n)
 
     def matrix(*shape):
         return (0.3 * rng.standard_normal(shape)).astype(np.float32)
@@ -89,15 +134,31 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
             "self_attn.q_proj": matrix(n * h, d),
             "self_attn.k_proj": matrix(k * h, d),
             "self_attn.v_proj": matrix(k * h, d),
-            "self_attn.q_norm": norm(h),
-            "self_attn.k_norm": norm(h),
             "self_attn.o_proj": matrix(d, n * h),
             "post_attention_layernorm": norm(d),
-            "mlp.gate_proj": matrix(f, d),
-            "mlp.up_proj": matrix(f, d),
-            "mlp.down_proj": matrix(d, f),
         }
+        if family == "qwen3_moe" and i not in (config.get("mlp_only_layers") or []):
+            f = config["moe_intermediate_size"]
+            names = [f"mlp.experts.{e}." for e in range(config["num_experts"])]
+            layer["mlp.gate"] = matrix(len(names), d)
+        else:
+            f, names = config["intermediate_size"], ["mlp."]
+        for name in names:
+            layer |= {f"{name}{part}_proj": matrix(f, d) for part in ("gate", "up")}
+            layer |= {f"{name}down_proj": matrix(d, f)}
+        if family in ("qwen3", "qwen3_moe"):
+            layer |= {"self_attn.q_norm": norm(h), "self_attn.k_norm": norm(h)}
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
+        biased = ["q_proj", "k_proj", "v_proj"] if family == "qwen2" else []
+        biased = (
+            ["q_proj", "k_proj", "v_proj", "o_proj"] if config.get("attention_bias") else biased
+        )
+        biased += ["gate_proj", "up_proj", "down_proj"] if config.get("mlp_bias") else []
+        tensors |= {
+            f"model.layers.{i}.{name}.bias": 2 * matrix(len(weight))
+            for name, weight in layer.items()
+            if name.split(".")[-1] in biased
+        }
     tensors["model.norm.weight"] = norm(d)
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(vocab, d)

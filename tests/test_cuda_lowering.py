@@ -40,7 +40,7 @@ NORMS_ON_TWO = {Bucket(0, 16), Bucket(64, 8)}
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """programs(head_dim, gpus) -> the default engine's, on a mesh that passes for H100s."""
+    """programs(head_dim, gpus, size) -> the default engine's, on a mesh that passes for H100s."""
     device = SimpleNamespace(
         platform="gpu",
         compute_capability="9.0",
@@ -52,10 +52,13 @@ def programs(tmp_path_factory):
         patch.setattr(Traced, "lower", for_cuda)
 
         @functools.cache
-        def make(head_dim, gpus):
+        def make(head_dim, gpus, size="0.6B", by_expert=False):
             path = tmp_path_factory.mktemp("model")
-            write_config(replace(QWEN3["0.6B"], num_layers=2, head_dim=head_dim), path)
-            config = EngineConfig.resolve(path, "gpu", tensor_parallel_size=gpus)
+            write_config(replace(QWEN3[size], num_layers=2, head_dim=head_dim), path)
+            rules = {"experts": "tensor", "expert_ffn": None} if by_expert else None
+            config = EngineConfig.resolve(
+                path, "gpu", tensor_parallel_size=gpus, sharding_rules=rules
+            )
             mesh = h100_mesh(**config.mesh_shape)
             return Programs(config, Sharding(mesh, config.sharding_rules))
 
@@ -79,6 +82,19 @@ def test_steps(programs, head_dim, gpus, bucket):
         return
     norms = {"one_shot_all_reduce_norm"} if bucket in NORMS_ON_TWO else set()
     assert set(kernels_in(text)) == STEPS[bucket] | ALSO_ON_TWO | norms
+
+
+@pytest.mark.parametrize(("gpus", "by_expert"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("bucket", STEPS, ids=lambda b: f"{b.num_tokens}-{b.num_rows}")
+def test_steps_with_experts(programs, gpus, by_expert, bucket):
+    """Two kernels in place of the MLP's products, and the sum after it as for an MLP."""
+    p = programs(128, gpus, "30B-A3B", by_expert)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        text = p.lower_step(bucket, num_blocks=64).as_text()
+    kernels = STEPS[bucket] | {"expert_gate_up", "expert_down"}
+    if gpus == 2:
+        kernels |= ALSO_ON_TWO | ({"one_shot_all_reduce_norm"} if bucket in NORMS_ON_TWO else set())
+    assert set(kernels_in(text)) == kernels
 
 
 @each_number_of_gpus

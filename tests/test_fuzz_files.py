@@ -29,6 +29,7 @@ import struct
 from typing import NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import VOCAB, byte_tokenizer, config_json, random_tensors, save_tensors
@@ -57,7 +58,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 def write_model(path, name):
     """Write one of the models: in transformers' present spelling, or as published until 2025."""
-    if name != "two files":
+    if name == "fp8":
+        config = config_json(**SIZES, eos_token_id=5, quantization_config=FP8)
+        tensors = {}
+        for key, tensor in random_tensors(config).items():
+            tensors[key] = tensor
+            if "proj" in key:
+                tensors |= quantized(key, tensor, 4)
+        save_tensors(path, tensors)
+    elif name != "two files":
         config = config_json(**SIZES, eos_token_id=5)
         save_tensors(path, random_tensors(config))
     else:
@@ -84,10 +93,18 @@ def write_model(path, name):
         (path / "tokenizer_config.json").write_text(json.dumps(settings_))
 
 
+def quantized(name, tensor, size):
+    """A matrix as 8-bit floats, and a scale for each square of so many of its numbers."""
+    blocks = tensor.reshape(len(tensor) // size, size, -1, size)
+    scales = np.abs(blocks).max((1, 3)) / 448
+    weight = (blocks / scales[:, None, :, None]).reshape(tensor.shape)
+    return {name: weight.astype(ml_dtypes.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
 class Models:
     """The undamaged models: the bytes of their files, and what is read from them."""
 
-    names = ("one file", "two files", "no tokenizer")
+    names = ("one file", "two files", "fp8", "no tokenizer")
 
     def __init__(self, folder):
         self.files, self.readings = {}, {}
@@ -132,6 +149,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 ROPE = [None, {}, YARN, {"type": "linear", "factor": 2.0}, {"rope_type": "default"}]
 ROPE += [{"rope_type": "default", "rope_theta": theta} for theta in (1e4, 5e5)]
 ROPE += [{"rope_theta": 5e5, "factor": 2.0}, {"full_attention": {"rope_theta": 5e5}}]
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+FP8 |= {"weight_block_size": [4, 4]}
 FLAGS, COUNTS = [True, False, None], [None, 0, 1, 2, 3, 4, 8, 16, 24]
 # Values that the keys have somewhere, whether in these files or not.
 LIKELY = {
@@ -151,7 +170,7 @@ LIKELY = {
     "hidden_act": ["silu", "swish", "gelu"],
     "dtype": ["float32", "float16", "bfloat16", "float64", None],
     "torch_dtype": ["float32", "float16", "bfloat16", "auto", None],
-    "quantization_config": [None, {"quant_method": "fp8"}],
+    "quantization_config": [None, {"quant_method": "fp8"}, FP8],
     "eos_token_id": [None, 2, 5, [5, 7], [9], [], 151645],
     "architectures": [["Qwen3ForCausalLM"], ["Qwen3Model"], ["Qwen3ForCausalLM", "X"], None],
     "model_type": ["qwen3", "qwen2", None],
@@ -176,6 +195,7 @@ LIKELY = {
     "shape": [[16], [131, 16], [16, 131], [2, 8], []],
     "dtype of a tensor": ["F32", "F16", "BF16", "F64", "I8", "U8", "F8_E4M3", "I32", "BOOL"],
     "data_offsets": [[0, 0], [0, 64], [64, 0]],
+    "weight_block_size": [[4, 4], [4, 8], [128, 128], None, 4],
 }
 OF_CONFIG = list(LIKELY)[:29]
 OF_TOKENIZER = list(LIKELY)[29:37]
@@ -342,8 +362,8 @@ def time_limit():
         signal.signal(signal.SIGALRM, before)
 
 
-def logits(config, weights):
-    """The logits of TOKENS in NumPy float32, from a config and weights as they were read."""
+def logits(config, weights, tokens):
+    """The logits of tokens in NumPy float32, from a config and weights as they were read."""
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
 
     def norm(x, weight):
@@ -351,14 +371,14 @@ def logits(config, weights):
 
     def rotate(x):  # [T, heads, H]
         half = config.head_dim // 2
-        inv_freq = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-        angles = (np.arange(len(x))[:, None] * inv_freq)[:, None]
-        cos, sin = np.cos(angles), np.sin(angles)
+        inv_freq, factor = config.rope.frequencies(config.head_dim)
+        angles = (np.arange(len(x))[:, None] * inv_freq.astype(np.float64))[:, None]
+        cos, sin = factor * np.cos(angles), factor * np.sin(angles)
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    x = weights["embed_tokens.weight"].astype(np.float64)[TOKENS]
-    mask = np.triu(np.full((len(TOKENS),) * 2, -np.inf), 1)
+    x = weights["embed_tokens.weight"].astype(np.float64)[tokens]
+    mask = np.triu(np.full((len(tokens),) * 2, -np.inf), 1)
     layers = {k.removeprefix("layers."): w for k, w in weights.items() if k.startswith("layers.")}
     for i in range(config.num_layers):
         w = {name.removesuffix(".weight"): weight[i] for name, weight in layers.items()}
@@ -387,6 +407,8 @@ def for_transformers(path):
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(raw.get(name), dict) and "full_attention" in raw[name]:
             raw[name] = raw[name]["full_attention"]
+    if isinstance(raw.get("quantization_config"), dict):
+        raw["quantization_config"] = raw["quantization_config"] | {"dequantize": True}
     return raw
 
 
@@ -394,12 +416,20 @@ def assert_as_transformers(config, path):
     """config.json means the same to transformers."""
     raw = for_transformers(path)
     theirs = transformers.Qwen3Config.from_dict(raw)
-    assert set(theirs.layer_types) == {"full_attention"} and not raw.get("per_layer_config")
-    assert theirs.rope_parameters["rope_type"] == "default" and not theirs.attention_bias
+    window = theirs.sliding_window if "sliding_attention" in theirs.layer_types else None
+    assert config.sliding_window == window and not raw.get("per_layer_config")
+    numbers = dict(config.rope.numbers)
+    assert {key: theirs.rope_parameters[key] for key in numbers} == numbers
+    assert not theirs.attention_bias  # there are no biases in these files
     assert theirs.hidden_act in ("silu", "swish")
-    assert getattr(theirs, "quantization_config", None) is None
+    quantization = getattr(theirs, "quantization_config", None) or FP8
+    assert {key: quantization[key] for key in ("quant_method", "activation_scheme")} == {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+    }
     pairs = [
-        (config.rope_theta, theirs.rope_parameters["rope_theta"]),
+        (config.rope.theta, theirs.rope_parameters["rope_theta"]),
+        (config.rope.kind, theirs.rope_parameters["rope_type"]),
         (config.rms_norm_eps, theirs.rms_norm_eps),
         (config.tie_word_embeddings, theirs.tie_word_embeddings),
         (config.num_layers, theirs.num_hidden_layers),
@@ -425,10 +455,11 @@ def assert_same_logits(reading, path, folder):
             shutil.copy(file, folder)
     (folder / "config.json").write_text(json.dumps(for_transformers(path)))
     model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = TOKENS[: reading.config.longest_context]
     with torch.no_grad():
-        theirs = model(torch.tensor([TOKENS])).logits[0].numpy()
+        theirs = model(torch.tensor([tokens])).logits[0].numpy()
     with np.errstate(all="ignore"):
-        ours = logits(reading.config, reading.weights)
+        ours = logits(reading.config, reading.weights, tokens)
     if np.isfinite(ours).all() and np.abs(ours).max() < 1e4:  # else float32 overflows somewhere
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 

@@ -55,6 +55,7 @@ SHAPES = [
 ]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
+each_normed = pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -162,8 +163,9 @@ def check_prefill(
 
 
 def norm_rope(x, weight, positions, inv_freq, eps):
-    """RMSNorm and rotate-half RoPE of x [T, heads, H] in float64."""
-    x = x * weight / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    """RMSNorm (if there is a weight) and rotate-half RoPE of x [T, heads, H] in float64."""
+    if weight is not None:
+        x = x * weight / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
     angles = (positions[:, None] * inv_freq)[:, None]
     x1, x2 = np.split(x, 2, axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)
@@ -172,7 +174,7 @@ def norm_rope(x, weight, positions, inv_freq, eps):
 
 def check_write(
     implementation, num_tokens, *,
-    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, num_pages=9, seed=0,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, num_pages=9, seed=0, normed=True,
 ):  # fmt: skip
     cache_dtype = cache_dtype or dtype
     rng = np.random.default_rng([seed, group, head_dim, page_size])
@@ -191,8 +193,8 @@ def check_write(
     before = [np.asarray(k_cache, np.float64), np.asarray(v_cache, np.float64)]
     q, k_cache, v_cache = norm_rope_write(
         qkv,
-        q_norm,
-        k_norm,
+        q_norm if normed else None,
+        k_norm if normed else None,
         jnp.cos(angles),
         jnp.sin(angles),
         jnp.asarray(slots),
@@ -204,6 +206,8 @@ def check_write(
     )
     x, q_norm, k_norm = (np.asarray(a, np.float64) for a in (qkv, q_norm, k_norm))
     heads = x[:, :, :-2].reshape(num_tokens, kv_heads * group, head_dim)
+    if not normed:
+        q_norm = k_norm = None
     want_q = norm_rope(heads, q_norm, positions, inv_freq, eps)
     want_k = norm_rope(x[:, :, -2], k_norm, positions, inv_freq, eps)
     # A float32 angle of 32,768 radians is off by up to 2e-3.
@@ -227,7 +231,7 @@ def check_write(
 
 def check_decode_step(
     implementation, contexts, *,
-    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0, splits=None,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0, splits=None, normed=True,
 ):  # fmt: skip
     """`decode_step` against `norm_rope_write` and `paged_decode`, one after the other.
 
@@ -253,6 +257,8 @@ def check_decode_step(
     slots[rows] = cache.tables[rows, last // page_size] * page_size + last % page_size
     at = (LAYER, slots[rows] // page_size, slots[rows] % page_size)
     caches = [x.at[at].set(jnp.nan) for x in (cache.k, cache.v)]  # the newest is not there yet
+    if not normed:
+        norms = (None, None)
     new = (qkv, *norms, jnp.cos(angles), jnp.sin(angles), jnp.asarray(slots))
     paged, scale = (jnp.asarray(cache.tables), jnp.asarray(lens), LAYER), head_dim**-0.5
 
@@ -410,13 +416,9 @@ def test_prefill_matches_dense_attention(implementation, shape):
 
 @each_implementation
 @each_shape
-def test_write_matches_float64_and_touches_nothing_else(implementation, shape):
-    check_write(
-        implementation,
-        13,
-        kv_heads=3,
-        **shape,
-    )
+@each_normed
+def test_write_matches_float64_and_touches_nothing_else(implementation, shape, normed):
+    check_write(implementation, 13, kv_heads=3, normed=normed, **shape)
 
 
 @each_implementation
@@ -484,11 +486,12 @@ def slow_but(chosen, parameters):
     slow_but(STEP_SHAPES[1:4:2], STEP_SHAPES),
     ids=lambda s: "-".join(map(str, s.values())),
 )
-def test_decode_step_is_write_and_decode(shape, programs, target_programs):
+@each_normed
+def test_decode_step_is_write_and_decode(shape, programs, target_programs, normed):
     target_programs(programs)
     s = shape["page_size"]
     contexts = [s + 1, 1, 0, s, s - 1, 3 * s - 5, 2]
-    check_decode_step("triton", contexts, kv_heads=2, splits=programs != 1, **shape)
+    check_decode_step("triton", contexts, kv_heads=2, splits=programs != 1, normed=normed, **shape)
 
 
 @each_implementation

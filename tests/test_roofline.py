@@ -80,9 +80,50 @@ def test_weights_of_8_bits_count_as_a_byte_and_multiply_as_often():
     assert wide.least(**once).bytes - narrowed.least(**once).bytes == narrowed.weight_bytes
 
 
+# With 5 experts of 3 hidden units, of which a token meets 2, in the second of its layers.
+MIXTURE = replace(
+    MODEL, architecture="Qwen3MoeForCausalLM", num_experts=5, experts_per_token=2, expert_size=3,
+    dense_layers=(0,),
+)  # fmt: skip
+
+
+def test_a_step_reads_the_experts_that_are_chosen_and_multiplies_by_those_of_each_token():
+    dense, mixed = costs(), costs(MIXTURE)
+    experts, router, mlp = 5 * 3 * 4 * 3, 4 * 5, 3 * 4 * 6
+    assert mixed.weight_bytes == dense.weight_bytes + 2 * (experts + router - mlp)
+    assert dense.bytes_read(1) == dense.weight_bytes
+    all_but_experts = mixed.weight_bytes - 2 * experts
+    assert mixed.bytes_read(1) == pytest.approx(all_but_experts + 2 * experts * 2 / 5)
+    assert mixed.bytes_read(2) == pytest.approx(all_but_experts + 2 * experts * (1 - 0.6**2))
+    assert mixed.bytes_read(1000) == pytest.approx(mixed.weight_bytes)
+    of_dense, of_mixed = (c.categories([7], [1])["products"] for c in (dense, mixed))
+    assert of_mixed.flops == of_dense.flops + 2 * (2 * 3 * 4 * 3 + router - mlp)
+    arrays = (4 + 5) + 2 * (4 + 6) + (2 * 3 + 4 * 2) - (4 + 12) - (6 + 4)
+    weights = 2 * (2 * 3 * 4 * 3 + router - mlp)
+    assert of_mixed.bytes == pytest.approx(of_dense.bytes + weights + 2 * arrays)
+    elementwise = [c.categories([7], [1])["norms, activations, inputs"] for c in (dense, mixed)]
+    assert elementwise[1].bytes == elementwise[0].bytes + 2 * 1.5 * (2 * 2 * 3 - 12)
+
+
+@pytest.mark.parametrize("rules", [{}, {"experts": "tensor", "expert_ffn": None}])
+def test_experts_on_two_devices_cost_the_sums_of_a_dense_model(rules):
+    model = replace(MIXTURE, num_experts=6, expert_size=4)
+    one, two = costs(model), on_mesh(model, rules, tensor=2)
+    sums = (2 * 2 + 1) * 4 * 2  # as for the dense model
+    assert two.categories([8], [1])["communication"].bytes == sums
+    copied = 2 * 2 * (4 * 2 * 2) + 2 * 4 * 6  # the second KV head's operations, and the router's
+    flops = [c.categories([8], [1])["products"].flops for c in (one, two)]
+    assert flops[1] == (flops[0] + copied) / 2
+
+
 @pytest.mark.parametrize(
     ("size", "billions", "kv_bytes"),
-    [("0.6B", 0.596, 114688), ("8B", 7.57, 147456), ("32B", 31.98, 262144)],
+    [
+        ("0.6B", 0.596, 114688),
+        ("8B", 7.57, 147456),
+        ("32B", 31.98, 262144),
+        ("30B-A3B", 30.22, 98304),
+    ],
 )
 def test_the_published_sizes(size, billions, kv_bytes):
     model = costs(QWEN3[size])

@@ -32,6 +32,9 @@ def test_time_is_counted_once_where_kernels_overlap():
         ("nvjet_sm90_tst_48x64", "", "products"),
         ("fused_linear__2", "", "products"),
         ("gated_linear_mosaic_gpu_kernel", "", "products"),
+        ("expert_gate_up__2", "", "products"),
+        ("triton_softmax_18", "jit(run)/jit(run_layer)/router/div", "products"),
+        ("fused_moe_kernel", "", "products"),  # of vLLM
         ("ynn_fusion_36", "jit(run)/jit(run_layer)/dot_general", "products"),
         ("input_reduce_fusion", "jit(run)/jit(_draw)/reduce", "sampling"),
         ("loop_multiply_fusion_27", "jit(run)/mul", "norms, activations, inputs"),

@@ -119,7 +119,7 @@ def _check_length(n: int, config: EngineConfig, num_blocks: int) -> None:
     if n == 0:
         raise ValueError("the prompt is empty; pass at least one token")
     if n >= longest:
-        most = config.model_config.max_position_embeddings
+        most = config.model_config.longest_context
         remedy = f" or raise it (the model goes to {most})" if longest < most else ""
         raise ValueError(
             f"the prompt has {n} tokens, which leaves no room for an output within "

@@ -12,7 +12,7 @@ from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import decode_step, norm_rope_write, paged_prefill
 
-Rope = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cos and sin of each position
+Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cos and sin of each position
 
 
 class PagedBatch(NamedTuple):
@@ -34,9 +34,9 @@ class PagedBatch(NamedTuple):
 )
 def paged_attention(
     qkv: Float[Array, "T K G+2 H"],
-    q_norm: Float[Array, "L H"],
-    k_norm: Float[Array, "L H"],
-    rope: Rope,
+    q_norm: Float[Array, "L H"] | None,
+    k_norm: Float[Array, "L H"] | None,
+    rope: Angles,
     cache: KVCache,
     layer: Int32[Array, ""],
     batch: PagedBatch,
@@ -49,7 +49,7 @@ def paged_attention(
 
     Args:
         qkv: for each KV head its G query heads, then its key, then its value.
-        q_norm, k_norm: norm weights of all layers, of which `layer` is used.
+        q_norm, k_norm: norm weights of all layers, of which `layer` is used; None: no norm.
         implementation: the kernels, as `pallas_kernels` names them.
     """
 
@@ -83,9 +83,9 @@ def paged_attention(
 
 def dense_attention(
     qkv: Float[Array, "T K G+2 H"],
-    q_norm: RMSNorm,
-    k_norm: RMSNorm,
-    rope: Rope,
+    q_norm: RMSNorm | None,
+    k_norm: RMSNorm | None,
+    rope: Angles,
     layer: Int32[Array, ""],
     mask: Bool[Array, "B S S"],
 ) -> Float[Array, "T N H"]:
@@ -96,8 +96,10 @@ def dense_attention(
     """
     tokens, _, _, head_dim = qkv.shape
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    q = q_norm(q.reshape(tokens, -1, head_dim), layer)
-    q, k = apply_rope(q, *rope), apply_rope(k_norm(k, layer), *rope)
+    q = q.reshape(tokens, -1, head_dim)
+    if q_norm is not None and k_norm is not None:
+        q, k = q_norm(q, layer), k_norm(k, layer)
+    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
     q, k, v = (x.reshape(*mask.shape[:2], -1, head_dim) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
     return out.reshape(tokens, -1, head_dim)

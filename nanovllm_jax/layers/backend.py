@@ -5,6 +5,7 @@ the arrays that say where the step's tokens lie in the cache.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,17 +14,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from nanovllm_jax.layers.attention import PagedBatch, Rope, dense_attention, paged_attention
+from nanovllm_jax.layers.attention import Angles, PagedBatch, dense_attention, paged_attention
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import (
+    expert_mlp,
     fused_linear,
     gated_linear,
     supports_fused_linear,
     supports_gated_linear,
 )
+
+# Scores of experts [T, E] -> the experts that each token chooses [T, A], and their weights [T, A].
+Route = Callable[[Float[Array, "T E"]], tuple[Int32[Array, "T A"], Float[Array, "T A"]]]
 
 
 class Backend(Protocol):
@@ -60,16 +65,37 @@ class Backend(Protocol):
         """
         ...
 
+    def experts(
+        self,
+        x: Hidden,
+        gate_up: Linear,
+        down: Linear,
+        scores: Float[Array, "T E"],
+        route: Route,
+        layer: Int32[Array, ""],
+        *,
+        norm: RMSNorm,
+        then: NormAt | None = None,
+    ) -> Hidden:
+        """Add to x the weighted sum of the MLPs of the experts that are chosen for norm(x).
+
+        Args:
+            gate_up, down: stacks of the weights of all experts, [L, E, 2, F, D] and [L, E, D, F].
+            route: turns scores into each token's choices of experts and their weights.
+            norm, then: as for `linear`.
+        """
+        ...
+
     def attend(
         self,
         qkv: Float[Array, "T K G+2 H"],
-        q_norm: RMSNorm,
-        k_norm: RMSNorm,
-        rope: Rope,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+        rope: Angles,
         cache: Any,
         layer: Int32[Array, ""],
     ) -> tuple[Float[Array, "T N H"], Any]:
-        """Norm and rotate q and k, attend, and return the cache with the new keys and values."""
+        """Norm (if at all) and rotate q and k, attend, and return the cache with k and v, too."""
         ...
 
     def constrain(self, x: Hidden, *axes: str | None) -> Hidden:
@@ -116,6 +142,11 @@ class DenseBackend(_PlainLinear):
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
         return dense_attention(qkv, q_norm, k_norm, rope, layer, self.mask), cache
 
+    def experts(self, x, gate_up, down, scores, route, layer, *, norm, then=None):
+        x, weights = plain(x), (gate_up.weight[...], down.weight[...])
+        normed = self.norm(x, norm, layer)
+        return x + expert_mlp(normed, *weights, *route(scores), layer, implementation="xla")
+
     def constrain(self, x, *axes):
         return x
 
@@ -127,15 +158,62 @@ class XlaBackend(_PlainLinear):
     sharding: Sharding
     batch: PagedBatch
     attention: str
+    collectives: Collectives | None = None  # without them all sums over devices are XLA's
 
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+        weights = (None if norm is None else norm.weight[...] for norm in (q_norm, k_norm))
         return paged_attention(
-            qkv, q_norm.weight[...], k_norm.weight[...], rope, cache, layer, self.batch,
-            eps=q_norm.eps, sharding=self.sharding, implementation=self.attention,
+            qkv, *weights, rope, cache, layer, self.batch, eps=q_norm.eps if q_norm else 0.0,
+            sharding=self.sharding, implementation=self.attention,
         )  # fmt: skip
+
+    def experts(self, x, gate_up, down, scores, route, layer, *, norm, then=None):
+        """Each device adds up what its experts, or its hidden units of all, give to every token."""
+        sharding, spec, kernels = self.sharding, self.sharding.spec, self.attention
+        _, dealt, split = spec("batch", "experts", "expert_ffn")  # no mesh axis may serve twice
+        summed = tuple(m for m in jax.tree.leaves((dealt, split)) if sharding.mesh.shape[m] > 1)
+        stacks, place = [gate_up.weight[...], down.weight[...]], layer
+        if kernels == "xla":  # on a CPU the weights of a layer are arrays of their own
+            stacks, place = [stack[layer][None] for stack in stacks], jnp.int32(0)
+        normed, norm = _split(x, norm)
+        normed = normed if norm is None else self.norm(normed, norm, layer)
+        shape = (len(scores) // sharding.size("batch"), normed.shape[1])
+        one_shot = summed == (AXIS,) and self._sums(shape, normed.dtype)
+
+        def on_shard(x, residual, gate_up, down, scores, slots, place, then, collectives):
+            choices, weights = route(scores)
+            choices = jnp.where(slots[:, None] >= 0, choices, -1)  # padding rows choose nobody
+            if dealt:
+                choices -= jax.lax.axis_index(dealt) * gate_up.shape[1]
+            y = expert_mlp(x, gate_up, down, choices, weights, place, implementation=kernels)
+            if one_shot:
+                return collectives.sum(y, residual, then)
+            return residual + (jax.lax.psum(y, summed) if summed else y)
+
+        rows, whole, parts = spec("batch"), spec(), spec(None, "experts", None, "expert_ffn")
+        of_devices = Collectives.spec(sharding)
+        then = self._joining(then, shape, normed.dtype) if one_shot else None
+        mapped = sharding.shard_map(
+            on_shard, (rows, rows, parts, parts, rows, rows, whole, whole, of_devices), rows
+        )
+        slots, collectives = self.batch.slot_mapping, self.collectives
+        return mapped(normed, plain(x), *stacks, scores, slots, place, then, collectives)
 
     def constrain(self, x, *axes):
         return jax.tree.map(lambda array: self.sharding.constrain(array, *axes), x)
+
+    def _sums(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+        return self.collectives is not None and self.collectives.fits(shape, dtype)
+
+    def _joining(
+        self, then: NormAt | None, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> NormAt | None:
+        """The next norm, if it joins the kernel of a sum of this shape.
+
+        That of a single row does not: it is part of the product after it.
+        """
+        joins = shape[0] > 1 and Collectives.fits_norm(shape, dtype)
+        return then if joins else None
 
 
 class LinearPlan(NamedTuple):
@@ -158,8 +236,6 @@ class GpuBackend(XlaBackend):
     one for a gated Linear, which does not write what it puts through the gate. A small sum over
     the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
     """
-
-    collectives: Collectives | None = None
 
     def embed(self, table, token_ids, then=None):
         rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec
@@ -193,6 +269,11 @@ class GpuBackend(XlaBackend):
         if plan.many_rows and norm is not None:
             x, norm = self.norm(x, norm, layer), None
         num_in, eps = len(linear.in_axes), 0.0 if norm is None else norm.eps
+        if residual is not None:
+            residual = plain(residual)
+        if linear.bias is not None:  # each output gets it once, also where devices sum their parts
+            bias = jnp.broadcast_to(linear.bias_at(layer), (len(x), *linear.out_shape))
+            residual = bias if residual is None else residual + bias
 
         def stacked(weight):
             return weight[None] if layer is None else weight
@@ -201,7 +282,8 @@ class GpuBackend(XlaBackend):
             if plan.one_row:
                 y = fused_linear(
                     x.reshape(1, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
-                    norm_weight, None if plan.summed else residual,
+                    norm_weight,
+                    None if plan.summed or residual is None else residual.reshape(1, -1),
                     eps=eps, gated=gated, dtype=dtype or x.dtype,
                 ).reshape(plan.rows, *plan.out)  # fmt: skip
             elif plan.many_rows:
@@ -236,7 +318,7 @@ class GpuBackend(XlaBackend):
             x,
             stacked(linear.weight[...]),
             None if norm is None else stacked(norm.weight[...]),
-            None if residual is None else plain(residual),
+            residual,
             jnp.int32(0) if layer is None else layer,
             self._joining(then, (plan.rows, *plan.out), x.dtype) if plan.one_shot else None,
             self.collectives,
@@ -256,9 +338,11 @@ class GpuBackend(XlaBackend):
         one_row = supports_fused_linear(rows, num_out, num_inputs, dtype)
         # A product without a norm before it, and with a residual after it.
         one_shot = residual and summed == (AXIS,) and self._sums((rows, num_out), dtype)
+        gated_bias = gated and linear.bias is not None  # comes before the gate, not after it
         takes_gate = gated and not residual and not summed
         many_rows = takes_gate and self._many_rows(rows, num_out, num_inputs, dtype)
-        if not self._holds_hidden_size or not (one_row or one_shot or many_rows):
+        kernel = one_row or one_shot or many_rows
+        if not self._holds_hidden_size or gated_bias or not kernel:
             return None
         return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot, many_rows)
 
@@ -270,16 +354,3 @@ class GpuBackend(XlaBackend):
     def _holds_hidden_size(self) -> bool:
         """Whether each device has all of the hidden size, which the kernels take for granted."""
         return all(self.sharding.size(axis) == 1 for axis in ("embed", "activation_embed"))
-
-    def _sums(self, shape: tuple[int, ...], dtype: DTypeLike) -> bool:
-        return self.collectives is not None and self.collectives.fits(shape, dtype)
-
-    def _joining(
-        self, then: NormAt | None, shape: tuple[int, ...], dtype: DTypeLike
-    ) -> NormAt | None:
-        """The next norm, if it joins the kernel of a sum of this shape.
-
-        That of a single row does not: it is part of the product after it.
-        """
-        joins = shape[0] > 1 and Collectives.fits_norm(shape, dtype)
-        return then if joins else None

@@ -30,16 +30,23 @@ def product(
 
 
 class Linear(nnx.Module):
-    """y[..., *out] = sum over *in of x[..., *in] * weight[*out, *in]; several axes allowed."""
+    """y[..., *out] = sum over *in of x[..., *in] * weight[*out, *in] (+ bias[*out]).
+
+    Several axes are allowed on both sides.
+    """
 
     def __init__(
-        self, out: dict[str, int], inp: dict[str, int], *, dtype, rngs: nnx.Rngs, scale=None
-    ):
+        self, out: dict[str, int], inp: dict[str, int], *, dtype, rngs: nnx.Rngs, scale=None,
+        bias: bool = False,
+    ):  # fmt: skip
         self.out_axes, self.in_axes = tuple(out), tuple(inp)
         shape = (*out.values(), *inp.values())
         scale = scale or math.prod(inp.values()) ** -0.5
         value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
         self.weight = nnx.Param(value, axes=self.axes)
+        self.out_shape = tuple(out.values())
+        zeros = jnp.zeros(self.out_shape, dtype)
+        self.bias = nnx.Param(zeros, axes=self.out_axes) if bias else None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -55,7 +62,13 @@ class Linear(nnx.Module):
             dtype: of the result; default: x's.
         """
         weight = self.weight[...] if layer is None else self.weight[...][layer]
-        return product(x, weight, len(self.in_axes), dtype)
+        y = product(x, weight, len(self.in_axes), dtype)
+        return y if self.bias is None else y + self.bias_at(layer)
+
+    def bias_at(self, layer: Layer) -> Float[Array, "*out"]:
+        """The bias, or that of one layer; only where there is one."""
+        assert self.bias is not None
+        return self.bias[...] if layer is None else self.bias[...][layer]
 
 
 class Embedding(Linear):

@@ -1,5 +1,7 @@
 """The gated feed-forward layer (SwiGLU, arXiv:2002.05202)."""
 
+from typing import Any
+
 from flax import nnx
 from jaxtyping import Array, Int32
 
@@ -11,10 +13,13 @@ from nanovllm_jax.layers.norm import Hidden, NormAt, RMSNorm
 class MLP(nnx.Module):
     """Computes x + down(silu(gate(norm(x))) * up(norm(x))), gate and up in one product."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, bias=False, dtype, rngs: nnx.Rngs
+    ):
         hidden, ffn = {"embed": hidden_size}, {"ffn": intermediate_size}
-        self.gate_up_proj = Linear({"gate_up": 2, **ffn}, hidden, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(hidden, ffn, dtype=dtype, rngs=rngs)
+        rest: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        self.gate_up_proj = Linear({"gate_up": 2, **ffn}, hidden, **rest)
+        self.down_proj = Linear(hidden, ffn, **rest)
 
     def __call__(
         self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt

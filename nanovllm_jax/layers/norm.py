@@ -1,6 +1,7 @@
 """RMSNorm (arXiv:1910.07467), and hidden states that bring theirs along."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -30,6 +31,12 @@ class RMSNorm(nnx.Module):
         """Norm the rows of x; with `layer` where the weight is that of all layers, [L, D]."""
         weight = self.weight[...]
         return rms_norm(x, weight if layer is None else weight[layer], self.eps)
+
+    def of_layers(self, numbers: Sequence[int]) -> "RMSNorm":
+        """This norm in some layers of a stack, as a stack of its own."""
+        norm = RMSNorm(self.weight.shape[-1], self.eps, dtype=self.weight.dtype)
+        norm.weight = nnx.Param(self.weight[...][jnp.array(numbers)])
+        return norm
 
     def at(self, layer: Int32[Array, ""]) -> "NormAt":
         """This norm in one layer of a stack, for a kernel that reads the weight in place."""

@@ -3,8 +3,8 @@
 from flax import nnx
 
 from nanovllm_jax.models.config import ModelConfig
-from nanovllm_jax.models.config_file import ARCHITECTURES
 from nanovllm_jax.models.decoder import Decoder
+from nanovllm_jax.models.families import ARCHITECTURES
 
 __all__ = ["ARCHITECTURES", "Decoder", "ModelConfig", "parameters"]
 

@@ -1,16 +1,18 @@
 """ModelConfig: the shape of a model, read from its directory once."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models.config_file import read_settings
+from nanovllm_jax.models.families import ARCHITECTURES
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Qwen3-like decoder.
+    """The shape of a decoder, and what its family does otherwise than others.
 
     `from_directory` reads it from a checkpoint and `sharded` adapts it to a mesh.
     """
@@ -24,9 +26,20 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope_theta: float = 10000.0
+    rope: Rope = field(default_factory=Rope)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    qk_norm: bool = True  # queries and keys are normed before RoPE
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    layers_without_rope: tuple[int, ...] = ()
+    num_experts: int = 0  # of each layer that has any; a mixture takes the place of its MLP
+    experts_per_token: int = 0
+    expert_size: int = 0  # hidden units of an expert
+    norm_topk_prob: bool = False  # the weights of a token's experts add up to 1
+    dense_layers: tuple[int, ...] = ()  # among layers of experts, those with an MLP
+    sliding_window: int | None = None  # some layer sees no further back; contexts end here
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     kv_head_copies: int = 1  # num_kv_heads counts every copy
@@ -36,6 +49,25 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    def layers_of(self, path: str) -> Sequence[int]:
+        """The numbers of the layers that have a parameter, by its path below "layers"."""
+        dense = self.dense_layers if self.num_experts else range(self.num_layers)
+        if path.startswith("mlp."):
+            return dense
+        sparse = [i for i in range(self.num_layers) if i not in dense]
+        return sparse if path.startswith("moe.") else range(self.num_layers)
+
+    @property
+    def longest_context(self) -> int:
+        """The most positions for which the model is made, and computed here."""
+        rope, longest = self.rope, self.max_position_embeddings
+        numbers = dict(rope.numbers)
+        if rope.kind == "linear":
+            longest = int(longest * numbers["factor"])
+        elif rope.kind == "yarn":
+            longest = int(numbers["original_max_position_embeddings"] * numbers["factor"])
+        return min(longest, self.sliding_window or longest)
 
     def sharded(self, shards: Callable[[str], int]) -> "ModelConfig":
         """The equivalent config for a sharded model, in which every axis divides.
@@ -47,19 +79,23 @@ class ModelConfig:
             shards: maps a logical axis to the number of parts that it is split into.
 
         Raises:
-            ValueError: heads, hidden units of the MLP or the hidden size cannot be split so.
+            ValueError: heads, hidden units, experts or the hidden size cannot be split so.
         """
-        for axis in ("heads", "ffn", "embed", "activation_embed"):
+        for axis in ("heads", "ffn", "experts", "expert_ffn", "embed", "activation_embed"):
             if not self._splits(axis, shards(axis)):
-                valid = [
-                    n for n in range(1, 9) if self._splits("heads", n) and self._splits("ffn", n)
-                ]
+                split = [a for a in ("heads", "ffn", "experts", "expert_ffn") if shards(a) > 1]
+                valid = [n for n in range(1, 9) if all(self._splits(a, n) for a in split)]
+                experts = (
+                    f"{self.num_experts} experts, moe_intermediate_size {self.expert_size}, "
+                    if self.num_experts
+                    else ""
+                )
                 raise ValueError(
                     f"{axis!r} cannot be split over {shards(axis)} devices (tensor_parallel_size "
                     f"or mesh_shape): this model has {self.num_heads} query heads, "
                     f"{self.num_kv_heads} key/value heads, intermediate_size "
-                    f"{self.intermediate_size}, hidden_size {self.hidden_size}; valid tensor "
-                    f"parallel sizes: {valid}"
+                    f"{self.intermediate_size}, {experts}hidden_size {self.hidden_size}; valid "
+                    f"tensor parallel sizes: {valid}"
                 )
         copies = max(1, shards("kv_heads") // self.num_kv_heads)
         padding = -self.vocab_size % shards("vocab")
@@ -76,7 +112,11 @@ class ModelConfig:
         if axis == "heads":  # a KV head that has no device of its own is copied
             kv_heads = self.num_kv_heads
             return self.num_heads % parts == 0 and (kv_heads % parts == 0 or parts % kv_heads == 0)
-        sizes = {"ffn": self.intermediate_size}
+        sizes = {
+            "ffn": self.intermediate_size if self.layers_of("mlp.") else 0,
+            "experts": self.num_experts,
+            "expert_ffn": self.expert_size if self.num_experts else 0,
+        }
         return sizes.get(axis, self.hidden_size) % parts == 0
 
     @classmethod
@@ -90,10 +130,27 @@ class ModelConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The config.json of this model, in the spelling that transformers 4 and 5 both read."""
-        eos = list(self.eos_token_ids)
-        return {
+        eos, rope, family = list(self.eos_token_ids), self.rope, ARCHITECTURES[self.architecture]
+        switches = {
+            key: getattr(self, switch)
+            for switch, key in family.switches.items()
+            if isinstance(key, str)
+        }
+        if "no_rope_layers" in family.defaults:
+            switches["no_rope_layers"] = [
+                int(i not in self.layers_without_rope) for i in range(self.num_layers)
+            ]
+        if "num_experts" in family.defaults:
+            switches |= {
+                "num_experts": self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                "moe_intermediate_size": self.expert_size,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": list(self.dense_layers),
+            }
+        return switches | {
             "architectures": [self.architecture],
-            "model_type": "qwen3",
+            "model_type": family.model_type,
             "vocab_size": self.vocab_size - self.vocab_padding,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -102,11 +159,13 @@ class ModelConfig:
             "num_key_value_heads": self.num_kv_heads // self.kv_head_copies,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "attention_bias": False,
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
+            "rope_theta": rope.theta,
+            "rope_scaling": (
+                None if rope.kind == "default" else {"rope_type": rope.kind, **dict(rope.numbers)}
+            ),
+            "sliding_window": self.sliding_window,
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,

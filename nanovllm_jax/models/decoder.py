@@ -1,8 +1,11 @@
-"""The decoder: grouped-query attention with q/k norm, RoPE, SwiGLU (Qwen3, arXiv:2505.09388).
+"""The decoder: grouped-query attention, RoPE and SwiGLU, with pre-norms, as Llama and its kin.
 
-The parameters of all layers are stacked along a leading axis [L, ...], so that a step passes about
-a dozen arrays to the compiled program, however deep the model is. How a layer computes is the
-caller's choice: the engine passes a backend over its KV cache, a trainer a dense one.
+Families differ by switches of `ModelConfig`: a norm of queries and keys (Qwen3), biases (Qwen2),
+the kind of RoPE, layers without it (SmolLM3), experts in place of an MLP (Qwen3-MoE).
+
+The parameters of all layers of a kind are stacked along a leading axis [L, ...], so that a step
+passes about a dozen arrays to the compiled program, however deep the model is. How a layer computes
+is the caller's choice: the engine passes a backend over its KV cache, a trainer a dense one.
 """
 
 from typing import Any
@@ -16,23 +19,32 @@ from jaxtyping import Array, Float, Int
 from nanovllm_jax.layers.backend import Backend
 from nanovllm_jax.layers.linear import Embedding, Linear
 from nanovllm_jax.layers.mlp import MLP
+from nanovllm_jax.layers.moe import MoE
 from nanovllm_jax.layers.norm import NormAt, RMSNorm, plain
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.models.config import ModelConfig
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with its norm and residual; q, k and v come from one product."""
+    """Grouped-query attention with its norm and residual; q, k and v come from one product.
+
+    Of a family that does not norm queries and keys, `q_norm` and `k_norm` are None.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
         c, head = config, {"head_dim": config.head_dim}
         # Grouped by KV head, so that a shard of KV heads brings its query heads along.
         qkv = {"kv_heads": c.num_kv_heads, "group": c.group_size + 2, **head}
-        hidden = {"embed": c.hidden_size}
-        self.qkv_proj = Linear(qkv, hidden, dtype=dtype, rngs=rngs)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
-        self.o_proj = Linear(hidden, {"heads": c.num_heads, **head}, dtype=dtype, rngs=rngs)
+        hidden, heads = {"embed": c.hidden_size}, {"heads": c.num_heads, **head}
+        self.qkv_proj = Linear(qkv, hidden, bias=c.qkv_bias, dtype=dtype, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            if not c.qk_norm:
+                return None
+            return RMSNorm(c.head_dim, c.rms_norm_eps, axis="head_dim", dtype=dtype)
+
+        self.q_norm, self.k_norm = norm(), norm()
+        self.o_proj = Linear(hidden, heads, bias=c.o_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend, then: NormAt):
         qkv = backend.linear(x, self.qkv_proj, layer, norm=norm)
@@ -41,24 +53,32 @@ class Attention(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP, each with its residual.
+    """Pre-norm attention and a feed-forward layer, each with its residual.
 
-    Each is told which norm comes after it, for a backend that computes both in one kernel.
+    Each is told which norm comes after it, for a backend that computes both in one kernel. The
+    feed-forward layer is an MLP or a mixture of experts; `Decoder` stacks each kind by itself.
     """
 
+    mlp: MLP
+    moe: MoE
+
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs):
-        c = config
+        self.config = c = config
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         self.self_attn = Attention(c, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, rope, cache, layer, backend: Backend):
+    def __call__(self, x, rope, cache, layer, place, backend: Backend, *, kind: str):
+        """Run one layer: number `layer` of all, and `place` among those of its kind."""
         to_mlp = self.post_attention_layernorm.at(layer)
         to_next_layer = self.input_layernorm.at(layer + 1)  # after the last layer nobody uses it
         x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, backend, to_mlp)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
-        x = self.mlp(x, self.post_attention_layernorm, layer, backend, to_next_layer)
+        norm = self.post_attention_layernorm
+        if len(numbers := self.config.layers_of(f"{kind}.")) < self.config.num_layers:
+            norm = norm.of_layers(numbers)  # then one number names the layer in both stacks
+        feed_forward: MLP | MoE = getattr(self, kind)
+        x = feed_forward(x, norm, place, backend, to_next_layer)
         return backend.constrain(x, "activation_tokens", "activation_embed"), cache
 
 
@@ -69,8 +89,21 @@ class Decoder(nnx.Module):
         c, dtype = config, jnp.dtype(config.dtype)
         self.config = config
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        stacked = nnx.vmap(lambda r: DecoderLayer(c, dtype=dtype, rngs=r))
-        self.layers = stacked(rngs.split(c.num_layers))
+        layer = nnx.vmap(lambda r: DecoderLayer(c, dtype=dtype, rngs=r))
+        mlp = nnx.vmap(
+            lambda r: MLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, rngs=r)
+        )
+        moe = nnx.vmap(
+            lambda r: MoE(
+                c.hidden_size, c.expert_size, c.num_experts, c.experts_per_token,
+                normalize=c.norm_topk_prob, dtype=dtype, rngs=r,
+            )
+        )  # fmt: skip
+        self.layers = layer(rngs.split(c.num_layers))
+        if dense := len(c.layers_of("mlp.")):
+            self.layers.mlp = mlp(rngs.split(dense))
+        if sparse := len(c.layers_of("moe.")):
+            self.layers.moe = moe(rngs.split(sparse))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype=dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
@@ -86,20 +119,32 @@ class Decoder(nnx.Module):
         to_first_layer = self.layers.input_layernorm.at(jnp.int32(0))
         x = backend.embed(self.embed_tokens, token_ids, to_first_layer)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_angles(positions, self.config.rope, self.config.head_dim)
+        no_rope = jnp.ones_like(rope[0]), jnp.zeros_like(rope[1])  # turns by nothing
         graph, weights = nnx.split(self.layers)
 
-        def run_layer(weights, x, rope, cache, layer):
+        def run_layer(weights, x, rope, cache, layer, place, kind):
             # Every weight goes in whole, [L, ...]: products and kernels read their layer's slice
             # in place, while an array sliced out here would be copied for the kernels.
-            return nnx.merge(graph, weights)(x, rope, cache, layer, backend)
+            layers = nnx.merge(graph, weights)
+            return layers(x, rope, cache, layer, place, backend, kind=kind)
 
-        # Under jit the layer is traced and lowered once and called L times; XLA inlines the calls.
-        # Eagerly it runs operation by operation, so that print and a debugger work inside it.
+        # Under jit each kind of layer is traced and lowered once and called for every layer; XLA
+        # inlines the calls. Eagerly it runs operation by operation, so that print and a debugger
+        # work inside it.
         if isinstance(plain(x), Tracer):
-            run_layer = jax.jit(run_layer)
+            run_layer = jax.jit(run_layer, static_argnames="kind")
+        kinds = {
+            i: (kind, place)
+            for kind in ("mlp", "moe")
+            for place, i in enumerate(self.config.layers_of(f"{kind}."))
+        }
         for i in range(self.config.num_layers):
-            x, cache = run_layer(weights, x, rope, cache, jnp.int32(i))
+            angles = no_rope if i in self.config.layers_without_rope else rope
+            kind, place = kinds[i]
+            x, cache = run_layer(
+                weights, x, angles, cache, jnp.int32(i), jnp.int32(place), kind=kind
+            )
         return plain(x), cache
 
     def logits(self, hidden: Float[Array, "B D"], backend: Backend) -> Float[Array, "B V"]:

@@ -178,13 +178,14 @@ def memory_share(
 ) -> dict[str, float]:
     """Return how near `result` comes to reading at `bandwidth` what decoding must read.
 
-    That is every weight once a step, and the keys and values of each context once a token. Costs
-    and bandwidth are those of all devices together.
+    That is every weight once a step (of experts those that are chosen), and the keys and values of
+    each context once a token. Costs and bandwidth are those of all devices together.
     """
     # Steps that also prefill decode some tokens, which their num_tokens does not tell apart.
     decoded = work.output_tokens - len(work.outputs)
     share = result.decode.tokens / decoded if decoded else 0.0
-    weights = result.decode.steps * costs.weight_bytes
+    steps = result.decode.steps
+    weights = steps * costs.bytes_read(result.decode.tokens / max(1, steps))
     contexts = work.context_tokens * costs.kv_bytes
     limit = (weights + contexts) / bandwidth
     decode_limit = (weights + share * contexts) / bandwidth

@@ -329,7 +329,7 @@ def options_for(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
         "max_num_batched_tokens": tokens,
     }
     given = options.engine_options(args)
-    longest = min(given.get("max_model_len", 4096), model.max_position_embeddings)
+    longest = min(given.get("max_model_len", 4096), model.longest_context)
     given = needs | {"max_num_batched_tokens": max(tokens, longest)} | given
     given["max_model_len"] = longest
     for name, needed in needs.items():

@@ -67,7 +67,8 @@ class CostModel:
     On a mesh, tokens, rows and contexts are those of one shard of the batch.
 
     Attributes:
-        weight_bytes: bytes of the weights that a step reads: all but an embedding that is no head.
+        weight_bytes: bytes of the weights but an embedding that is no head. A step reads them all,
+            or of experts only some (`bytes_read`).
         kv_bytes: bytes of the keys and values of one position, over all layers.
     """
 
@@ -86,7 +87,7 @@ class CostModel:
         self.config = c = config
         self._sharding = sharding
         self._itemsize = jnp.dtype(c.dtype).itemsize  # of the activations
-        self.weight_bytes = self._norm_bytes = 0.0
+        self.weight_bytes = self._norm_bytes = self._expert_bytes = 0.0
         # Elements on this device, over all layers, that one token meets (for the head, one row).
         self._layers_size = self._head_size = 0.0  # weights that it is multiplied by
         self._in_and_out = 0.0  # inputs and outputs of the layers' products
@@ -105,6 +106,10 @@ class CostModel:
             if axes == ("layers", "embed"):
                 self._normed += math.prod(value.shape)
             layers = sizes.pop("layers", None)
+            chosen = 1  # times that a token meets the weight, or the parts that it chose
+            if experts := sizes.get("experts", 0):
+                self._expert_bytes += num_bytes
+                chosen, sizes["experts"] = c.experts_per_token, c.experts_per_token
             if len(sizes) == 1 or "embed" not in sizes:  # norms, and scales of 8-bit weights
                 continue
             size = math.prod(n / self._shards(axis) for axis, n in sizes.items())
@@ -113,11 +118,13 @@ class CostModel:
                 continue
             hidden = sizes["embed"] / self._shards("embed")
             self._layers_size += layers * size
-            self._in_and_out += layers * (hidden + size / hidden)
+            self._in_and_out += layers * (chosen * hidden + size / hidden)
             if "gate_up" in sizes:
                 self._gated += layers * size / hidden
-            if axes[1] == "embed":  # the output: devices with other parts of the input add theirs
-                self._sent += layers * hidden * _ring(math.prod(map(self._shards, axes[2:])))
+            # Devices with other parts of the input, or other experts, add up their outputs.
+            if list(sizes)[bool(experts)] == "embed":
+                others = (self._shards(axis) for axis in sizes if axis != "embed")
+                self._sent += layers * hidden * _ring(math.prod(others))
         self.kv_bytes = 2 * self._heads(c.num_kv_heads) * (kv_itemsize or self._itemsize)
 
     @classmethod
@@ -125,6 +132,14 @@ class CostModel:
         """Return the costs of an engine's model on all devices together, or on one of a mesh."""
         p, itemsize = programs, programs.cache_dtype.itemsize
         return cls(p.model_config, p.weights, kv_itemsize=itemsize, sharding=sharding)
+
+    def bytes_read(self, tokens: float) -> float:
+        """Count the bytes of weights that a step of this many tokens reads.
+
+        Of the experts they are those that some token chose, on average and if none is favored.
+        """
+        share = 1 - self.config.experts_per_token / max(1, self.config.num_experts)
+        return self.weight_bytes - share**tokens * self._expert_bytes
 
     def least(
         self, *, steps: float, tokens: float, rows: float, context: float, pairs: float
@@ -140,7 +155,9 @@ class CostModel:
         """
         products = tokens * self._layers_size + rows * self._head_size
         flops = 2 * products + 4 * pairs * self._heads(self.config.num_heads)
-        return Work(steps * self.weight_bytes + context * self.kv_bytes, flops)
+        return Work(
+            steps * self.bytes_read(tokens / max(1, steps)) + context * self.kv_bytes, flops
+        )
 
     def categories(self, starts: Sequence[int], lengths: Sequence[int]) -> dict[str, Work]:
         """Count one step by category, with the arrays that one operation hands to the next.
@@ -161,7 +178,7 @@ class CostModel:
         # and gives one out; the embedding's rows and the last norm are one in, one out.
         elementwise = tokens * (4 * self._normed + 1.5 * self._gated)
         elementwise += 2 * c.hidden_size * (tokens + rows)
-        products = self.weight_bytes - self._norm_bytes + logits
+        products = self.bytes_read(tokens) - self._norm_bytes + logits
         products += (tokens * self._in_and_out + rows * c.hidden_size) * size
         work = {
             "attention": Work(context * self.kv_bytes + 2 * tokens * q * size, 4 * pairs * q),

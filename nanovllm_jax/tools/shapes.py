@@ -5,8 +5,10 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models import ModelConfig
 
 # Hidden size, width of the MLP, layers and query heads by size, and whether the head is tied.
@@ -18,11 +20,16 @@ _SIZES = {
 QWEN3 = {
     size: ModelConfig(
         "Qwen3ForCausalLM", vocab_size=151936, hidden_size=hidden, intermediate_size=intermediate,
-        num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128, rope_theta=1e6,
+        num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128, rope=Rope(1e6),
         max_position_embeddings=40960, tie_word_embeddings=tied, eos_token_ids=(151645,),
     )
     for size, (hidden, intermediate, layers, heads, tied) in _SIZES.items()
 }  # fmt: skip
+QWEN3["30B-A3B"] = replace(
+    QWEN3["8B"], architecture="Qwen3MoeForCausalLM", hidden_size=2048, intermediate_size=6144,
+    num_layers=48, num_kv_heads=4, num_experts=128, experts_per_token=8, expert_size=768,
+    norm_topk_prob=True,
+)  # fmt: skip
 
 
 def write_config(config: ModelConfig, directory: Path) -> None:

@@ -1,6 +1,6 @@
 """The kernels natively on a GPU, at the shapes of Qwen3-0.6B (G = 2) and Qwen3-8B (G = 4).
 
-Also at odd ones: seven query heads per KV head, a head dim of 80, small pages.
+Also of Qwen2.5-7B (G = 7) and SmolLM2 (G = 3), and at odd ones: a head dim of 80, small pages.
 """
 
 import jax
@@ -17,6 +17,7 @@ from test_kernels import (
     check_gated_linear,
     check_prefill,
     check_write,
+    each_normed,
 )
 
 from pallas_kernels import mosaic_problem
@@ -32,6 +33,8 @@ SHAPES = [
     dict(group=2, kv_heads=8, head_dim=64, page_size=256, dtype="bfloat16"),
     dict(group=2, kv_heads=8, head_dim=128, page_size=256, dtype="bfloat16", cache_dtype=FP8),
     dict(group=2, kv_heads=8, head_dim=128, page_size=256, dtype="float32"),
+    dict(group=7, kv_heads=4, head_dim=128, page_size=256, dtype="bfloat16"),
+    dict(group=3, kv_heads=3, head_dim=64, page_size=256, dtype="bfloat16"),
     dict(group=7, kv_heads=2, head_dim=80, page_size=16, dtype="bfloat16"),
     dict(group=3, kv_heads=3, head_dim=80, page_size=32, dtype="float32"),
     dict(group=1, kv_heads=2, head_dim=16, page_size=16, dtype="float32"),
@@ -72,16 +75,21 @@ def test_mosaic_prefill(group, head_dim, page_size, padding):
 @each_implementation
 @each_shape
 @pytest.mark.parametrize("num_tokens", [1, 700])
-def test_write(num_tokens, shape, implementation):
-    check_write(implementation, num_tokens, num_pages=800 // shape["page_size"] + 1, **shape)
+@each_normed
+def test_write(num_tokens, shape, implementation, normed):
+    num_pages = 800 // shape["page_size"] + 1
+    check_write(implementation, num_tokens, num_pages=num_pages, normed=normed, **shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES[::3], ids=lambda s: "-".join(map(str, s.values())))
 @pytest.mark.parametrize("batch", [1, 8, 100])  # many splits, a few, none
-def test_decode_step(batch, shape):
+@each_normed
+def test_decode_step(batch, shape, normed):
     edges = [700, 1, 0, shape["page_size"] - 1, shape["page_size"], shape["page_size"] + 1, 63, 64]
     contexts = [*edges, *np.random.default_rng(batch).integers(0, 100, batch)][:batch]
-    check_decode_step("triton", [int(n) for n in contexts], splits=batch < 100, **shape)
+    check_decode_step(
+        "triton", [int(n) for n in contexts], splits=batch < 100, normed=normed, **shape
+    )
 
 
 # Of Qwen3-0.6B and Qwen3-8B; and a width of 3 chunks, with the fewest outputs.

@@ -112,7 +112,7 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record],
     config = config if here.gpu else replace(config, dtype="float32")
     scale = workloads.SCALES[args.scale or device]
     scale = replace(scale, rate=args.rate or scale.rate)
-    if (most := config.max_position_embeddings) < scale.max_model_len:
+    if (most := config.longest_context) < scale.max_model_len:
         needed = f"--scale {args.scale or device} needs {scale.max_model_len} positions"
         raise UsageError(f"{needed} and {model} has {most}: choose --scale cpu or another model")
     sizes = {name: n for name, n in asdict(scale).items() if name.startswith("max_")}
