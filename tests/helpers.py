@@ -134,6 +134,10 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
             "self_attn.q_proj": matrix(n * h, d),
             "self_attn.k_proj": matrix(k * h, d),
             "self_attn.v_proj": matrix(k * h, d),
+        }
+        if family in ("qwen3", "qwen3_moe"):
+            layer |= {"self_attn.q_norm": norm(h), "self_attn.k_norm": norm(h)}
+        layer |= {
             "self_attn.o_proj": matrix(d, n * h),
             "post_attention_layernorm": norm(d),
         }
@@ -146,8 +150,6 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         for name in names:
             layer |= {f"{name}{part}_proj": matrix(f, d) for part in ("gate", "up")}
             layer |= {f"{name}down_proj": matrix(d, f)}
-        if family in ("qwen3", "qwen3_moe"):
-            layer |= {"self_attn.q_norm": norm(h), "self_attn.k_norm": norm(h)}
         tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
         biased = ["q_proj", "k_proj", "v_proj"] if family == "qwen2" else []
         biased = (

@@ -11,7 +11,7 @@ import pytest
 
 from nanovllm_jax.cli import main
 from nanovllm_jax.tools import bench
-from nanovllm_jax.tools.shapes import QWEN3, write_config
+from nanovllm_jax.tools.shapes import SHAPES, write_config
 
 SMALL = ["--requests", "8", "--max-len", "64", "--runs", "2", "--latency-tokens", "4"]
 ENGINE = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-batched-tokens", "256",
@@ -23,7 +23,7 @@ def model_dir(tmp_path_factory):
     """A tiny model's directory: a config.json is all that random weights need."""
     path = tmp_path_factory.mktemp("tiny")
     tiny = replace(
-        QWEN3["0.6B"], vocab_size=300, eos_token_ids=(2,), hidden_size=32, intermediate_size=64,
+        SHAPES["0.6B"], vocab_size=300, eos_token_ids=(2,), hidden_size=32, intermediate_size=64,
         num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32",
     )  # fmt: skip
     write_config(tiny, path)

@@ -4,6 +4,7 @@ The config classes of transformers are the oracle: what is accepted means here w
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import config_json
 
 from nanovllm_jax import LLM
 from nanovllm_jax.models import ModelConfig
+from nanovllm_jax.tools.shapes import SHAPES, write_config
 
 # --- published files, with the keys that they are published with ---
 
@@ -190,6 +192,21 @@ def test_published_models_are_read_as_transformers_reads_them(written, size):
     path = written(PUBLISHED[size], eos_token_id=[*ends, 7], temperature=0.6, top_p=0.95)
     config = assert_as_transformers(path)
     assert set(config.eos_token_ids) == {*ends, 7} and config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("8B", "8B"), ("Llama-3.2-1B", "Llama-3.2-1B-Instruct")],
+)
+def test_shapes_for_random_weights_are_those_of_published_models(written, name, published):
+    ours, theirs = SHAPES[name], read(written(PUBLISHED[published]))
+    assert replace(ours, eos_token_ids=()) == replace(theirs, eos_token_ids=())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_is_written_and_read_again(tmp_path, name):
+    write_config(SHAPES[name], tmp_path)
+    assert read(tmp_path) == SHAPES[name]
 
 
 @pytest.mark.parametrize("size", PUBLISHED)

@@ -20,7 +20,7 @@ from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.sharding import Sharding
-from nanovllm_jax.tools.shapes import QWEN3, write_config
+from nanovllm_jax.tools.shapes import SHAPES, write_config
 
 # The kernels of a step on one GPU. The buckets are the ends of both families, and the sizes at
 # which decoding takes other kernels.
@@ -54,7 +54,7 @@ def programs(tmp_path_factory):
         @functools.cache
         def make(head_dim, gpus, size="0.6B", by_expert=False):
             path = tmp_path_factory.mktemp("model")
-            write_config(replace(QWEN3[size], num_layers=2, head_dim=head_dim), path)
+            write_config(replace(SHAPES[size], num_layers=2, head_dim=head_dim), path)
             rules = {"experts": "tensor", "expert_ffn": None} if by_expert else None
             config = EngineConfig.resolve(
                 path, "gpu", tensor_parallel_size=gpus, sharding_rules=rules

@@ -9,7 +9,7 @@ import pytest
 from nanovllm_jax.cli import main
 from nanovllm_jax.tools import profile
 from nanovllm_jax.tools.roofline import Work
-from nanovllm_jax.tools.shapes import QWEN3, write_config
+from nanovllm_jax.tools.shapes import SHAPES, write_config
 
 
 def test_a_table_has_times_a_step_and_shares_of_the_limit(capsys):
@@ -40,7 +40,7 @@ def model_dir(tmp_path_factory):
     """A model of two layers; a config.json is all that random weights need."""
     path = tmp_path_factory.mktemp("tiny")
     tiny = replace(
-        QWEN3["0.6B"], vocab_size=300, eos_token_ids=(2,), hidden_size=32, intermediate_size=64,
+        SHAPES["0.6B"], vocab_size=300, eos_token_ids=(2,), hidden_size=32, intermediate_size=64,
         num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, max_position_embeddings=256,
         dtype="float32",
     )  # fmt: skip

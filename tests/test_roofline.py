@@ -10,7 +10,7 @@ from flax import nnx
 from nanovllm_jax.models import ModelConfig, parameters
 from nanovllm_jax.sharding import make_sharding, merge_rules
 from nanovllm_jax.tools.roofline import CostModel, Work, find_hardware
-from nanovllm_jax.tools.shapes import QWEN3
+from nanovllm_jax.tools.shapes import SHAPES
 
 # D 4, F 6, 2 layers, 2 query heads over 1 of size 2, 10 words
 MODEL = ModelConfig("Qwen3ForCausalLM", 10, 4, 6, 2, 2, 1, 2, max_position_embeddings=64)
@@ -126,13 +126,13 @@ def test_experts_on_two_devices_cost_the_sums_of_a_dense_model(rules):
     ],
 )
 def test_the_published_sizes(size, billions, kv_bytes):
-    model = costs(QWEN3[size])
+    model = costs(SHAPES[size])
     assert model.weight_bytes == pytest.approx(2e9 * billions, rel=2e-3)  # without the embedding
     assert model.kv_bytes == kv_bytes
 
 
 def test_the_least_work_is_in_the_categories_of_a_step():
-    model = costs(replace(QWEN3["0.6B"], num_layers=2))
+    model = costs(replace(SHAPES["0.6B"], num_layers=2))
     parts = model.categories([99, 199], [1, 1])
     least = model.least(steps=1, tokens=2, rows=2, context=300, pairs=300)
     assert least.flops == sum(part.flops for part in parts.values())

@@ -32,7 +32,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, check_positive
 from nanovllm_jax.tools.roofline import TB, CostModel, find_hardware
-from nanovllm_jax.tools.shapes import QWEN3, model_directory
+from nanovllm_jax.tools.shapes import SHAPES, model_directory
 
 if TYPE_CHECKING:
     from nanovllm_jax import LLM
@@ -295,7 +295,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser(prog="nanovllm-jax bench", description="Benchmark the engine.")
     add = parser.add_argument
     add("model", type=Path, nargs="?", metavar="MODEL_DIR", help="model directory")
-    add("--random-weights", choices=QWEN3, metavar="SIZE", help=f"instead: {', '.join(QWEN3)}")
+    add("--random-weights", choices=SHAPES, metavar="SIZE", help=f"instead: {', '.join(SHAPES)}")
     add("--latency", action="store_true", help="batch 1, 16 and 64 instead of the throughput")
     add("--prefill", action="store_true", help="64 long prompts instead of the throughput")
     add("--all", action="store_true", help="all three")

@@ -34,7 +34,7 @@ from nanovllm_jax.tools import options, trace
 from nanovllm_jax.tools.bench import describe, fixed_workload
 from nanovllm_jax.tools.options import UsageError
 from nanovllm_jax.tools.roofline import TB, CostModel, Work, find_hardware
-from nanovllm_jax.tools.shapes import QWEN3, model_directory
+from nanovllm_jax.tools.shapes import SHAPES, model_directory
 
 if TYPE_CHECKING:
     from nanovllm_jax import LLM
@@ -282,7 +282,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = options.Parser(prog="nanovllm-jax profile", description="Where a step's time goes.")
     add = parser.add_argument
     add("model", type=Path, nargs="?", metavar="MODEL_DIR", help="default: the demo model")
-    add("--random-weights", choices=QWEN3, metavar="SIZE", help=f"instead: {', '.join(QWEN3)}")
+    add("--random-weights", choices=SHAPES, metavar="SIZE", help=f"instead: {', '.join(SHAPES)}")
     add("--out", type=Path, metavar="DIR", help="write traces, programs and tables into DIR")
     add("--batch", type=int, nargs="*", metavar="N", help="sequences of the decode steps")
     add("--context", type=int, metavar="N", help="prompt tokens of each")

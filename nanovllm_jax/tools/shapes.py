@@ -1,4 +1,4 @@
-"""The shapes of the published Qwen3 models, for measurements with random weights."""
+"""The shapes of published models, for measurements with random weights."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ _SIZES = {
     "4B": (2560, 9728, 36, 32, True), "8B": (4096, 12288, 36, 32, False),
     "14B": (5120, 17408, 40, 40, False), "32B": (5120, 25600, 64, 64, False),
 }  # fmt: skip
-QWEN3 = {
+SHAPES = {
     size: ModelConfig(
         "Qwen3ForCausalLM", vocab_size=151936, hidden_size=hidden, intermediate_size=intermediate,
         num_layers=layers, num_heads=heads, num_kv_heads=8, head_dim=128, rope=Rope(1e6),
@@ -25,11 +25,33 @@ QWEN3 = {
     )
     for size, (hidden, intermediate, layers, heads, tied) in _SIZES.items()
 }  # fmt: skip
-QWEN3["30B-A3B"] = replace(
-    QWEN3["8B"], architecture="Qwen3MoeForCausalLM", hidden_size=2048, intermediate_size=6144,
+SHAPES["30B-A3B"] = replace(
+    SHAPES["8B"], architecture="Qwen3MoeForCausalLM", hidden_size=2048, intermediate_size=6144,
     num_layers=48, num_kv_heads=4, num_experts=128, experts_per_token=8, expert_size=768,
     norm_topk_prob=True,
 )  # fmt: skip
+
+
+_LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 8192}
+SHAPES |= {
+    "Llama-3.2-1B": ModelConfig(
+        "LlamaForCausalLM", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
+        num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64, max_position_embeddings=131072,
+        rope=Rope(5e5, "llama3", tuple(sorted(_LLAMA3.items()))), rms_norm_eps=1e-5,
+        tie_word_embeddings=True, qk_norm=False, eos_token_ids=(128001, 128008, 128009),
+    ),
+    "Qwen2.5-7B": ModelConfig(
+        "Qwen2ForCausalLM", vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+        num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, max_position_embeddings=32768,
+        rope=Rope(1e6), qk_norm=False, qkv_bias=True, eos_token_ids=(151645,),
+    ),
+}  # fmt: skip
+
+
+def full_name(size: str) -> str:
+    """The name of a shape; those of Qwen3 go by their size alone."""
+    return f"Qwen3-{size}" if SHAPES[size].architecture.startswith("Qwen3") else size
 
 
 def write_config(config: ModelConfig, directory: Path) -> None:
@@ -47,5 +69,5 @@ def model_directory(args: argparse.Namespace) -> Iterator[Path]:
         yield args.model
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_config(QWEN3[args.random_weights], Path(folder))
+        write_config(SHAPES[args.random_weights], Path(folder))
         yield Path(folder)

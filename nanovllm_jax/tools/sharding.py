@@ -31,7 +31,7 @@ from nanovllm_jax.tools import roofline
 from nanovllm_jax.tools.hlo import Collective, collectives
 from nanovllm_jax.tools.options import Parser, UsageError, check_positive, refusals
 from nanovllm_jax.tools.roofline import HARDWARE, CostModel, Hardware, find_hardware
-from nanovllm_jax.tools.shapes import QWEN3, model_directory
+from nanovllm_jax.tools.shapes import SHAPES, model_directory
 
 MAX_DEVICES = 64
 
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                     "without weights and without the devices.")
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR", help="model directory; only config.json is read")
-    add("--random-weights", choices=QWEN3, metavar="SIZE", help="instead: a Qwen3 shape")
+    add("--random-weights", choices=SHAPES, metavar="SIZE", help=f"instead: {', '.join(SHAPES)}")
     add("--mesh", type=_mesh, required=True, metavar="AXIS=N,...", help="as in data=2,tensor=4")
     add("--rules", type=_rules, default={}, metavar="FILE",
         help="JSON: logical axis -> mesh axis, list or null")

@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine import pace
-from nanovllm_jax.tools.shapes import QWEN3, write_config
+from nanovllm_jax.tools.shapes import SHAPES, write_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +43,7 @@ def outcome(directory, backend, **options):
 def test_several_decode_steps_in_a_call_give_the_same_tokens(tmp_path, monkeypatch):
     """Alone and together, greedy and drawn, and where a block begins inside a call."""
     monkeypatch.setattr(pace, "MOST_LOAD", {"gpu": -1.0})
-    write_config(QWEN3["0.6B"], tmp_path)
+    write_config(SHAPES["0.6B"], tmp_path)
     params = [
         SamplingParams(temperature=i % 2, seed=i, max_tokens=50 + i, ignore_eos=True)
         for i in range(16)
@@ -69,7 +69,7 @@ def test_the_kernels_agree_with_xla(tmp_path):
     5% of the tokens. The limits are near three times these figures; a mask, position or page that
     is wrong moves the logits by more.
     """
-    write_config(QWEN3["0.6B"], tmp_path)
+    write_config(SHAPES["0.6B"], tmp_path)
     want, want_logits = outcome(tmp_path, "xla")
     got, got_logits = outcome(tmp_path, "auto")
     difference = np.sqrt(np.mean((got_logits - want_logits) ** 2))
@@ -81,7 +81,7 @@ def test_the_kernels_agree_with_xla(tmp_path):
 
 def test_experts_agree_with_xla(tmp_path):
     """In float32: rounded to bfloat16, scores that are nearly equal choose other experts."""
-    write_config(replace(QWEN3["30B-A3B"], num_layers=2), tmp_path)
+    write_config(replace(SHAPES["30B-A3B"], num_layers=2), tmp_path)
     want, want_logits = outcome(tmp_path, "xla", dtype="float32")
     got, got_logits = outcome(tmp_path, "auto", dtype="float32")
     difference = np.sqrt(np.mean((got_logits - want_logits) ** 2))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.layers.norm import rms_norm
-from nanovllm_jax.tools.shapes import QWEN3, write_config
+from nanovllm_jax.tools.shapes import SHAPES, write_config
 from pallas_kernels import (
     make_mailboxes,
     one_shot_all_reduce,
@@ -259,7 +259,7 @@ def test_greedy_tokens_are_those_of_xlas_sums(tmp_path, monkeypatch):
 
     Both engines round to bfloat16 at different places, which decides a few of the tokens.
     """
-    write_config(replace(QWEN3["0.6B"], num_layers=4), tmp_path)
+    write_config(replace(SHAPES["0.6B"], num_layers=4), tmp_path)
     lengths = 2 * [1, 17, 63, 64, 65, 200, 256, 300]
     prompts = [
         np.random.default_rng(i).integers(0, 10000, n).tolist() for i, n in enumerate(lengths)

@@ -43,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     # fmt: off
     model = parser.add_mutually_exclusive_group().add_argument
     model("--model", type=Path, metavar="DIR", help="model directory (default: the demo model)")
-    model("--random-weights", choices=shapes.QWEN3, metavar="SIZE", help=", ".join(shapes.QWEN3))
+    model("--random-weights", choices=shapes.SHAPES, metavar="SIZE", help=", ".join(shapes.SHAPES))
     add("--weights-folder", type=Path, metavar="DIR", default=folder,
         help="where random weights are written, once (default: a temporary folder)")
     add("--engines", metavar="NAME[,NAME...]", default=",".join(ENGINES), help="default: all")
@@ -143,9 +143,10 @@ def prepare(args: argparse.Namespace, file: Path) -> tuple[list[results.Record],
 def _model(args: argparse.Namespace) -> tuple[str, Path]:
     """Return the model's title and directory; random weights are written if they are not there."""
     if size := args.random_weights:
-        title, model = f"Qwen3-{size}, random weights", args.weights_folder / f"qwen3-random-{size}"
+        name = shapes.full_name(size)
+        title, model = f"{name}, random weights", args.weights_folder / f"{name}-random"
         print(f"{title}, in {model}")
-        return title, random_model.write(model, shapes.QWEN3[size])
+        return title, random_model.write(model, shapes.SHAPES[size])
     model = (args.model or DEMO_MODEL).resolve()
     return model.name if args.model else "the demo model", model
 
