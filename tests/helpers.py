@@ -79,7 +79,7 @@ FAMILIES = {
         "SmolLM3", "smollm3", 4, 1, num_hidden_layers=5, no_rope_layers=[1, 0, 1, 1, 0],
         rope_parameters={"rope_type": "default", "rope_theta": 2e6}, pad_token_id=0, eos_token_id=3,
     ),
-    "qwen3-yarn": family("Qwen3", "qwen3", 4, 2, head_dim=16, rope_parameters=YARN),
+    "qwen3-yarn": family("Qwen3", "qwen3", 6, 2, head_dim=16, rope_parameters=YARN),
     "qwen3-moe": family(
         "Qwen3Moe", "qwen3_moe", 4, 2, head_dim=16, norm_topk_prob=True, **EXPERTS
     ),
