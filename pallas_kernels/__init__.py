@@ -12,15 +12,16 @@ Every function of attention, and `expert_mlp`, takes `implementation`:
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
-Six functions are Triton kernels only: `fused_linear` is the linear layer of a single row, `draw`
-samples tokens, with noise that `gumbel`, `random_bits` and `stream_words` define, and
+One function is a Mosaic kernel only: `gated_linear` is the first product of a gated MLP for many
+rows, with its gate. Six are Triton kernels only: `fused_linear` is the linear layer of a single
+row, `draw` samples tokens, with noise that `gumbel`, `random_bits` and `stream_words` define, and
 `one_shot_all_reduce`, `one_shot_all_reduce_norm`, `one_shot_sum` and `one_shot_max` combine small
 arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
-`supports_one_shot`, `supports_one_shot_norm`, `supports_mosaic_prefill`. `mosaic_problem` tells why
-a GPU does not run Mosaic's. How large a cache and a step may be is told by `addressable_pages` and
-`most_tokens`.
+`supports_gated_linear`, `supports_one_shot`, `supports_one_shot_norm`, `supports_mosaic_prefill`.
+`mosaic_problem` tells why a GPU does not run Mosaic's. How large a cache and a step may be is told
+by `addressable_pages` and `most_tokens`.
 """
 
 from pallas_kernels._common import addressable_pages, mosaic_problem, most_tokens
@@ -36,6 +37,7 @@ from pallas_kernels.all_reduce import (
 )
 from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
+from pallas_kernels.gated_linear import gated_linear, supports_gated_linear
 from pallas_kernels.grouped_linear import expert_mlp
 from pallas_kernels.kv_write import norm_rope_write
 from pallas_kernels.mosaic_prefill import supports_mosaic_prefill
@@ -49,6 +51,7 @@ __all__ = [
     "draw",
     "expert_mlp",
     "fused_linear",
+    "gated_linear",
     "gumbel",
     "make_mailboxes",
     "mosaic_problem",
@@ -63,6 +66,7 @@ __all__ = [
     "random_bits",
     "stream_words",
     "supports_fused_linear",
+    "supports_gated_linear",
     "supports_mosaic_prefill",
     "supports_one_shot",
     "supports_one_shot_norm",

@@ -3,11 +3,13 @@
     python scripts/bench_kernels.py                        # on a GPU: under 100 s
     python scripts/bench_kernels.py --tiny                 # on a CPU: does it run?
     python scripts/bench_kernels.py --only decode --implementation xla
+    python scripts/bench_kernels.py --only gated --settings    # gated_linear, tuned: under 90 s
 
 Each case is a chain of calls in one compiled function, so that launches do not dominate. Every call
 reads other pages and another layer, so that the second-level cache does not answer.
 """
 
+import functools
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
@@ -17,15 +19,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from nanovllm_jax.layers.linear import product
 from nanovllm_jax.tools.roofline import HARDWARE, TB
 from pallas_kernels import (
     draw,
     expert_mlp,
     fused_linear,
+    gated_linear,
     norm_rope_write,
     paged_decode,
     paged_prefill,
+    supports_gated_linear,
 )
 
 # What an H100 reaches, by the unit of a case's work per second.
@@ -36,6 +42,13 @@ KV_HEADS, HEAD_DIM = 8, 128
 VOCAB = 151_936
 # Query heads, hidden size and width of the MLP by model.
 MODELS = {"0.6B": (16, 1024, 3072), "8B": (32, 4096, 12288)}
+# XLA's own products are compiled as in the engine, by cuBLAS and untuned.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "0"}
+# Settings of gated_linear that --settings tries besides its defaults.
+SETTINGS = (
+    {"lead": 0}, {"lead": 2}, {"stages": 3}, {"cluster": 1}, {"cluster": 1, "lead": 0},
+    {"band": 4}, {"band": 16},
+)  # fmt: skip
 # Of Qwen3-30B-A3B: experts, those of a token, hidden size and hidden units of an expert.
 EXPERTS, CHOICES, EXPERT_WIDTH, EXPERT_SIZE = 128, 8, 2048, 768
 
@@ -45,6 +58,7 @@ SIZES = {
     "layers": (8, 2), "pages": (1280, 8), "page_size": (256, 16), "calls": (16, 2),
     "repeats": (9, 1), "batches": ((1, 16, 64, 256), (3,)), "contexts": ((256, 1024), ()),
     "mixed_contexts": ((100, 2048), (3, 40)), "prompts": ((16, 1024), (2, 24)),
+    "gated_rows": ((16384, 2048, 1024), (16,)),
     "write_tokens": ((1, 256, 16384), (8,)),
     "expert_tokens": ((1, 16, 64, 256, 2048, 16384), (5,)),
     "widths_over": (1, 8),  # divides hidden size and width of the MLP
@@ -140,6 +154,43 @@ def linear_case(name: str, scale: Namespace, width: int, outputs: int) -> Case:
     return Case(f"linear {name}", run, make, scale.calls, 2 * outputs * width, "TB/s")
 
 
+def gated_case(name: str, scale: Namespace, shape: tuple[int, int, int], gated: Callable) -> Case:
+    """Make a case of gate and up for many rows; `shape` is rows, width, outputs of either."""
+    rows, width, outputs = shape
+    calls = max(1, scale.calls // 4)
+
+    def run(k_cache, v_cache, x, weight):
+        outs = []
+        for i in range(calls):
+            out = lax.optimization_barrier(gated(x, weight, jnp.int32(i % scale.layers)))
+            outs.append(out[:1])  # behind the barrier, so that every row is computed
+        return k_cache, v_cache, jnp.concatenate(outs)
+
+    def make():
+        weight = normal(0, scale.layers, 2, outputs, width) * width**-0.5
+        return normal(1, rows, width), weight
+
+    flops = 4 * rows * width * outputs
+    return Case(f"gated {rows} {name}", run, make, calls, flops, "TFLOP/s")
+
+
+def gated_cases(scale: Namespace, width: int, outputs: int) -> Iterator[Case]:
+    """Yield XLA's product and gate, and the kernel that is both, if this GPU runs it."""
+
+    def plain(x, weight, layer):
+        y = product(x, weight[layer], 1)
+        return jax.nn.silu(y[:, 0]) * y[:, 1]
+
+    for rows in scale.gated_rows:
+        shape = rows, width, outputs
+        yield gated_case("xla", scale, shape, plain)
+        if supports_gated_linear(rows, outputs, width, jnp.bfloat16, jax.devices()[0]):
+            for setting in ({}, *(SETTINGS if scale.settings else ())):
+                name = "".join(f" {key}={value}" for key, value in setting.items())
+                kernel = functools.partial(gated_linear, **setting)
+                yield gated_case(f"mosaic{name}", scale, shape, kernel)
+
+
 def draw_case(rows: int, scale: Namespace) -> Case:
     """Make a case of sampling: its work is the bytes of the logits."""
     width = VOCAB // scale.widths_over
@@ -166,12 +217,14 @@ def expert_case(tokens: int, scale: Namespace) -> Case:
     width, size = EXPERT_WIDTH // scale.widths_over, EXPERT_SIZE // scale.widths_over
 
     def run(k_cache, v_cache, x, gate_up, down, choices, weights):
+        outs = []
         for i in range(max(1, calls)):  # with other experts and another layer each time
             layer, chosen = jnp.int32(i % layers), (choices + 16 * i) % EXPERTS
-            x = expert_mlp(
+            out = expert_mlp(
                 x, gate_up, down, chosen, weights, layer, implementation=scale.implementation
             )
-        return k_cache, v_cache, x
+            outs.append(lax.optimization_barrier(out)[:1])
+        return k_cache, v_cache, jnp.concatenate(outs)
 
     def make():
         gate_up = normal(0, layers, EXPERTS, 2, size, width) * width**-0.5
@@ -210,11 +263,14 @@ def cases(model: str, scale: Namespace) -> Iterator[Case]:
     yield linear_case("o", scale, heads * HEAD_DIM, hidden)
     yield linear_case("gate and up", scale, hidden, 2 * ffn)
     yield linear_case("down", scale, ffn, hidden)
+    yield from gated_cases(scale, hidden, ffn)
 
 
 def measure(case: Case, caches: Sequence[jax.Array], repeats: int):
     """Return the median seconds per call, and the caches, which every run consumes and returns."""
-    run, args, seconds = jax.jit(case.run, donate_argnums=(0, 1)), case.make(), []
+    options = GPU_OPTIONS if jax.default_backend() == "gpu" else None
+    run = jax.jit(case.run, donate_argnums=(0, 1), compiler_options=options)
+    args, seconds = case.make(), []
     for _ in range(repeats + 2):  # the first compiles, the second warms up
         start = time.perf_counter()
         *caches, out = jax.block_until_ready(run(*caches, *args))
@@ -230,6 +286,7 @@ def main():
     add = parser.add_argument
     add("--tiny", action="store_true", help="small shapes, for a CPU")
     add("--implementation", default="triton", choices=["triton", "mosaic", "xla"])
+    add("--settings", action="store_true", help="time gated_linear with other settings, too")
     add("--only", default="", help="cases whose name contains this")
     add("--budget", type=float, default=90, help="seconds; then skip the rest")
     options = parser.parse_args()
@@ -239,7 +296,7 @@ def main():
 
     began = time.perf_counter()
     sizes = {name: tiny if options.tiny else full for name, (full, tiny) in SIZES.items()}
-    scale = Namespace(**sizes, implementation=options.implementation)
+    scale = Namespace(**sizes, implementation=options.implementation, settings=options.settings)
     stack = jax.jit(lambda x: jnp.repeat(x[None], scale.layers, axis=0))
     caches = [stack(normal(k, scale.pages, scale.page_size, KV_HEADS, HEAD_DIM)) for k in (1, 2)]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.implementation}")

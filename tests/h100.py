@@ -25,6 +25,7 @@ def lower_for_h100(jitted, *shapes, mesh: AbstractMesh | None = None) -> str:
 
 
 def kernels_in(text: str) -> list[str]:
-    """The names of the kernels that a lowered program calls; Mosaic's are all "mosaic_gpu"."""
+    """The names of the kernels that a lowered program calls."""
     triton = r'custom_call @__gpu\$xla\.gpu\.triton.*?\bname = "(\w+)"'
-    return re.findall(triton, text) + re.findall(r"custom_call @(mosaic_gpu)", text)
+    mosaic = r"custom_call @mosaic_gpu.*?\\00(?!stable_)(\w+)_mosaic_gpu\\00"
+    return re.findall(triton, text) + re.findall(mosaic, text)

@@ -24,14 +24,14 @@ from nanovllm_jax.tools.shapes import SHAPES, write_config
 
 # The kernels of a step on one GPU. The buckets are the ends of both families, and the sizes at
 # which decoding takes other kernels.
-PREFILL = {"norm_rope_write", "mosaic_gpu", "draw"}
+PREFILL = {"norm_rope_write", "paged_prefill_mosaic", "draw"}
 STEPS = {
     Bucket(0, 1): {"fused_linear", "paged_decode", "paged_decode_combine", "draw"},
     Bucket(0, 16): {"paged_decode", "paged_decode_combine", "draw"},
     Bucket(0, 512): {"norm_rope_write", "paged_decode", "draw"},
     Bucket(64, 8): PREFILL,
-    Bucket(1024, 128): PREFILL,
-    Bucket(16384, 512): PREFILL,
+    Bucket(1024, 128): PREFILL | {"gated_linear"},
+    Bucket(16384, 512): PREFILL | {"gated_linear"},
 }
 ALSO_ON_TWO = {"one_shot_all_reduce"}
 # The norm joins the sums of a few rows; that of one is part of the product after it.

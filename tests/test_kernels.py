@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from h100 import kernels_in, lower_for_h100
+from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import (
     decode_step,
     draw,
     fused_linear,
+    gated_linear,
     gumbel,
     mosaic_prefill,
     mosaic_problem,
@@ -30,12 +32,14 @@ from pallas_kernels import (
     random_bits,
     stream_words,
     supports_fused_linear,
+    supports_gated_linear,
 )
 from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
 
 # The package's attributes of these names are functions.
 decode_module = sys.modules["pallas_kernels.paged_decode"]
 draw_module = sys.modules["pallas_kernels.draw"]
+gated_module = sys.modules["pallas_kernels.gated_linear"]
 
 IMPLEMENTATIONS = ("xla", "triton")
 LAYERS, LAYER = 3, 1
@@ -320,6 +324,32 @@ def check_fused_linear(
     np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=half_ulp + 1e-4, atol=1e-4)
 
 
+def check_gated_linear(num_rows, width, num_out, *, seed=0, **options):
+    """`gated_linear` against float32 NumPy; the weights of all other layers are NaN."""
+    rng = np.random.default_rng([seed, num_rows, width, num_out])
+    x = rng.standard_normal((num_rows, width), np.float32)
+    x[:: num_rows // 3] *= 100  # whose exponentials leave float32's range
+    x = jnp.asarray(x, jnp.bfloat16)
+    own = rng.standard_normal((2, num_out, width), np.float32) * (2 * width**-0.5)
+    own = jnp.asarray(own, jnp.bfloat16)
+    weight = jnp.full((LAYERS, *own.shape), jnp.nan, jnp.bfloat16).at[LAYER].set(own)
+    out = gated_linear(x, weight, jnp.int32(LAYER), **options)
+    assert out.shape == (num_rows, num_out) and out.dtype == jnp.bfloat16
+
+    x, own = np.asarray(x, np.float32), np.asarray(own, np.float32)
+    gate, up = (x @ half.T for half in own)
+    with np.errstate(over="ignore"):
+        want = gate / (1 + np.exp(-gate)) * up
+    # Rounded once, at the end: a gate or an up rounded before it would be out of these bounds. The
+    # products' own sums are as exact as float32 is for terms of their size, which counts where a
+    # gate of nearly zero meets a large up.
+    half_ulp = float(jnp.finfo(out.dtype).eps) / 2
+    terms = [np.abs(x) @ np.abs(half).T for half in own]
+    sums = 2**-23 * (1.1 * terms[0] * np.abs(up) + terms[1] * np.abs(gate))
+    bound = (half_ulp + 2e-4) * np.abs(want) + 2e-4 + sums
+    np.testing.assert_array_less(np.abs(np.asarray(out, np.float32) - want), bound)
+
+
 DRAW_KINDS = ("random", "ties", "zeros", "masked", "nothing", "one")
 
 
@@ -539,6 +569,25 @@ def test_mosaic_prefill_matches_dense_attention(shape, monkeypatch):
     check_prefill("mosaic", [(0, 0)], padding=5, **shape)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter is too old")
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_out", "options"),
+    [
+        (128, 256, 128, dict()),  # one tile, and a member of the cluster without rows
+        (600, 256, 384, dict(band=2)),  # a band less high than the others
+        (520, 320, 256, dict(stages=2, band=3)),
+        (264, 320, 256, dict(lead=2)),
+        (264, 320, 256, dict(lead=0)),
+    ],
+)
+def test_gated_linear_matches_float32(num_rows, width, num_out, options, cluster, monkeypatch):
+    monkeypatch.setattr(gated_module, "PROGRAMS", 4)  # so that each has several tiles
+    params = mgpu.InterpretGPUParams(detect_races=True)  # which jax 0.12 raises
+    monkeypatch.setattr(gated_module, "mosaic_interpreter", lambda interpret: params)
+    check_gated_linear(num_rows, width, num_out, cluster=cluster, interpret=True, **options)
+
+
 # --- What the engine relies on ---------------------------------------------------------------
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, WIDTH = 16, 8, 4, 128, 4
@@ -640,6 +689,17 @@ def test_fused_linear_lowers_for_a_gpu(fused, gated):
     assert kernels_in(text) == ["fused_linear"]
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_out"),
+    [(16384, 1024, 3072), (2048, 4096, 12288), (16384, 1024, 1536), (1096, 4096, 6144)],
+)
+def test_gated_linear_lowers_for_a_gpu(num_rows, width, num_out):
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = struct((num_rows, width)), struct((3, 2, num_out, width))
+    text = lower_for_h100(gated_linear, *args, jax.ShapeDtypeStruct((), jnp.int32))
+    assert kernels_in(text) == ["gated_linear"]
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_draw_lowers_for_a_gpu(sharded):
     struct = jax.ShapeDtypeStruct
@@ -654,7 +714,7 @@ def test_mosaic_prefill_lowers_for_a_gpu():
         return two_layers(*args, decode=False, implementation="mosaic", interpret=False)
 
     text = lower_for_h100(jax.jit(step, donate_argnums=(7, 8)), *two_layers_shapes("bfloat16"))
-    assert kernels_in(text).count("mosaic_gpu") == 1  # both layers call one kernel
+    assert kernels_in(text).count("paged_prefill_mosaic") == 1  # both layers call one kernel
 
 
 @each_implementation
@@ -813,3 +873,56 @@ def test_fused_linear_names_what_it_does_not_take():
 )
 def test_supports_fused_linear(rows, num_out, width, dtype, fits):
     assert supports_fused_linear(rows, num_out, width, dtype) == fits
+
+
+def test_gated_linear_names_what_it_does_not_take():
+    def linear(
+        rows=128, width=256, num_out=128, halves=2, weight_width=None, dtype="bfloat16", **options
+    ):  # fmt: skip
+        weight = jnp.zeros((1, halves, num_out, weight_width or width), dtype)
+        gated_linear(jnp.zeros((rows, width), "bfloat16"), weight, jnp.int32(0), **options)
+
+    with pytest.raises(ValueError, match=r"128 rows in multiples of 8.*bfloat16\(120, 256\)"):
+        linear(rows=120)
+    with pytest.raises(ValueError, match=r"bfloat16\(132, 256\)"):
+        linear(rows=132)
+    with pytest.raises(ValueError, match=r"outputs in multiples of 128.*\(1, 2, 192, 256\)"):
+        linear(num_out=192)
+    with pytest.raises(ValueError, match=r"inputs in multiples of 64 .*bfloat16\(128, 288\)"):
+        linear(width=288)
+    with pytest.raises(ValueError, match=r"at least 256 inputs .*bfloat16\(128, 192\)"):
+        linear(width=192)
+    with pytest.raises(ValueError, match=r"with bfloat16\(1, 2, 128, 320\)"):
+        linear(weight_width=320)
+    with pytest.raises(ValueError, match=r"with bfloat16\(1, 1, 128, 256\)"):
+        linear(halves=1)
+    with pytest.raises(ValueError, match=r"with float32\(1, 2, 128, 256\)"):
+        linear(dtype="float32")
+    # With these a GPU would wait for ever.
+    for options in (dict(stages=5), dict(stages=1, lead=0), dict(lead=4), dict(lead=-1)):
+        with pytest.raises(ValueError, match="no room for"):
+            linear(**options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_out", "width", "dtype", "capability", "fits"),
+    [
+        (1024, 3072, 1024, "bfloat16", "9.0", True),
+        (16384, 1536, 1024, "bfloat16", "9.0", True),
+        (1016, 3072, 1024, "bfloat16", "9.0", False),
+        (1028, 3072, 1024, "bfloat16", "9.0", False),
+        (1024, 3008, 1024, "bfloat16", "9.0", False),
+        (1024, 3072, 1000, "bfloat16", "9.0", False),
+        (1024, 3072, 192, "bfloat16", "9.0", False),
+        (1024, 3072, 1024, "float16", "9.0", False),
+        (1024, 3072, 1024, "bfloat16", "8.0", False),
+        (1024, 3072, 1024, "bfloat16", "10.0", False),
+        (1024, 3072, 1024, "bfloat16", None, False),  # a CPU
+    ],
+)
+def test_supports_gated_linear(rows, num_out, width, dtype, capability, fits):
+    client = SimpleNamespace(platform_version="PJRT C API\ncuda 13000")
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, client=client)
+    if capability is None:
+        device = SimpleNamespace(platform="cpu")
+    assert supports_gated_linear(rows, num_out, width, dtype, device) == fits

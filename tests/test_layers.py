@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nanovllm_jax.layers import backend as backend_module
 from nanovllm_jax.layers import collectives
 from nanovllm_jax.layers.backend import DenseBackend, GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import Collectives
@@ -13,7 +14,7 @@ from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.layers.norm import RMSNorm, rms_norm
 from nanovllm_jax.layers.rope import Rope, rope_angles
 from nanovllm_jax.models import Decoder, ModelConfig
-from nanovllm_jax.sharding import make_sharding
+from nanovllm_jax.sharding import make_sharding, merge_rules
 
 LAYERS, LAYER = 3, 2
 EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN = 128, 8, 4, 64, 512
@@ -125,6 +126,53 @@ def test_what_the_kernel_does_not_take_is_computed_plainly(name, change):
     got, fused = run(fusing(sharding), args, options)
     assert not fused
     np.testing.assert_array_equal(got, run(plain(sharding), args, options)[0])
+
+
+@pytest.mark.parametrize("mesh", [{}, {"tensor": 2}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("layer", [None, LAYER])
+def test_gate_and_up_of_many_rows_are_the_plain_ones(layer, mesh, monkeypatch):
+    """With a stand-in for the kernel, which needs a GPU; weights of another layer would be NaN."""
+    asked = []
+
+    def supports(num_rows, num_out, width, dtype, device):
+        asked.append((num_rows, num_out, width, dtype, device.platform))
+        return True
+
+    def gated_linear(x, weight, layer):
+        gate, up = jnp.einsum("td,gfd->gtf", x, weight[layer], preferred_element_type=jnp.float32)
+        return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+    monkeypatch.setattr(backend_module, "supports_gated_linear", supports)
+    monkeypatch.setattr(backend_module, "gated_linear", gated_linear)
+    sharding = make_sharding(mesh)
+    args, options = make_product("gate and up", sharding, layer, rows=48)
+    got, fused = run(fusing(sharding), args, options)
+    want, _ = run(plain(sharding), args, options)
+    data, tensor = (mesh.get(axis, 1) for axis in ("data", "tensor"))
+    assert asked == [(48 // data, FFN // tensor, EMBED, ROW, "cpu")] and not fused
+    assert got.shape == want.shape and got.dtype == want.dtype
+    got, want = (np.asarray(a, np.float32) for a in (got, want))
+    # In bfloat16: XLA rounds gate and up before it multiplies them.
+    np.testing.assert_allclose(got, want, rtol=2e-2, atol=2e-2)
+    assert np.abs(want).max() > 1 and not np.array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gate and up", dict(residual=True)),
+        ("gate and up", dict(rules={"embed": "tensor", "ffn": None})),
+        ("qkv", {}),
+        ("down", {}),
+    ],
+)
+def test_only_whole_gated_products_take_the_kernel_for_many_rows(name, change, monkeypatch):
+    monkeypatch.setattr(backend_module, "supports_gated_linear", lambda *_: True)
+    sharding = make_sharding({"tensor": 2}, merge_rules(change.get("rules", {})))
+    (x, linear, _), options = make_product(name, sharding, LAYER, rows=48)
+    gated, residual = options.get("gated", False), change.get("residual", False)
+    plan = fusing(sharding).plan(linear, len(x), x.dtype, gated=gated, residual=residual)
+    assert plan is None
 
 
 @each_mesh

@@ -19,7 +19,13 @@ from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import expert_mlp, fused_linear, supports_fused_linear
+from pallas_kernels import (
+    expert_mlp,
+    fused_linear,
+    gated_linear,
+    supports_fused_linear,
+    supports_gated_linear,
+)
 
 # Scores of experts [T, E] -> the experts that each token chooses [T, A], and their weights [T, A].
 Route = Callable[[Float[Array, "T E"]], tuple[Int32[Array, "T A"], Float[Array, "T A"]]]
@@ -219,13 +225,15 @@ class LinearPlan(NamedTuple):
     summed: tuple[str, ...]  # mesh axes whose devices hold parts of the sum
     one_row: bool  # one kernel for norm, product, gate and residual
     one_shot: bool  # one kernel for the sum and the residual
+    many_rows: bool  # one kernel for product and gate
 
 
 @dataclass(frozen=True)
 class GpuBackend(XlaBackend):
     """Serving with the project's own kernels, where they fit; elsewhere as `XlaBackend`.
 
-    A single token in 16 bits takes one kernel for a Linear and what surrounds it. A small sum over
+    A single token in 16 bits takes one kernel for a Linear and what surrounds it. Many tokens take
+    one for a gated Linear, which does not write what it puts through the gate. A small sum over
     the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
     """
 
@@ -258,6 +266,8 @@ class GpuBackend(XlaBackend):
             return super().linear(
                 x, linear, layer, norm=norm, gated=gated, residual=residual, dtype=dtype
             )
+        if plan.many_rows and norm is not None:
+            x, norm = self.norm(x, norm, layer), None
         num_in, eps = len(linear.in_axes), 0.0 if norm is None else norm.eps
         if residual is not None:
             residual = plain(residual)
@@ -276,6 +286,11 @@ class GpuBackend(XlaBackend):
                     None if plan.summed or residual is None else residual.reshape(1, -1),
                     eps=eps, gated=gated, dtype=dtype or x.dtype,
                 ).reshape(plan.rows, *plan.out)  # fmt: skip
+            elif plan.many_rows:
+                rows = x.reshape(plan.rows, plan.width)
+                weight = weight.reshape(len(weight), 2, -1, plan.width)
+                y = gated_linear(rows, weight, layer).reshape(plan.rows, *plan.out)
+                y = y.astype(dtype or x.dtype)
             else:
                 y = product(x, weight[layer], num_in, dtype)
             if plan.one_shot:
@@ -324,9 +339,16 @@ class GpuBackend(XlaBackend):
         # A product without a norm before it, and with a residual after it.
         one_shot = residual and summed == (AXIS,) and self._sums((rows, num_out), dtype)
         gated_bias = gated and linear.bias is not None  # comes before the gate, not after it
-        if not self._holds_hidden_size or gated_bias or not (one_row or one_shot):
+        takes_gate = gated and not residual and not summed
+        many_rows = takes_gate and self._many_rows(rows, num_out, num_inputs, dtype)
+        kernel = one_row or one_shot or many_rows
+        if not self._holds_hidden_size or gated_bias or not kernel:
             return None
-        return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot)
+        return LinearPlan(rows, out, num_inputs, summed, one_row, one_shot, many_rows)
+
+    def _many_rows(self, rows: int, num_out: int, num_inputs: int, dtype: DTypeLike) -> bool:
+        device = self.sharding.mesh.devices.flat[0]
+        return supports_gated_linear(rows, num_out, num_inputs, dtype, device)
 
     @property
     def _holds_hidden_size(self) -> bool:

@@ -14,10 +14,13 @@ from test_kernels import (
     check_decode_step,
     check_draw,
     check_fused_linear,
+    check_gated_linear,
     check_prefill,
     check_write,
     each_normed,
 )
+
+from pallas_kernels import mosaic_problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,6 +109,28 @@ LINEARS = {
 def test_fused_linear(linear):
     width, num_out, options = LINEARS[linear]
     check_fused_linear(width, num_out, **options)
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu" or mosaic_problem(jax.devices()[0]) is not None,
+    reason="needs a Hopper GPU",
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"cluster": 1, "lead": 0}, {"stages": 2, "band": 3}, {"lead": 2}], ids=str
+)
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_out"),
+    [
+        (4096, 1024, 3072),
+        (1032, 1024, 1536),
+        (1096, 4096, 6144),
+        (1024, 896, 4864),
+        (128, 256, 128),
+    ],
+)
+def test_gated_linear(num_rows, width, num_out, options):
+    for seed in range(3):  # a race would not show every time
+        check_gated_linear(num_rows, width, num_out, seed=seed, **options)
 
 
 @pytest.mark.parametrize("kind", DRAW_KINDS)
