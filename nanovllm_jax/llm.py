@@ -79,7 +79,9 @@ class LLM(LLMEngine):
         Returns:
             In the order of the prompts: {"text": str, "token_ids": list[int]}. `token_ids` holds
             the completion, with the token that ended it; `text` leaves out special tokens. A
-            request that outgrew the KV cache also has "error": str and what it got so far.
+            request that outgrew the KV cache also has "error": str and what it got so far. One
+            that asked for them has "logprobs", for each token a dict {token id: Logprob(logprob,
+            rank, decoded_token)}, and "prompt_logprobs", whose first entry is None.
 
         Raises:
             TypeError, ValueError: a request could never run; the message has the prompt's index,
@@ -188,6 +190,10 @@ def _result(request: Request) -> dict[str, Any]:
     output = request.output()
     [completion] = output.outputs
     result: dict[str, Any] = {"text": completion.text, "token_ids": completion.token_ids}
+    if completion.logprobs is not None:
+        result["logprobs"] = completion.logprobs
+    if request.seq.params.prompt_logprobs is not None:
+        result["prompt_logprobs"] = output.prompt_logprobs
     return result | ({"error": output.error} if output.error else {})
 
 

@@ -1,10 +1,21 @@
 """What a request gives back, under the names that vLLM uses."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # Why a completion ended: an end token, max_tokens, a call of abort_request, or a failure.
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Logprob(NamedTuple):
+    """A token's score at a position, before temperature, filters and all other options."""
+
+    logprob: float
+    rank: int | None = None  # 1 for the likeliest
+    decoded_token: str | None = None  # None with detokenize=False
+
+
+PositionScores = dict[int, Logprob]  # token id -> its score at one position
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class CompletionOutput:
         finish_reason: "stop" (an end token), "length" (max_tokens or max_model_len), "abort" or
             "error"; None while it goes on.
         stop_reason: the one of the request's stop_token_ids that ended it, if one did.
+        cumulative_logprob: the sum of the tokens' log probabilities; None unless asked for.
+        logprobs: for each token its score and those of the likeliest; None unless asked for.
     """
 
     index: int
@@ -25,6 +38,8 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionScores] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class RequestOutput:
         outputs: the completions.
         finished: whether this is the request's last output.
         error: what went wrong, if the finish_reason is "error".
+        prompt_logprobs: for each token of the prompt its score and those of the likeliest, None
+            for the first one; all is None unless asked for, and until the prompt is computed.
     """
 
     request_id: int | str
@@ -46,3 +63,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
+    prompt_logprobs: list[PositionScores | None] | None = None

@@ -1,26 +1,27 @@
 """SamplingParams: how one request's tokens are drawn and when it ends."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from nanovllm_jax.checks import (
+    check_text,
     check_types,
     check_values,
     explain_unknown_names,
     is_integer,
+    plain,
     seed_rule,
 )
+
+MOST_LOGPROBS = 20  # Likeliest tokens whose scores a request can have at each position.
 
 # Options of vLLM that this engine lacks, by the reason.
 OF_VLLM = {
     "a request has one completion; repeat the prompt": "n best_of use_beam_search beam_width",
-    "tokens are never penalized": "presence_penalty frequency_penalty repetition_penalty "
-    "length_penalty",
+    "it is for beam search, which this engine lacks": "length_penalty",
     "only token ids end a request; use stop_token_ids": "stop include_stop_str_in_output",
-    "log probabilities are not returned": "logprobs prompt_logprobs flat_logprobs "
-    "logprob_token_ids",
-    "no token is forced or forbidden": "min_tokens logit_bias allowed_token_ids bad_words",
+    "use logprobs, which gives dicts": "flat_logprobs logprob_token_ids",
     "outputs follow no grammar": "guided_decoding structured_outputs",
     "the text always leaves out special tokens": "skip_special_tokens "
     "spaces_between_special_tokens",
@@ -28,6 +29,12 @@ OF_VLLM = {
     "users cannot add sampling steps": "logits_processors extra_args",
     "use step_outputs for each token, generate for the end": "output_kind",
 }
+
+LEAST_REPETITION = (
+    1e-2  # Repetition penalty below which, or above its inverse, float32 may overflow.
+)
+MOST_BIAS = 1e9  # Bias of a logit at most: logits and biases then stay apart from infinity.
+_LOGPROBS_RULE = f"from 0 to {MOST_LOGPROBS}, or None for no scores"
 
 
 @explain_unknown_names(OF_VLLM)
@@ -50,6 +57,20 @@ class SamplingParams:
         stop_token_ids: further tokens that end the request. They stay in the output, like EOS, and
             end it under ignore_eos as well.
         detokenize: decode the output into text; False leaves the text empty.
+        min_tokens: tokens before the request may end by an end-of-sequence token or one of
+            stop_token_ids.
+        presence_penalty: subtracted from the logits of tokens that the output has, in [-2, 2].
+        frequency_penalty: the same for each time that the output has them, in [-2, 2].
+        repetition_penalty: divides positive logits of tokens that prompt or output have, and
+            multiplies negative ones; above 0, and 1 is none.
+        logit_bias: token id -> number that its logit gets.
+        allowed_token_ids: the only tokens that may be drawn.
+        bad_words: texts that may not come; of their tokens, the last is never drawn after the
+            others. It takes the model's tokenizer.
+        logprobs: return the log probability of each token, and of this many likeliest ones, 0 to
+            20. They are those before temperature, filters, and all other options.
+        prompt_logprobs: the same for the prompt's tokens; such a prompt is computed in whole, also
+            where the prefix cache has it.
 
     Raises:
         TypeError, ValueError: an option is unknown, has the wrong type or lies out of range.
@@ -64,6 +85,15 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: Collection[int] | None = None
     detokenize: bool = True
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Collection[int] | None = None
+    bad_words: Collection[str] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self):
         check_types(self, vars(self))
@@ -75,16 +105,26 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "seed": seed_rule(0 if self.seed is None else self.seed),
+            "min_tokens": (
+                0 <= self.min_tokens <= (self.max_tokens or math.inf),
+                f"0 or more, and no more than max_tokens={self.max_tokens}",
+            ),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]; 0 is none"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in [-2, 2]; 0 is none"),
+            "repetition_penalty": (
+                LEAST_REPETITION <= self.repetition_penalty <= 1 / LEAST_REPETITION,
+                f"from {LEAST_REPETITION} to {1 / LEAST_REPETITION:.0f}; 1 is none",
+            ),
+            "logprobs": (0 <= (self.logprobs or 0) <= MOST_LOGPROBS, _LOGPROBS_RULE),
+            "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS, _LOGPROBS_RULE),
         }
         check_values(self, requirements)
-        stop = self.stop_token_ids
-        if isinstance(stop, str | bytes) or not isinstance(stop, Collection | None):
-            raise TypeError(f"stop_token_ids must be a list of token ids, got {stop!r}")
-        for token in () if stop is None else stop:
-            if not is_integer(token):
-                raise TypeError(f"each of stop_token_ids must be an integer, got {token!r}")
-            if token < 0:
-                raise ValueError(f"each of stop_token_ids must be 0 or more, got {token}")
+        _check_token_ids("stop_token_ids", self.stop_token_ids)
+        _check_token_ids("allowed_token_ids", self.allowed_token_ids)
+        if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
+            raise ValueError("allowed_token_ids must name at least one token; None allows all")
+        _check_bias(self.logit_bias)
+        _check_words(self.bad_words)
 
     @property
     def filters(self) -> bool:
@@ -92,9 +132,64 @@ class SamplingParams:
         narrowed = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         return narrowed and self.temperature > 0
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are to be changed before a token is drawn from them."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        lists = self.logit_bias or self.allowed_token_ids is not None or self.bad_words
+        return bool(lists or self.min_tokens or penalties != (0, 0, 1))
+
+    @property
+    def needs_sample_all(self) -> bool:
+        """Whether the `sample_all` program has to draw the tokens of a request."""
+        return self.logprobs is not None or self.changes_logits
+
     def frozen(self) -> "SamplingParams":
         """The same options in Python's own numbers, and apart from the user's list of tokens."""
         if {type(value) for value in vars(self).values()} <= {bool, int, float, type(None)}:
             return self  # as most are
-        stop = None if self.stop_token_ids is None else frozenset(map(int, self.stop_token_ids))
-        return replace(self, **check_types(self, vars(self)) | {"stop_token_ids": stop})
+        options = check_types(self, vars(self))
+        if self.stop_token_ids is not None:
+            options["stop_token_ids"] = frozenset(map(int, self.stop_token_ids))
+        if self.logit_bias is not None:
+            options["logit_bias"] = {int(t): float(bias) for t, bias in self.logit_bias.items()}
+        if self.allowed_token_ids is not None:
+            options["allowed_token_ids"] = tuple(map(int, self.allowed_token_ids))
+        if self.bad_words is not None:
+            options["bad_words"] = tuple(self.bad_words)
+        return replace(self, **options)
+
+
+def _check_token_ids(name: str, token_ids: Collection[int] | None) -> None:
+    if isinstance(token_ids, str | bytes) or not isinstance(token_ids, Collection | None):
+        raise TypeError(f"{name} must be a list of token ids, got {token_ids!r}")
+    for token in () if token_ids is None else token_ids:
+        if not is_integer(token):
+            raise TypeError(f"each of {name} must be an integer, got {token!r}")
+        if token < 0:
+            raise ValueError(f"each of {name} must be 0 or more, got {token}")
+
+
+def _check_bias(biases: Mapping[int, float] | None) -> None:
+    if not isinstance(biases, Mapping | None):
+        raise TypeError(f"logit_bias must be a dict of token id to number, got {biases!r:.80}")
+    _check_token_ids("logit_bias", None if biases is None else biases.keys())
+    for token, bias in (biases or {}).items():
+        if isinstance(plain(bias), bool) or not isinstance(plain(bias), int | float):
+            raise TypeError(f"logit_bias of token {token} must be a number, got {bias!r}")
+        if not abs(bias) <= MOST_BIAS:
+            raise ValueError(
+                f"logit_bias of token {token} must be in [{-MOST_BIAS:.0e}, {MOST_BIAS:.0e}], got "
+                f"{bias}; to forbid tokens, name the others in allowed_token_ids"
+            )
+
+
+def _check_words(words: Collection[str] | None) -> None:
+    if isinstance(words, str | bytes) or not isinstance(words, Collection | None):
+        raise TypeError(f"bad_words must be a list of texts, got {words!r:.80}")
+    for word in () if words is None else words:
+        if not isinstance(word, str):
+            raise TypeError(f"each of bad_words must be a text, got {word!r:.80}")
+        if not word.strip():
+            raise ValueError(f"each of bad_words must have more than spaces, got {word!r:.80}")
+        check_text(word)

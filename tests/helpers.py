@@ -320,6 +320,9 @@ class FakeFuture:
         self.runner.before_read()
         return self.tokens
 
+    def scores(self):
+        return None
+
 
 def drain(llm) -> tuple[dict[int, list[int]], list[int]]:
     """Step until all is done; return {request id: tokens} and the count of each step."""

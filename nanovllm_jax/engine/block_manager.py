@@ -78,7 +78,8 @@ class BlockManager:
         one is computed again, since its logits are needed, but not written. Returns False, and
         changes nothing, when too few blocks are free.
         """
-        hits = self._match(seq)
+        # Tokens of a cached block are not computed again, so they would get no scores.
+        hits = [] if seq.wants_prompt_scores else self._match(seq)
         num_new = self.blocks_for(seq.num_tokens) - len(hits)
         num_taken_from_free = num_new + sum(block.ref_count == 0 for block in hits)
         if num_taken_from_free > self.num_free_blocks:

@@ -6,9 +6,10 @@ sends them to the others, which repeat them.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import get_args
 
+from nanovllm_jax.engine.edits import Edit
 from nanovllm_jax.sampling_params import SamplingParams
 
 RequestId = int | str
@@ -23,6 +24,7 @@ class AddRequest:
     prompt: str | None = None  # its text, if it came as one
     request_id: str | None = None  # default: its number
     number: int | None = None  # that of the request, once there is one
+    edits: list[Edit] = field(default_factory=list)  # of its logits, as `params` asks for
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ def decode(text: str) -> list[Command]:
     commands: list[Command] = []
     for name, fields in json.loads(text):
         if "params" in fields:
-            fields["params"] = SamplingParams(**fields["params"])
+            biases = fields["params"]["logit_bias"]
+            if biases is not None:  # JSON's keys are texts
+                fields["params"]["logit_bias"] = {int(t): bias for t, bias in biases.items()}
+            fields["params"] = SamplingParams(**fields["params"]).frozen()
+            fields["edits"] = [Edit(*edit) for edit in fields["edits"]]
         commands.append(_KINDS[name](**fields))
     return commands

@@ -13,6 +13,7 @@ from nanovllm_jax.engine.pace import Pace
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.scheduler import Batch, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.engine.token_scores import StepScores
 
 
 class EngineCore:
@@ -42,7 +43,8 @@ class EngineCore:
         self.owners: dict[int, Owner] = {}  # the same for their owners
         self.pace = Pace(config, programs.platform)
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
-        self.rounds: deque[tuple[Batch, list[int]]] = deque()  # read, with their tokens
+        # Read, with their tokens and scores.
+        self.rounds: deque[tuple[Batch, list[int], StepScores | None]] = deque()
 
     def add(self, requests: Items[Request], owner: Owner) -> None:
         """Queue requests of an owner.
@@ -151,12 +153,14 @@ class EngineCore:
         if self.in_flight and not self.rounds:
             batch, tokens = self.in_flight[0]
             with self.pace.waiting(batch):
-                token_ids = tokens.result()
+                token_ids, scores = tokens.result(), tokens.scores()
             self.in_flight.popleft()
-            self.rounds.extend(batch.rounds(token_ids))
-        batch, token_ids = self.rounds.popleft() if self.rounds else (Batch.empty(), [])
+            self.rounds.extend((*step, scores) for step in batch.rounds(token_ids))
+        batch, token_ids, scores = (
+            self.rounds.popleft() if self.rounds else (Batch.empty(), [], None)
+        )
         self.processes.record(commands.Collect())
-        advanced = self.scheduler.postprocess(batch, token_ids)
+        advanced = self.scheduler.postprocess(batch, token_ids, scores)
         assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
         for seq in advanced:
             if seq.finish_reason and seq.seq_id in self.requests:  # else aborted since it failed

@@ -1,5 +1,6 @@
 """Writes the packed array of a step (`packed.py` draws it) from a batch of sequences."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -7,12 +8,17 @@ import numpy as np
 from jaxtyping import Int32
 
 from nanovllm_jax.engine.buckets import Bucket
-from nanovllm_jax.engine.packed import Column
+from nanovllm_jax.engine.edits import MOST_EDITS
+from nanovllm_jax.engine.packed import Column, option_width
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
 
 HOTTEST = 1e30  # Temperature from which on float32 makes all tokens equally likely.
 LEAST_TOP_P = float(np.finfo(np.float32).tiny)  # below, float32 is 0 on the device: nothing is kept
+
+
+NUM_OPTIONS = 8  # Slots of a shard whose options one call writes.
+NUM_SCORED = 128  # Tokens of a shard that one call of `score_prompt` scores.
 
 
 class PreparedBatch(NamedTuple):
@@ -60,6 +66,41 @@ class Packer:
         batch = Batch.empty(is_prefill=not bucket.is_decode)
         return self.prepare(batch, bucket, [[]] * num_shards)
 
+    def options(self, shards: list[list[Sequence]], num_words: int) -> Int32[np.ndarray, " n"]:
+        """Write the options of at most NUM_OPTIONS sequences of each shard.
+
+        Args:
+            num_words: words of one option's allowed tokens.
+        """
+        options = np.zeros((len(shards), NUM_OPTIONS, option_width(num_words)), np.int32)
+        options[:, :, 0] = self.padding_slot
+        for rows, seqs in zip(options, shards, strict=True):
+            for row, seq in zip(rows, seqs, strict=False):
+                row[0] = seq.slot
+                edits = row[1 : 1 + 4 * MOST_EDITS].reshape(4, -1)[:, : len(seq.edits)]
+                if seq.edits:
+                    tokens, biases, back, targets = zip(*seq.edits, strict=True)
+                    edits[[0, 2, 3]] = tokens, back, targets
+                    edits[1] = np.array(biases, np.float32).view(np.int32)
+                if (allowed := seq.params.allowed_token_ids) is not None:
+                    row[1 + 4 * MOST_EDITS :] = _bits(allowed, num_words)
+        return options.ravel()
+
+    def score_requests(self, shards: list[list[tuple[int, int]]]) -> list[Int32[np.ndarray, " n"]]:
+        """Write what calls of `score_prompt` take, as many calls as it needs.
+
+        Args:
+            shards: for each shard, index among a prefill's tokens and the token that follows.
+        """
+        calls = []
+        for start in range(0, max(map(len, shards)), NUM_SCORED):
+            packed = np.zeros((len(shards), 2, NUM_SCORED), np.int32)
+            for part, wanted in zip(packed, shards, strict=True):
+                if wanted := wanted[start : start + NUM_SCORED]:
+                    part[:, : len(wanted)] = np.array(wanted, np.int32).T
+            calls.append(packed.ravel())
+        return calls
+
     def _changes(self, batch: Batch, indices: list[int], num_rows: int) -> np.ndarray:
         """What a decode step is told of some of a batch's sequences, then of padding rows."""
         changes = [
@@ -83,6 +124,10 @@ class Packer:
         return rows
 
 
+_FLOATS = [Column.TEMPERATURE, Column.TOP_P, Column.MIN_P]
+_FLOATS += [Column.PRESENCE, Column.FREQUENCY, Column.REPETITION]
+
+
 def _write(row: Int32[np.ndarray, " R"], seq: Sequence) -> None:
     """Write what a row says of its sequence at any time."""
     params = seq.params
@@ -92,7 +137,18 @@ def _write(row: Int32[np.ndarray, " R"], seq: Sequence) -> None:
     row[Column.SEED_LOW : Column.SEED_HIGH + 1] = seed
     row[Column.TOP_K] = min(params.top_k, np.iinfo(np.int32).max)
     temperature, top_p = min(params.temperature, HOTTEST), max(params.top_p, LEAST_TOP_P)
-    floats = (temperature, top_p, params.min_p)
-    columns = [Column.TEMPERATURE, Column.TOP_P, Column.MIN_P]
-    row[columns] = np.array(floats, np.float32).view(np.int32)
+    penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+    floats = (temperature, top_p, params.min_p, *penalties)
+    row[_FLOATS] = np.array(floats, np.float32).view(np.int32)
+    row[Column.PROMPT] = seq.num_prompt_tokens
+    row[Column.NUM_EDITS] = len(seq.edits)
+    row[Column.IS_ALLOWED_SET] = params.allowed_token_ids is not None
+    row[Column.MIN_END] = min(seq.num_prompt_tokens + params.min_tokens, np.iinfo(np.int32).max)
     row[len(Column) : len(Column) + len(seq.block_table)] = seq.block_table
+
+
+def _bits(token_ids: Collection[int], num_words: int) -> Int32[np.ndarray, " V/32"]:
+    """A bit for each token, 32 a word, the lowest first."""
+    bits = np.zeros(32 * num_words, bool)
+    bits[list(token_ids)] = True
+    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

@@ -45,6 +45,7 @@ class LLMEngine:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             log.warning("jax_disable_jit does not reach the engine: pass enforce_eager=True")
         eos = eos_token_ids(self.config.model_config, self.tokenizer)
+        self._eos_token_ids = eos
         make_core = functools.partial(EngineCore, self.config, eos)
         self._thread = EngineThread(make_core)
         self._core = self._thread.core
@@ -167,8 +168,9 @@ class LLMEngine:
         """The command that adds a request; TypeError or ValueError if it could never run."""
         self._check_usable()
         return checked_request(
-            prompt, params, request_id, self.tokenizer, self.config, self._num_blocks
-        )
+            prompt, params, request_id, self.tokenizer, self.config, self._num_blocks,
+            self._eos_token_ids,
+        )  # fmt: skip
 
     def _request(self, command: AddRequest) -> Request:
         return Request(command, next(self._numbers), self.config, self.tokenizer)

@@ -1,8 +1,9 @@
 """Runs batches on the devices: owns weights, KV cache and dispatch."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,12 +13,15 @@ from jaxtyping import Array, Float, Int32
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import cuda_driver, host, memory
 from nanovllm_jax.engine.ambient import default_settings
-from nanovllm_jax.engine.inputs import Packer, PreparedBatch
+from nanovllm_jax.engine.inputs import NUM_OPTIONS, NUM_SCORED, Packer, PreparedBatch
 from nanovllm_jax.engine.multihost import check_same_options, smallest
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.engine.scheduler import Batch
+from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.engine.token_scores import ScoreArrays, StepScores, TokenScores
 from nanovllm_jax.layers.collectives import Collectives
 from nanovllm_jax.layers.kv_cache import balance_keys_and_values
+from nanovllm_jax.layers.scores import Scores
 from nanovllm_jax.sharding import make_sharding, place
 from nanovllm_jax.weights import layers_apart, load_weights, random_weights
 
@@ -25,15 +29,81 @@ log = logging.getLogger("nanovllm_jax")
 
 
 class TokenFuture:
-    """The tokens that a call samples, on their way to the host."""
+    """The tokens that a call samples, and their scores, on their way to the host.
 
-    def __init__(self, tokens: jax.Array, order: list[int]):
+    Args:
+        order: index, among the rows of `tokens`, of each row of the batch.
+        scores: of the tokens, if a row wants them.
+        prompts: scores of tokens of prompts, if a row wants them.
+    """
+
+    def __init__(
+        self,
+        tokens: jax.Array,
+        order: list[int],
+        scores: Scores | None = None,
+        prompts: "PromptScores | None" = None,
+    ):
         self._tokens, self._order = tokens, order
-        tokens.copy_to_host_async()
+        self._scores, self._prompts = scores, prompts
+        for array in jax.tree.leaves((tokens, scores, prompts and prompts.calls)):
+            array.copy_to_host_async()
 
     def result(self) -> list[list[int]]:
         """Wait for the tokens: for each step, one for each row of the batch."""
         return np.atleast_2d(np.asarray(self._tokens))[:, self._order].tolist()
+
+    def scores(self) -> "StepScores | None":
+        """Wait for the scores; None if there are none."""
+        if self._scores is None and self._prompts is None:
+            return None
+        rows = self._scores and ScoreArrays(*(np.asarray(x) for x in self._scores))
+        prompts = self._prompts.by_row() if self._prompts else {}
+        return CallScores(rows, self._order, prompts)
+
+
+@dataclass(frozen=True)
+class CallScores:
+    """What a call has scored; see `StepScores`."""
+
+    rows: ScoreArrays | None
+    order: list[int]  # see `TokenFuture`
+    prompts: dict[int, list[tuple[int, TokenScores]]]
+
+    def of_row(self, row: int, token_id: int, count: int) -> TokenScores:
+        assert self.rows is not None
+        return self.rows.at(self.order[row], token_id, count)
+
+    def of_prompt(self, row: int) -> list[tuple[int, TokenScores]]:
+        return self.prompts.get(row, [])
+
+
+class ScoredToken(NamedTuple):
+    """A token of a prompt that a prefill has to score."""
+
+    row: int  # in the batch
+    index: int  # of the token before it, among the prefill's tokens of its shard
+    position: int
+    token_id: int
+    count: int  # likeliest tokens that are wanted beside it
+
+
+class PromptScores(NamedTuple):
+    """Scores of tokens of prompts, on their way to the host."""
+
+    shards: list[list[ScoredToken]]
+    calls: list[Scores]  # each of NUM_SCORED tokens of every shard
+
+    def by_row(self) -> dict[int, list[tuple[int, TokenScores]]]:
+        """Wait for them: for each row of the batch, the position and scores of its tokens."""
+        calls = [ScoreArrays(*(np.asarray(x) for x in call)) for call in self.calls]
+        found: dict[int, list[tuple[int, TokenScores]]] = {}
+        for number, shard in enumerate(self.shards):
+            for i, token in enumerate(shard):
+                place = number * NUM_SCORED + i % NUM_SCORED
+                scores = calls[i // NUM_SCORED].at(place, token.token_id, token.count)
+                found.setdefault(token.row, []).append((token.position, scores))
+        return found
 
 
 class ModelRunner:
@@ -65,10 +135,20 @@ class ModelRunner:
         inputs = self.prepare_inputs(batch)
         if batch.num_steps > 1:
             return TokenFuture(self.run_steps(inputs), inputs.order)
-        tokens = self.run(inputs)
-        if any(seq.params.filters for seq in batch.seqs):
+        tokens, scores, prompts = self.run(inputs), None, None
+        params = [
+            s.params for s, yields in zip(batch.seqs, batch.yields_token, strict=True) if yields
+        ]
+        if any(p.needs_sample_all for p in params):
+            self.put_options(batch)
+            tokens, scores = self.sample_all(inputs)
+            if all(p.logprobs is None for p in params):
+                scores = None
+        elif any(p.filters for p in params):
             tokens = self.sample(inputs)
-        return TokenFuture(tokens, inputs.order)
+        if batch.is_prefill and any(seq.wants_prompt_scores for seq in batch.seqs):
+            prompts = self.score_prompts(batch)
+        return TokenFuture(tokens, inputs.order, scores, prompts)
 
     def prepare_inputs(self, batch: Batch) -> PreparedBatch:
         """Pack a batch for the smallest bucket that holds it."""
@@ -100,6 +180,53 @@ class ModelRunner:
         self.state, tokens = sample(self.weights, self.state, slots)
         return tokens
 
+    def sample_all(self, inputs: PreparedBatch) -> tuple[Int32[Array, " B"], Scores]:
+        """Draw the tokens of the last step again, with all options; returns their scores too."""
+        sample = self.programs.samples_all[inputs.bucket.num_rows]
+        self.state, tokens, scores = sample(self.weights, self.state, self._place(inputs.slots))
+        return tokens, scores
+
+    def put_options(self, batch: Batch) -> None:
+        """Have the devices know the options of all rows that have long ones."""
+        shards: list[list[Sequence]] = [[] for _ in range(self.programs.batch_shards)]
+        for seq in batch.seqs:
+            if seq.has_options and self.slot_options.get(seq.slot) != seq.seq_id:
+                self.slot_options[seq.slot] = seq.seq_id
+                shards[seq.shard].append(seq)
+        for start in range(0, max(map(len, shards)), NUM_OPTIONS):
+            part = [seqs[start : start + NUM_OPTIONS] for seqs in shards]
+            self._put_options(self.packer.options(part, self.programs.num_words))
+
+    def _put_options(self, packed: Int32[np.ndarray, " n"]) -> None:
+        assert self.programs.put_options
+        self.state = self.programs.put_options(self.state, self._place(packed))
+
+    def score_prompts(self, batch: Batch) -> PromptScores:
+        """Score the prompts' tokens that follow those of the last prefill, where wanted."""
+        shards: list[list[ScoredToken]] = []
+        for shard in range(self.programs.batch_shards):
+            wanted, first = [], 0
+            for row in batch.rows_of(shard):
+                seq, start, length = batch.seqs[row], batch.starts[row], batch.lengths[row]
+                count = seq.params.prompt_logprobs
+                if seq.wants_prompt_scores and count is not None:
+                    end = min(start + length, seq.num_prompt_tokens - 1)
+                    wanted += [
+                        ScoredToken(row, first + i - start, i + 1, seq.token_ids[i + 1], count)
+                        for i in range(start, end)
+                    ]
+                first += length
+            shards.append(wanted)
+        requests = [[(token.index, token.token_id) for token in wanted] for wanted in shards]
+        calls = [self._score_prompt(packed) for packed in self.packer.score_requests(requests)]
+        return PromptScores(shards, calls)
+
+    def _score_prompt(self, packed: Int32[np.ndarray, " n"]) -> Scores:
+        assert self.programs.score_prompt
+        score = self.programs.score_prompt
+        self.state, scores = score(self.weights, self.state, self._place(packed))
+        return scores
+
     def logits(self, inputs: PreparedBatch) -> Float[np.ndarray, "B V"]:
         """The float32 logits of the last step's rows; to look into numerics, not to serve."""
         slots = self._place(inputs.slots)
@@ -112,6 +239,7 @@ class ModelRunner:
         Kernels are loaded at a program's first run, and its CUDA graph is made at the second.
         """
         smallest(0)  # several processes begin together, so that none waits for another's compiler
+        shards, num_words = range(self.programs.batch_shards), self.programs.num_words
         for bucket in 2 * list(self.programs.steps):
             inputs = self.packer.padding(bucket, self.programs.batch_shards)
 
@@ -120,6 +248,10 @@ class ModelRunner:
                     if inputs.bucket in self.programs.decode_steps:
                         self.run_steps(inputs)
                     self.run(inputs)
+                    self._put_options(self.packer.options([[] for _ in shards], num_words))
+                    self.sample_all(inputs)
+                    for packed in self.packer.score_requests([[(0, 0)] for _ in shards]):
+                        self._score_prompt(packed)
                     self.sample(inputs).block_until_ready()
 
             memory.finish_in_time(
@@ -133,12 +265,16 @@ class ModelRunner:
         if self.programs.uses_collectives:
             collectives, self.mailboxes = Collectives.make(self.sharding)
         self.state = self.programs.make_state(self.num_blocks, collectives)
+        self.slot_options: dict[int, int] = {}  # slot -> the sequence whose options it has
 
     def shut_down(self) -> None:
         """Give all device memory back."""
         _delete((self.weights, self.state, self.mailboxes))
         self.weights, self.mailboxes = [], None
-        self.programs.steps, self.programs.decode_steps, self.programs.samples = {}, {}, {}
+        programs = self.programs
+        programs.steps, programs.decode_steps = {}, {}
+        programs.samples, programs.samples_all = {}, {}
+        programs.score_prompt = programs.put_options = None
 
     def describe_memory(self) -> str:
         """The devices' memory in words."""
@@ -179,7 +315,7 @@ class ModelRunner:
             most = config.max_num_seqs * self.programs.table_width
         else:
             limit, in_use = memory.sizes(*self._memory())
-            step = self.programs.step_bytes(self.weights)
+            step = self.programs.step_bytes(self.weights) + self.programs.state_bytes
             budget = memory.gpu_budget(limit, in_use, step, config.gpu_memory_utilization)
             most = None
         blocks = memory.num_cache_blocks(budget, block_bytes, most)

@@ -6,6 +6,11 @@
 A prefill brings whole rows. They stay on the device, one for each slot, and every step brings its
 own up to date; so a decode step only has to be told which slots it is for, and of new blocks. One
 array a step keeps the dispatch cheap. Floats travel as their bits.
+
+What few requests have, and what is long, has tables of its own, which only `sample_all` reads. A
+small program writes them, when such a request has been given its slot:
+
+    options: [ option 0 | option 1 | ... ]     option = [ slot | edits, 4 E | allowed tokens, V/32 ]
 """
 
 from enum import IntEnum
@@ -16,7 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from nanovllm_jax.engine.buckets import Bucket
+from nanovllm_jax.engine.edits import MOST_EDITS
 from nanovllm_jax.layers.attention import PagedBatch
+from nanovllm_jax.layers.logit_edits import AllowedTokens, Edits, History, Penalties
 
 
 class Column(IntEnum):
@@ -33,6 +40,13 @@ class Column(IntEnum):
     TOP_K = 8
     TOP_P = 9
     MIN_P = 10
+    PROMPT = 11  # tokens of the prompt
+    NUM_EDITS = 12  # entries of the slot's edits
+    IS_ALLOWED_SET = 13  # 1: the slot's allowed tokens count; 0: every token is allowed
+    MIN_END = 14  # position from which on a token may end the request
+    PRESENCE = 15
+    FREQUENCY = 16
+    REPETITION = 17
 
 
 class Change(IntEnum):
@@ -104,17 +118,65 @@ def advanced(rows: Int32[Array, "B R"], last_tokens: Int32[Array, " B"]) -> Int3
 def sampling_of(rows: Int32[Array, "B R"]) -> Sampling:
     """The sampling options of rows."""
 
-    def floats(column: Column) -> Float[Array, " B"]:
-        return jax.lax.bitcast_convert_type(rows[:, column], jnp.float32)
-
     seeds = rows[:, Column.SEED_LOW : Column.SEED_HIGH + 1]
     return Sampling(
-        floats(Column.TEMPERATURE),
+        _floats(rows, Column.TEMPERATURE),
         jax.lax.bitcast_convert_type(seeds, jnp.uint32),
         rows[:, Column.TOP_K],
-        floats(Column.TOP_P),
-        floats(Column.MIN_P),
+        _floats(rows, Column.TOP_P),
+        _floats(rows, Column.MIN_P),
     )
+
+
+def penalties_of(rows: Int32[Array, "B R"]) -> Penalties:
+    """What tokens that have occurred cost, of rows."""
+    return Penalties(
+        *(_floats(rows, c) for c in (Column.PRESENCE, Column.FREQUENCY, Column.REPETITION))
+    )
+
+
+def history_of(rows: Int32[Array, "B R"], known: Int32[Array, "P+1 S"]) -> History:
+    """The tokens of rows that have been computed.
+
+    Args:
+        rows: as they are after the step, so that START is the position of the next token.
+        known: the tokens that the cache holds.
+    """
+    token_ids = known.at[rows[:, len(Column) :]].get(mode="promise_in_bounds")
+    return History(token_ids.reshape(len(rows), -1), rows[:, Column.START], rows[:, Column.PROMPT])
+
+
+def edits_of_rows(rows: Int32[Array, "B R"], table: Int32[Array, "slots 4*E"]) -> Edits:
+    """The edits of rows, from the table of all slots."""
+    entries = table.at[rows[:, Column.SLOT]].get(mode="promise_in_bounds")
+    tokens, biases, back, targets = jnp.split(entries, 4, axis=1)
+    biases = jax.lax.bitcast_convert_type(biases, jnp.float32)
+    counts, min_ends = rows[:, Column.NUM_EDITS], rows[:, Column.MIN_END]
+    return Edits(tokens, biases, back, targets, counts, min_ends)
+
+
+def allowed_of_rows(rows: Int32[Array, "B R"], table: Int32[Array, "slots V/32"]) -> AllowedTokens:
+    """Which tokens rows may draw, from the table of all slots."""
+    words = table.at[rows[:, Column.SLOT]].get(mode="promise_in_bounds")
+    return AllowedTokens(words, rows[:, Column.IS_ALLOWED_SET] == 1)
+
+
+def read_options(
+    packed: Int32[Array, " n"], num_words: int
+) -> tuple[Int32[Array, " N"], Int32[Array, "N 4*E"], Int32[Array, "N V/32"]]:
+    """The slots, edits and allowed tokens of a packed array of options.
+
+    Args:
+        num_words: words of one option's allowed tokens.
+    """
+    options = packed.reshape(-1, option_width(num_words))
+    slots, edits, words = jnp.split(options, [1, 1 + 4 * MOST_EDITS], axis=1)
+    return slots[:, 0], edits, words
+
+
+def option_width(num_words: int) -> int:
+    """Integers of one option; see `read_options`."""
+    return 1 + 4 * MOST_EDITS + num_words
 
 
 def decode_rows(rows: Int32[Array, "B R"]) -> DecodeRows:
@@ -188,6 +250,10 @@ def _replace(
     for column, value in values.items():
         rows = jnp.where(_columns(rows) == column, value[:, None], rows)
     return rows
+
+
+def _floats(rows: Int32[Array, "B R"], column: Column) -> Float[Array, " B"]:
+    return jax.lax.bitcast_convert_type(rows[:, column], jnp.float32)
 
 
 def _columns(rows: Int32[Array, "B R"]) -> Int32[Array, "1 R"]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,9 @@ from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import host, memory
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
-from nanovllm_jax.engine.packed import Change, Column
+from nanovllm_jax.engine.edits import MOST_EDITS
+from nanovllm_jax.engine.inputs import NUM_OPTIONS, NUM_SCORED
+from nanovllm_jax.engine.packed import Change, Column, option_width
 from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.step import DeviceState, StepFunctions
 from nanovllm_jax.layers.collectives import AXIS, Collectives
@@ -43,7 +46,7 @@ class Spec(NamedTuple):
     name: str
     run: Callable
     args: tuple
-    donate: int  # index of the argument that is updated in place
+    donate: int  # index of the state, the argument that is updated in place
     out_shardings: Any  # has the structure of the results
 
     def trace(self) -> jax.stages.Traced:
@@ -55,9 +58,9 @@ class Spec(NamedTuple):
 class Programs:
     """Owns the buckets, and lowers and compiles the engine's steps; allocates nothing.
 
-    `steps` (by bucket), `decode_steps` (by decode bucket; empty if a call takes one step only) and
-    `samples` (by rows of a shard) are there once `compile` has run. They are called as the methods
-    of `StepFunctions` are.
+    `steps` (by bucket), `decode_steps` (by decode bucket; empty if a call takes one step only),
+    `samples` and `samples_all` (by rows of a shard), `score_prompt` and `put_options` are there
+    once `compile` has run. They are called as the methods of `StepFunctions` are.
     """
 
     def __init__(self, config: EngineConfig, sharding: Sharding):
@@ -86,6 +89,9 @@ class Programs:
         self.steps: dict[Bucket, Callable] = {}
         self.decode_steps: dict[Bucket, Callable] = {}
         self.samples: dict[int, Callable] = {}
+        self.samples_all: dict[int, Callable] = {}
+        self.score_prompt: Callable | None = None
+        self.put_options: Callable | None = None
 
     # --- what the programs work on ---
 
@@ -132,6 +138,11 @@ class Programs:
         return len(Column) + self.table_width
 
     @property
+    def num_words(self) -> int:
+        """Words of 32 bits that have one for each token of the vocabulary."""
+        return -(-self.model_config.vocab_size // 32)
+
+    @property
     def rows_sharding(self) -> jax.sharding.NamedSharding:
         """The layout of tables and packed arrays."""
         return self.sharding.named("batch")
@@ -161,7 +172,24 @@ class Programs:
             jnp.dtype(c.dtype),
             device=self.sharding.named("batch", "activation_embed"),
         )
-        return DeviceState(KVCache(k, v), collectives, rows, token_ids, hidden)
+        prompt = make(
+            (shards * (self.prefill_buckets[-1].num_tokens + 1), c.hidden_size),
+            jnp.dtype(c.dtype),
+            device=self.sharding.named("batch", "activation_embed"),
+        )
+        num_slots = shards * (config.max_num_seqs + 1)
+        edits = make((num_slots, 4 * MOST_EDITS), **tables)
+        allowed = make((num_slots, self.num_words), **tables)
+        return DeviceState(
+            KVCache(k, v), collectives, rows, token_ids, hidden, prompt, edits, allowed
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of a device that the state takes beside the blocks of the cache."""
+        arrays = jax.tree.leaves(self.abstract_state(0))
+        shapes = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in arrays]
+        return sum(math.prod(shape) * size for shape, size in shapes)
 
     def abstract_state(self, num_blocks: int) -> DeviceState:
         """The state as shapes and layouts."""
@@ -217,6 +245,42 @@ class Programs:
             (_layout(state), self.sharding.named()),
         )
 
+    def sample_all_spec(
+        self, num_rows: int, num_blocks: int, weights: list[Weight] | None = None
+    ) -> Spec:
+        """The program that draws them again with all options, and scores them; see `step_spec`."""
+        state, rows = self.abstract_state(num_blocks), self.batch_shards * num_rows
+        return Spec(
+            f"sample-all-{num_rows}-{num_blocks}",
+            self.functions.sample_all,
+            (self._shapes(weights), state, self._integers(rows)),
+            1,
+            (_layout(state), self.sharding.named(), self.sharding.named()),
+        )
+
+    def score_prompt_spec(self, num_blocks: int, weights: list[Weight] | None = None) -> Spec:
+        """The program that scores tokens of prompts; see `step_spec`."""
+        state, size = self.abstract_state(num_blocks), self.batch_shards * 2 * NUM_SCORED
+        return Spec(
+            f"score-prompt-{num_blocks}",
+            self.functions.score_prompt,
+            (self._shapes(weights), state, self._integers(size)),
+            1,
+            (_layout(state), self.sharding.named()),
+        )
+
+    def put_options_spec(self, num_blocks: int) -> Spec:
+        """The program that writes the options of slots."""
+        state = self.abstract_state(num_blocks)
+        size = self.batch_shards * NUM_OPTIONS * option_width(self.num_words)
+        return Spec(
+            f"put-options-{num_blocks}",
+            self.functions.put_options,
+            (state, self._integers(size)),
+            0,
+            _layout(state),
+        )
+
     def lower_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
         """Lower the step of a bucket."""
         return self.step_spec(bucket, num_blocks).trace().lower()
@@ -234,20 +298,28 @@ class Programs:
         if self.config.enforce_eager:
             self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
             self.samples = dict.fromkeys(row_counts, self.functions.sample)
+            self.samples_all = dict.fromkeys(row_counts, self.functions.sample_all)
+            self.score_prompt = self.functions.score_prompt
+            self.put_options = self.functions.put_options
             return
         loops = self.decode_buckets if self.config.num_scheduler_steps > 1 else []
         specs = [self.step_spec(bucket, num_blocks, weights) for bucket in buckets]
         specs += [self.decode_steps_spec(bucket, num_blocks, weights) for bucket in loops]
         specs += [self.sample_spec(n, num_blocks, weights) for n in row_counts]
+        specs += [self.sample_all_spec(n, num_blocks, weights) for n in row_counts]
+        specs += [self.score_prompt_spec(num_blocks, weights), self.put_options_spec(num_blocks)]
         programs = iter(self._compile(specs, weights))
         self.steps = {bucket: next(programs) for bucket in buckets}
         self.decode_steps = {bucket: next(programs) for bucket in loops}
         self.samples = {num_rows: next(programs) for num_rows in row_counts}
+        self.samples_all = {num_rows: next(programs) for num_rows in row_counts}
+        self.score_prompt, self.put_options = programs
 
     def step_bytes(self, weights: list[Weight]) -> int:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
         buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
         specs = [self.step_spec(bucket, PROBE_BLOCKS, weights) for bucket in buckets]
+        specs.append(self.sample_all_spec(self.most_rows, PROBE_BLOCKS, weights))
         largest = 0
         for step in self._compile(specs, weights):
             m = step.memory_analysis()
@@ -328,7 +400,7 @@ class Programs:
         f, config = self.functions, self.config
         key_parts = (
             *(self.model_config, f.prefill, f.decode, f.block_size, f.vocab_size),
-            *(self.cache_dtype, config.max_num_seqs, self.row_width),
+            *(self.cache_dtype, config.max_num_seqs, self.row_width, MOST_EDITS),
             *(self.sharding.mesh.shape_tuple, sorted(self.sharding.rules.items(), key=str)),
             [(w.shape, w.dtype, w.sharding.spec) for w in jax.tree.leaves(weights)],
             self.compiler_options,

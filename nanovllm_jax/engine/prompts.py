@@ -174,3 +174,27 @@ def _integers(token_ids: Any) -> list[int]:
         if not is_integer(token):
             raise TypeError(f"token ids must be integers, got {token!r:.80} at position {i}")
     return [int(token) for token in token_ids]
+
+
+def tokens_of_bad_words(
+    words: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """The token sequences of bad words: at the beginning of a text and, after a space, in it.
+
+    As in vLLM, the second form counts only if it begins with another token and has as many.
+
+    Raises:
+        ValueError: there is no tokenizer, or a word has no tokens.
+    """
+    sequences: list[list[int]] = []
+    for word in words or ():
+        if tokenizer is None:
+            raise ValueError("bad_words: the model has no tokenizer; use logit_bias with token ids")
+        first = tokenizer.encode(word.lstrip(), add_special_tokens=False)
+        inside = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        if not first:
+            raise ValueError(f"bad_words: {word!r} has no tokens; leave it out")
+        sequences.append(first)
+        if inside[0] != first[0] and len(inside) == len(first):
+            sequences.append(inside)
+    return sequences

@@ -1,7 +1,7 @@
 """Requests: from a prompt, checked, to the outputs that its owner is told of."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 
@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.detokenizer import Detokenizer
-from nanovllm_jax.engine.prompts import Prompt, tokenized
+from nanovllm_jax.engine.edits import edits_of
+from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.outputs import CompletionOutput, RequestOutput
+from nanovllm_jax.engine.token_scores import TokenScores
+from nanovllm_jax.outputs import CompletionOutput, Logprob, PositionScores, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -37,7 +39,10 @@ class Request:
         self._detokenizer = None
         if tokenizer is not None and command.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)
+        self._tokens = TokenTexts(tokenizer if command.params.detokenize else None)
         self._text, self._num_reported = "", 0
+        self._logprobs: list[PositionScores] = []
+        self._cumulative_logprob = 0.0
 
     @property
     def has_news(self) -> bool:
@@ -56,11 +61,53 @@ class Request:
                 self._detokenizer = None
         self._num_reported = len(token_ids)
         reason = seq.finish_reason if is_finished else None
-        completion = CompletionOutput(0, self._text, token_ids, reason, seq.stop_reason)
+        cumulative, logprobs = self._scores(len(token_ids))
+        completion = CompletionOutput(
+            0, self._text, token_ids, reason, seq.stop_reason, cumulative, logprobs
+        )
         return RequestOutput(
             self.request_id, self.command.prompt, seq.token_ids[: seq.num_prompt_tokens],
-            [completion], is_finished, seq.error,
+            [completion], is_finished, seq.error, self._prompt_scores(),
         )  # fmt: skip
+
+    def _scores(self, num_tokens: int) -> tuple[float | None, list[PositionScores] | None]:
+        """The sum of the completion's scores, and the scores; None if they are not wanted."""
+        if self.seq.params.logprobs is None:
+            return None, None
+        for scores in self.seq.scores[len(self._logprobs) : num_tokens]:
+            self._cumulative_logprob += scores.logprobs[0]
+            self._logprobs.append(self._tokens.with_texts(scores))
+        return self._cumulative_logprob, list(self._logprobs)
+
+    def _prompt_scores(self) -> list[PositionScores | None] | None:
+        seq = self.seq
+        if seq.params.prompt_logprobs is None or seq.wants_prompt_scores:
+            return None
+        scores = [seq.prompt_scores[i] for i in range(1, seq.num_prompt_tokens)]
+        return [None, *map(self._tokens.with_texts, scores)]
+
+
+class TokenTexts:
+    """Gives scored tokens their texts, each decoded once and by itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str | None] = {}
+
+    def with_texts(self, scores: TokenScores) -> PositionScores:
+        """The scores by token, as a request's output has them.
+
+        Where a token is the one drawn and among the likeliest too, its rank among these counts.
+        """
+        return {
+            token: Logprob(logprob, rank, self._text(token))
+            for token, logprob, rank in zip(*scores, strict=True)
+        }
+
+    def _text(self, token: int) -> str | None:
+        if self._tokenizer is not None and token not in self._texts:
+            self._texts[token] = str(self._tokenizer.decode([token]))
+        return self._texts.get(token)
 
 
 def checked_request(
@@ -70,11 +117,13 @@ def checked_request(
     tokenizer: PreTrainedTokenizerBase | None,
     config: EngineConfig,
     num_blocks: int,
+    eos_token_ids: Collection[int] = (),
 ) -> AddRequest:
     """The command that adds a request, if the request can run.
 
     Args:
         num_blocks: blocks of the KV cache that one sequence can have.
+        eos_token_ids: the model's end-of-sequence tokens.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -88,7 +137,12 @@ def checked_request(
     _check_length(len(token_ids), config, num_blocks)
     _check_vocabulary("token id", token_ids, config)
     _check_vocabulary("stop_token_ids: token id", params.stop_token_ids, config)
-    return AddRequest(token_ids, params.frozen(), text, request_id)
+    _check_vocabulary("logit_bias: token id", params.logit_bias, config)
+    _check_vocabulary("allowed_token_ids: token id", params.allowed_token_ids, config)
+    params = params.frozen()
+    bad_words = tokens_of_bad_words(params.bad_words, tokenizer)
+    edits = edits_of(params, bad_words, eos_token_ids)
+    return AddRequest(token_ids, params, text, request_id, edits=edits)
 
 
 def make_sequence(command: AddRequest, number: int, config: EngineConfig) -> Sequence:
@@ -96,7 +150,7 @@ def make_sequence(command: AddRequest, number: int, config: EngineConfig) -> Seq
     params, room = command.params, config.max_model_len - len(command.token_ids)
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     seed = stream_seed(params.seed, command.token_ids, config.seed, number)
-    return Sequence(number, list(command.token_ids), params, seed, max_tokens)
+    return Sequence(number, list(command.token_ids), params, seed, max_tokens, command.edits)
 
 
 def stream_seed(seed: int | None, token_ids: Items[int], engine_seed: int, number: int) -> int:

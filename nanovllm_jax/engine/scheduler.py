@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
+from nanovllm_jax.engine.token_scores import StepScores
 from nanovllm_jax.outputs import FinishReason
 
 # Rounds after an arrival in which decode steps are taken one by one, so that the next one to arrive
@@ -138,8 +139,10 @@ class Scheduler:
             self.decode_next = batch.is_prefill
         return batch
 
-    def postprocess(self, batch: Batch, token_ids: list[int]) -> list[Sequence]:
-        """Take in a step's sampled tokens, one for each row.
+    def postprocess(
+        self, batch: Batch, token_ids: list[int], scores: StepScores | None = None
+    ) -> list[Sequence]:
+        """Take in a step's sampled tokens, one for each row, and the scores that it has computed.
 
         Returns:
             The sequences that got a token, and those that failed since the last call. Those that
@@ -147,9 +150,15 @@ class Scheduler:
         """
         advanced, self.failed = self.failed, []
         rows = zip(batch.seqs, batch.yields_token, token_ids, strict=True)
-        for seq, yields_token, token_id in rows:
-            if seq.finish_reason or not yields_token:  # it may have ended while this was in flight
+        for row, (seq, yields_token, token_id) in enumerate(rows):
+            if seq.finish_reason:  # it may have ended while this was in flight
                 continue
+            if scores and seq.wants_prompt_scores:
+                seq.prompt_scores.update(scores.of_prompt(row))
+            if not yields_token:
+                continue
+            if scores and seq.params.logprobs is not None:  # first: who sees a token sees its score
+                seq.scores.append(scores.of_row(row, token_id, seq.params.logprobs))
             seq.in_flight -= 1
             seq.token_ids.append(token_id)
             self.pools[seq.shard].cache_full_blocks(seq)
@@ -242,7 +251,7 @@ class Scheduler:
             blocks_needed = self.pools[seq.shard].blocks_for(seq.num_computed + length)
             blocks_left[seq.shard] -= max(0, blocks_needed - len(seq.block_table))
             longest = max(longest, length)
-            if seq.params.filters:  # the `sample` program runs between its steps
+            if seq.params.filters or seq.params.needs_sample_all:  # a program between its steps
                 return False
         return longest == num_steps and min(blocks_left) >= 0
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nanovllm_jax.engine.edits import Edit
+from nanovllm_jax.engine.token_scores import TokenScores
 from nanovllm_jax.outputs import FinishReason
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -30,6 +32,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     max_tokens: int  # params.max_tokens, capped by max_model_len
+    edits: list[Edit] = field(default_factory=list)  # of its logits, as `params` asks for
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -43,6 +46,9 @@ class Sequence:
     shard: int = 0  # shard of the batch that its blocks are in, while it has any
     block_table: list[int] = field(default_factory=list)
     prefix: list[tuple[int, int]] = field(default_factory=list)  # (hash, uid) of hashed blocks
+
+    scores: list[TokenScores] = field(default_factory=list)  # of the completion, if wanted
+    prompt_scores: dict[int, TokenScores] = field(default_factory=dict)  # the prompt's, by position
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.token_ids)
@@ -63,6 +69,17 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    @property
+    def has_options(self) -> bool:
+        """Whether its slot has to know more of it than a row says."""
+        return bool(self.edits) or self.params.allowed_token_ids is not None
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether tokens of the prompt, all of which follow another, have no scores yet."""
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_scores) < self.num_prompt_tokens - 1
 
     @property
     def num_wanted(self) -> int:

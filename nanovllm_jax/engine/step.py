@@ -17,11 +17,16 @@ from nanovllm_jax.engine.packed import (
     Sampling,
     StepInputs,
     advanced,
+    allowed_of_rows,
     decode_inputs,
     decode_rows,
     decoded_slots,
+    edits_of_rows,
+    history_of,
+    penalties_of,
     prefill_inputs,
     read_decode,
+    read_options,
     read_prefill,
     sampling_of,
 )
@@ -29,7 +34,9 @@ from nanovllm_jax.layers.attention import PagedBatch
 from nanovllm_jax.layers.backend import GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.kv_cache import KVCache
+from nanovllm_jax.layers.logit_edits import edit_logits
 from nanovllm_jax.layers.sampler import filter_logits, sample
+from nanovllm_jax.layers.scores import Scores, score
 from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.weights import Weight, stack
@@ -48,6 +55,11 @@ class DeviceState(NamedTuple):
     # The hidden states that the last step has drawn tokens from, for `sample`. They are no result
     # of the step: memory for those would lie elsewhere in each call.
     hidden: Float[Array, "rows D"]
+    # The hidden states of all tokens of the last prefill, for `score_prompt`.
+    prompt: Float[Array, "T+1 D"]
+    # Options that few requests have (`packed.py`): a row for each slot, and one for padding rows.
+    edits: Int32[Array, "slots 4*E"]
+    allowed: Int32[Array, "slots V/32"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,49 @@ class StepFunctions:
         tokens = self._draw(logits, sampling, positions, state.collectives, filtered=True)
         return self._put_rows(state, rows, tokens), tokens
 
+    def sample_all(
+        self,
+        weights: list[Weight],
+        state: DeviceState,
+        slots: Int32[Array, " B"],
+    ) -> tuple[DeviceState, Int32[Array, " B"], Scores]:
+        """Draw the tokens of the last step's rows again, with all that a request can ask for.
+
+        Returns:
+            The state, the tokens, and their scores before any change of the logits.
+        """
+        logits = self.logits(weights, state, slots)
+        rows = self._take_rows(state.rows, slots)
+        edited = self._edit(logits, rows, state.token_ids, state.edits, state.allowed)
+        sampling, positions = sampling_of(rows), rows[:, Column.START]
+        tokens = self._draw(edited, sampling, positions, state.collectives, filtered=True)
+        scores = self._score(logits, tokens, state.collectives)
+        return self._put_rows(state, rows, tokens), tokens, scores
+
+    def score_prompt(
+        self,
+        weights: list[Weight],
+        state: DeviceState,
+        packed: Int32[Array, " n"],
+    ) -> tuple[DeviceState, Scores]:
+        """Score tokens of prompts by the hidden states that the last prefill has kept.
+
+        Args:
+            packed: for each shard of the batch the indices of some of its tokens, and then the
+                token that follows each.
+        """
+        indices, tokens = self._split(packed)
+        nowhere: Any = None  # no token attends here
+        backend = self._backend(self.decode, nowhere, state.collectives)
+        hidden = self._take_rows(state.prompt, indices)
+        logits = self._logits(self._model(weights), hidden, backend)
+        return state, self._score(logits, tokens, state.collectives)
+
+    def put_options(self, state: DeviceState, packed: Int32[Array, " n"]) -> DeviceState:
+        """Write the options of some slots, the same number in each shard of the batch."""
+        edits, allowed = self._put_options(packed, state.edits, state.allowed)
+        return state._replace(edits=edits, allowed=allowed)
+
     def logits(
         self,
         weights: list[Weight],
@@ -166,6 +221,7 @@ class StepFunctions:
         backend = self._backend(attention, inputs.batch, state.collectives)
         hidden, cache = model(inputs.token_ids, inputs.positions, backend, state.cache)
         if inputs.batch.query_starts is not None:  # else each row has one token
+            state = state._replace(prompt=self._keep_hidden(state.prompt, hidden))
             hidden = self._take_rows(hidden, inputs.sample_indices)
         return state._replace(cache=cache), hidden, self._logits(model, hidden, backend)
 
@@ -277,12 +333,10 @@ class StepFunctions:
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
     def _draw(self, logits, sampling: Sampling, positions, collectives, *, filtered: bool):
         """Draw a token for each row, for these positions."""
-        mesh, spec = self.sharding.mesh, self.sharding.spec
-        axis = tuple(a for a in self.sharding.mesh_axes("vocab") if mesh.shape[a] > 1)
+        axis, spec = self._vocab_axis, self.sharding.spec
 
         def on_shard(logits, sampling, positions, collectives):
-            peers = collectives if axis == (AXIS,) else None
-            largest_key, total = (peers.max, peers.total) if peers else (None, None)
+            largest_key, total = self._exchange(collectives)
             if filtered:
                 logits = filter_logits(
                     logits, sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p,
@@ -301,6 +355,60 @@ class StepFunctions:
         )
         return draw(logits, sampling, positions, collectives)
 
+    @functools.partial(jax.jit, static_argnames="self")
+    def _edit(self, logits, rows, known, edits, allowed):
+        """The logits with the changes that rows ask for."""
+        spec = self.sharding.spec
+
+        def on_shard(logits, rows, known, edits, allowed):
+            return edit_logits(
+                logits, history_of(rows, known), allowed_of_rows(rows, allowed),
+                edits_of_rows(rows, edits), penalties_of(rows), axis=self._vocab_axis,
+            )  # fmt: skip
+
+        by_row, by_vocab = spec("batch"), spec("batch", "vocab")
+        edit = self.sharding.shard_map(on_shard, (by_vocab, *4 * (by_row,)), by_vocab)
+        return edit(logits, rows, known, edits, allowed)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _score(self, logits, tokens, collectives) -> Scores:
+        def on_shard(logits, tokens, collectives):
+            largest_key, total = self._exchange(collectives)
+            return score(
+                logits, tokens, vocab_size=self.vocab_size, axis=self._vocab_axis,
+                total=total, largest_key=largest_key,
+            )  # fmt: skip
+
+        spec = self.sharding.spec
+        by_row, layout = spec("batch"), Collectives.spec(self.sharding)
+        in_axes = (spec("batch", "vocab"), by_row, layout)
+        return self.sharding.shard_map(on_shard, in_axes, by_row)(logits, tokens, collectives)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _put_options(self, packed, edits, allowed):
+        def on_shard(packed, edits, allowed):
+            slots, new_edits, words = read_options(packed, allowed.shape[1])
+            put = functools.partial(_put_at, slots)
+            return put(edits, new_edits), put(allowed, words)
+
+        return self._by_row(on_shard)(packed, edits, allowed)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _split(self, packed):
+        return self._by_row(lambda packed: tuple(packed.reshape(2, -1)))(packed)
+
+    @property
+    def _vocab_axis(self) -> tuple[str, ...]:
+        """The mesh axes that the vocabulary is split over."""
+        shape = self.sharding.mesh.shape
+        return tuple(a for a in self.sharding.mesh_axes("vocab") if shape[a] > 1)
+
+    def _exchange(self, collectives: Collectives | None) -> tuple[Callable | None, Callable | None]:
+        """Maximum and sum over the devices that share the vocabulary; None: XLA's."""
+        if collectives is None or self._vocab_axis != (AXIS,):
+            return None, None
+        return collectives.max, collectives.total
+
     def _by_row(self, on_shard: Callable) -> Callable:
         """Run a function of arrays that are split by row or by page on each shard of the batch."""
         rows = self.sharding.spec("batch")
@@ -318,3 +426,7 @@ def _remember(
     padding = known.size - 1
     at = known.reshape(-1).at[jnp.where(slots < 0, padding, slots)]
     return at.set(token_ids, mode="promise_in_bounds").reshape(known.shape)
+
+
+def _put_at(slots: Int32[Array, " N"], table: Array, values: Array) -> Array:
+    return table.at[slots].set(values, mode="promise_in_bounds")

@@ -57,7 +57,7 @@ def sample(
         )  # fmt: skip
 
     def anywhere(logits, temperatures, seeds, positions):
-        ids = _shard_ids(logits, axis)
+        ids = shard_ids(logits, axis)
 
         def noise():
             return temperatures[:, None] * gumbel_noise(seeds, positions, ids)
@@ -123,10 +123,10 @@ def filter_logits(
             return find(bits)
         return jax.lax.platform_dependent(cpu=lambda: find(1), default=lambda: find(3))
 
-    ids = _shard_ids(logits, axis)
+    ids = shard_ids(logits, axis)
     logits = jnp.where(ids[None, :] < vocab_size, logits, -jnp.inf)
     keys = _ordered_key(logits)
-    largest = _largest(jnp.max(logits, axis=-1), axis, largest_key)
+    largest = largest_of(jnp.max(logits, axis=-1), axis, largest_key)
     scale = 1 / jnp.maximum(temperatures, 1e-6)
     weights = jnp.exp((logits - largest[:, None]) * scale[:, None])  # likeliest = 1
 
@@ -169,7 +169,7 @@ def _highest_key(
     return jax.lax.fori_loop(0, -(-32 // bits), find_digit, jnp.zeros(wanted.shape, jnp.uint32))
 
 
-def _largest(x: Float[Array, " B"], axis: tuple[str, ...], largest_key) -> Float[Array, " B"]:
+def largest_of(x: Float[Array, " B"], axis: tuple[str, ...], largest_key) -> Float[Array, " B"]:
     """The maximum over `axis`, by `largest_key` if there is one."""
     if not largest_key:
         return jax.lax.pmax(x, axis) if axis else x
@@ -181,7 +181,7 @@ def _largest(x: Float[Array, " B"], axis: tuple[str, ...], largest_key) -> Float
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _shard_ids(logits: Float[Array, "B V"], axis: tuple[str, ...]) -> Int[Array, " V"]:
+def shard_ids(logits: Float[Array, "B V"], axis: tuple[str, ...]) -> Int[Array, " V"]:
     """The vocabulary entries of this device's columns."""
     local = logits.shape[-1]
     first = jax.lax.axis_index(axis) * local if axis else 0
