@@ -41,6 +41,9 @@ from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.weights import Weight, stack
 
+# Rows that `sample_all` works on at once: it makes half a dozen arrays of the logits' size.
+ROWS_AT_ONCE = 64
+
 
 class DeviceState(NamedTuple):
     """What stays on the device from step to step, donated to each and updated in place."""
@@ -157,10 +160,7 @@ class StepFunctions:
         """
         logits = self.logits(weights, state, slots)
         rows = self._take_rows(state.rows, slots)
-        edited = self._edit(logits, rows, state.token_ids, state.edits, state.allowed)
-        sampling, positions = sampling_of(rows), rows[:, Column.START]
-        tokens = self._draw(edited, sampling, positions, state.collectives, filtered=True)
-        scores = self._score(logits, tokens, state.collectives)
+        tokens, scores = self._draw_all(logits, rows, state)
         return self._put_rows(state, rows, tokens), tokens, scores
 
     def score_prompt(
@@ -333,56 +333,78 @@ class StepFunctions:
     @functools.partial(jax.jit, static_argnames=("self", "filtered"))
     def _draw(self, logits, sampling: Sampling, positions, collectives, *, filtered: bool):
         """Draw a token for each row, for these positions."""
-        axis, spec = self._vocab_axis, self.sharding.spec
 
         def on_shard(logits, sampling, positions, collectives):
-            largest_key, total = self._exchange(collectives)
-            if filtered:
-                logits = filter_logits(
-                    logits, sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p,
-                    vocab_size=self.vocab_size, axis=axis, largest_key=largest_key, total=total,
-                )  # fmt: skip
-            return sample(
-                logits, sampling.temperatures, sampling.seeds, positions,
-                vocab_size=self.vocab_size, axis=axis, largest_key=largest_key,
-            )  # fmt: skip
-
-        by_row = spec("batch")
-        draw = self.sharding.shard_map(
-            on_shard,
-            (spec("batch", "vocab"), by_row, by_row, Collectives.spec(self.sharding)),
-            by_row,
-        )
-        return draw(logits, sampling, positions, collectives)
-
-    @functools.partial(jax.jit, static_argnames="self")
-    def _edit(self, logits, rows, known, edits, allowed):
-        """The logits with the changes that rows ask for."""
-        spec = self.sharding.spec
-
-        def on_shard(logits, rows, known, edits, allowed):
-            return edit_logits(
-                logits, history_of(rows, known), allowed_of_rows(rows, allowed),
-                edits_of_rows(rows, edits), penalties_of(rows), axis=self._vocab_axis,
-            )  # fmt: skip
-
-        by_row, by_vocab = spec("batch"), spec("batch", "vocab")
-        edit = self.sharding.shard_map(on_shard, (by_vocab, *4 * (by_row,)), by_vocab)
-        return edit(logits, rows, known, edits, allowed)
-
-    @functools.partial(jax.jit, static_argnames="self")
-    def _score(self, logits, tokens, collectives) -> Scores:
-        def on_shard(logits, tokens, collectives):
-            largest_key, total = self._exchange(collectives)
-            return score(
-                logits, tokens, vocab_size=self.vocab_size, axis=self._vocab_axis,
-                total=total, largest_key=largest_key,
-            )  # fmt: skip
+            return self._draw_here(logits, sampling, positions, collectives, filtered)
 
         spec = self.sharding.spec
         by_row, layout = spec("batch"), Collectives.spec(self.sharding)
+        in_axes = (spec("batch", "vocab"), by_row, by_row, layout)
+        draw = self.sharding.shard_map(on_shard, in_axes, by_row)
+        return draw(logits, sampling, positions, collectives)
+
+    def _draw_all(self, logits, rows, state: DeviceState) -> tuple[Int32[Array, " B"], Scores]:
+        """Change the logits of rows as they ask, draw tokens from what is left, and score them."""
+        # Without the cache: see above.
+        tables = state.token_ids, state.edits, state.allowed
+        return self._draw_all_of(logits, rows, tables, state.collectives)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _draw_all_of(self, logits, rows, tables, collectives):
+        def on_rows(tables, collectives, logits, rows):
+            known, edits, allowed = tables
+            edited = edit_logits(
+                logits, history_of(rows, known), allowed_of_rows(rows, allowed),
+                edits_of_rows(rows, edits), penalties_of(rows), axis=self._vocab_axis,
+            )  # fmt: skip
+            sampling, positions = sampling_of(rows), rows[:, Column.START]
+            tokens = self._draw_here(edited, sampling, positions, collectives, filtered=True)
+            return tokens, self._score_here(logits, tokens, collectives)
+
+        def on_shard(logits, rows, tables, collectives):
+            run = functools.partial(on_rows, tables, collectives)
+            if len(rows) <= ROWS_AT_ONCE or len(rows) % ROWS_AT_ONCE:
+                return run(logits, rows)
+            parts = jax.tree.map(lambda x: x.reshape(-1, ROWS_AT_ONCE, x.shape[1]), (logits, rows))
+            results = jax.lax.map(lambda part: run(*part), parts)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+        spec = self.sharding.spec
+        by_row, layout = spec("batch"), Collectives.spec(self.sharding)
+        in_axes = (spec("batch", "vocab"), by_row, by_row, layout)
+        draw = self.sharding.shard_map(on_shard, in_axes, by_row)
+        return draw(logits, rows, tables, collectives)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _score(self, logits, tokens, collectives) -> Scores:
+        spec = self.sharding.spec
+        by_row, layout = spec("batch"), Collectives.spec(self.sharding)
         in_axes = (spec("batch", "vocab"), by_row, layout)
-        return self.sharding.shard_map(on_shard, in_axes, by_row)(logits, tokens, collectives)
+        run = self.sharding.shard_map(self._score_here, in_axes, by_row)
+        return run(logits, tokens, collectives)
+
+    def _draw_here(
+        self, logits, sampling: Sampling, positions, collectives, filtered: bool
+    ) -> Int32[Array, " B"]:
+        """Draw tokens under `shard_map`, on a device's shard of the vocabulary."""
+        axis, (largest_key, total) = self._vocab_axis, self._exchange(collectives)
+        if filtered:
+            logits = filter_logits(
+                logits, sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p,
+                vocab_size=self.vocab_size, axis=axis, largest_key=largest_key, total=total,
+            )  # fmt: skip
+        return sample(
+            logits, sampling.temperatures, sampling.seeds, positions,
+            vocab_size=self.vocab_size, axis=axis, largest_key=largest_key,
+        )  # fmt: skip
+
+    def _score_here(self, logits, tokens, collectives) -> Scores:
+        """Score tokens under `shard_map`, on a device's shard of the vocabulary."""
+        largest_key, total = self._exchange(collectives)
+        return score(
+            logits, tokens, vocab_size=self.vocab_size, axis=self._vocab_axis,
+            total=total, largest_key=largest_key,
+        )  # fmt: skip
 
     @functools.partial(jax.jit, static_argnames="self")
     def _put_options(self, packed, edits, allowed):

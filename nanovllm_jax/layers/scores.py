@@ -43,7 +43,7 @@ def score(
         total = functools.partial(jax.lax.psum, axis_name=axis) if axis else lambda x: x
     ids = shard_ids(logits, axis)
     top, top_ids = _likeliest(logits, ids, vocab_size)
-    logits = jnp.where(ids < vocab_size, logits, -jnp.inf)
+    logits = _real(logits, ids, vocab_size)
     largest = largest_of(top[:, 0], axis, largest_key)
     mass = jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)
     columns = tokens - ids[0]
@@ -72,16 +72,16 @@ def _likeliest(
     width = math.gcd(size, CHUNK)
     most = min(MOST_LOGPROBS, size)
     if size // width <= most or width == 1:
-        top, columns = jax.lax.top_k(jnp.where(ids < vocab_size, logits, -jnp.inf), most)
+        top, columns = jax.lax.top_k(_real(logits, ids, vocab_size), most)
         return top, ids[0] + columns
     chunks = logits.reshape(rows, -1, width)
     chunk_ids = ids.reshape(-1, width)
-    largest = jnp.max(jnp.where(chunk_ids < vocab_size, chunks, -jnp.inf), axis=-1)
+    largest = jnp.max(_real(chunks, chunk_ids, vocab_size), axis=-1)
     _, chosen = jax.lax.top_k(largest, most)
     chosen = jnp.sort(chosen, axis=-1)  # so that the first of equal logits has the lowest id
     candidates = jnp.take_along_axis(chunks, chosen[:, :, None], axis=1).reshape(rows, -1)
     candidate_ids = chunk_ids[chosen].reshape(rows, -1)
-    top, places = jax.lax.top_k(jnp.where(candidate_ids < vocab_size, candidates, -jnp.inf), most)
+    top, places = jax.lax.top_k(_real(candidates, candidate_ids, vocab_size), most)
     return top, jnp.take_along_axis(candidate_ids, places, axis=1)
 
 
@@ -98,3 +98,8 @@ def _likeliest_of_all(
     everyone = total(everyone.reshape(rows, -1)).reshape(rows, shards, 2, num)
     tops, all_ids = jnp.moveaxis(everyone, 2, 0).reshape(2, rows, -1)
     return tops, all_ids.astype(jnp.int32)
+
+
+def _real(logits: Float[Array, "..."], ids: Int[Array, "..."], vocab_size: int) -> Array:
+    """The logits with padding at -inf, and without -0.0, which XLA would sort behind 0.0."""
+    return jnp.where(ids < vocab_size, jnp.where(logits == 0, 0.0, logits), -jnp.inf)
