@@ -117,3 +117,22 @@ def test_sampling_with_filters(programs, gpus):
         text = p.sample_spec(16, num_blocks=64).trace().lower().as_text()
     assert set(kernels_in(text)) == {"draw"} | (ALSO_ON_TWO if gpus > 1 else set())
     assert gpus == 1 or '"stablehlo.all_reduce"' not in text
+
+
+@each_number_of_gpus
+@pytest.mark.parametrize("rows", [16, 512])
+def test_sampling_with_all_options(programs, gpus, rows):
+    """More rows than are worked on at once are a loop, which runs to its end without the host."""
+    p = programs(128, gpus)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        text = p.sample_all_spec(rows, num_blocks=64).trace().lower().as_text()
+    assert set(kernels_in(text)) == {"draw"} | (ALSO_ON_TWO if gpus > 1 else set())
+    assert gpus == 1 or '"stablehlo.all_reduce"' not in text
+
+
+@each_number_of_gpus
+def test_scoring_prompts(programs, gpus):
+    p = programs(128, gpus)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        text = p.score_prompt_spec(num_blocks=64).trace().lower().as_text()
+    assert set(kernels_in(text)) == (ALSO_ON_TWO if gpus > 1 else set())

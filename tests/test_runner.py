@@ -29,12 +29,14 @@ jax.monitoring.register_event_duration_secs_listener(
 def varied_requests():
     """Batches of every size, prompts of every bucket, all kinds of sampling."""
     prompts = [prompt(n, seed=6) for n in (1, 60, 65, 129, 300, 512, 600, 700, 2, 3, 4)]
+    kinds = [(0, 0, 1.0, 5), (1, 5, 1.0, 9), (0.5, 0, 0.9, 2), (1, 0, 1.0, 7)] * 3
     params = [
         SamplingParams(temperature=t, top_k=k, top_p=p, max_tokens=m, seed=s)
-        for s, (t, k, p, m) in enumerate(
-            [(0, 0, 1.0, 5), (1, 5, 1.0, 9), (0.5, 0, 0.9, 2), (1, 0, 1.0, 7)] * 3
-        )
+        for s, (t, k, p, m) in enumerate(kinds)
     ]
+    params[4] = replace(params[4], prompt_logprobs=0)
+    params[7:9] = (replace(p, logprobs=2, repetition_penalty=1.1) for p in params[7:9])
+    params[9] = replace(params[9], allowed_token_ids=[5, 6, 7], logit_bias={5: 1.0})
     return prompts, params[: len(prompts)]
 
 
@@ -156,11 +158,14 @@ def test_every_bucket_is_compiled_at_start_up(engine):
     assert set(programs.decode_steps) == set(programs.decode_buckets)
     assert set(programs.steps) == {*programs.prefill_buckets, *programs.decode_buckets}
     assert set(programs.samples) == {bucket.num_rows for bucket in programs.steps}
+    assert set(programs.samples_all) == set(programs.samples)
+    assert programs.score_prompt and programs.put_options
 
 
 def all_programs(runner):
     p = runner.programs
-    return [*p.steps.values(), *p.decode_steps.values(), *p.samples.values()]
+    several = (p.steps, p.decode_steps, p.samples, p.samples_all)
+    return [*(run for programs in several for run in programs.values()), p.score_prompt]
 
 
 # --- the cache ---
@@ -182,7 +187,8 @@ def test_no_compiled_step_copies_the_cache(engine, shape, options):
     shapes = cache_shapes(llm)
     programs = llm.runner.programs
     steps = [*programs.steps.items(), *programs.decode_steps.items()]
-    for bucket, program in [*steps, *programs.samples.items()]:
+    others = [programs.samples, programs.samples_all, {0: programs.score_prompt}]
+    for bucket, program in [*steps, *(item for kind in others for item in kind.items())]:
         text = program.as_text()
         if isinstance(bucket, Bucket):
             assert shapes[0] in text
@@ -283,7 +289,7 @@ def test_buffers_handed_to_a_step_are_never_written_again(engine, monkeypatch):
         monkeypatch.setitem(programs, key, run)
 
     p = runner.programs
-    for programs in (p.steps, p.decode_steps, p.samples):
+    for programs in (p.steps, p.decode_steps, p.samples, p.samples_all):
         for key in list(programs):
             keep(programs, key)
     prompts, params = varied_requests()
