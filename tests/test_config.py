@@ -4,6 +4,7 @@ Whatever is refused is refused before any weight is read, with its value and wha
 """
 
 import json
+import math
 import re
 
 import numpy as np
@@ -261,6 +262,15 @@ def test_sampling_params_defaults():
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"min_p": 1.5},
+        {"min_tokens": -1},
+        {"min_tokens": 65},  # above max_tokens
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"prompt_logprobs": 21},
     ],
 )
 def test_sampling_params_out_of_range(wrong):
@@ -288,6 +298,17 @@ def test_sampling_params_out_of_range(wrong):
         {"temperature": np.array([1.0])},
         {"max_tokens": np.float32(3)},
         {"seed": True},
+        {"logprobs": True},
+        {"prompt_logprobs": "1"},
+        {"min_tokens": None},
+        {"presence_penalty": "0"},
+        {"logit_bias": [1, 2]},
+        {"logit_bias": {"5": 1.0}},
+        {"logit_bias": {5: "1"}},
+        {"allowed_token_ids": 5},
+        {"allowed_token_ids": [1.0]},
+        {"bad_words": "word"},
+        {"bad_words": [5]},
     ],
 )
 def test_sampling_params_of_the_wrong_type(wrong):
@@ -299,6 +320,56 @@ def test_sampling_params_of_the_wrong_type(wrong):
 def test_negative_stop_tokens_are_refused():
     with pytest.raises(ValueError, match="each of stop_token_ids must be 0 or more, got -1"):
         SamplingParams(stop_token_ids=[3, -1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_bias": {-1: 1.0}}, "each of logit_bias must be 0 or more, got -1"),
+        ({"logit_bias": {3: -math.inf}}, "logit_bias of token 3 .* got -inf; .*allowed_token_ids"),
+        ({"logit_bias": {3: math.nan}}, "logit_bias of token 3 must be in .* got nan"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must name at least one token"),
+        ({"bad_words": ["a", " "]}, "each of bad_words must have more than spaces, got ' '"),
+        ({"bad_words": ["\ud800"]}, "not valid Unicode"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens .* no more than max_tokens=5, got 6"),
+    ],
+)
+def test_lists_with_what_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+def test_frozen_params_keep_nothing_of_the_users_lists():
+    lists = {"logit_bias": {np.int64(3): np.float32(0.5)}, "allowed_token_ids": [np.int32(4)]}
+    lists |= {"bad_words": ["a"], "stop_token_ids": [5]}
+    frozen = SamplingParams(**lists, logprobs=np.int64(2), min_tokens=1).frozen()
+    lists["logit_bias"][9] = 9.0
+    for name in ("allowed_token_ids", "bad_words", "stop_token_ids"):
+        lists[name].append(9)
+    assert frozen.logit_bias == {3: 0.5} and frozen.allowed_token_ids == (4,)
+    assert frozen.bad_words == ("a",) and frozen.stop_token_ids == {5}
+    assert type(frozen.logprobs) is int and {*map(type, frozen.logit_bias)} == {int}
+    assert SamplingParams(max_tokens=None, min_tokens=900).min_tokens == 900
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "needs_all"),
+    [
+        ({}, False, False),
+        ({"top_k": 5, "prompt_logprobs": 3}, False, False),
+        ({"logprobs": 0}, False, True),
+        *(
+            ({name: value}, True, True)
+            for name, value in {
+                "presence_penalty": 0.1, "frequency_penalty": -0.1, "repetition_penalty": 1.01,
+                "min_tokens": 1, "logit_bias": {0: 1}, "allowed_token_ids": [0], "bad_words": ["x"],
+            }.items()
+        ),
+    ],
+)  # fmt: skip
+def test_params_know_which_program_they_need(options, changes, needs_all):
+    params = SamplingParams(**options)
+    assert (params.changes_logits, params.needs_sample_all) == (changes, needs_all)
 
 
 @pytest.mark.parametrize("seed", [None, 0, -1, -(2**63), 2**64 - 1])

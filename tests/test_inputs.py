@@ -1,5 +1,7 @@
 """The one array that a step takes: what the host packs is what steps read, for any batch."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,15 @@ from hypothesis import strategies as st
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import packed as device
 from nanovllm_jax.engine.buckets import Bucket
-from nanovllm_jax.engine.inputs import Packer
+from nanovllm_jax.engine.edits import Edit
+from nanovllm_jax.engine.inputs import NUM_OPTIONS, NUM_SCORED, Packer
 from nanovllm_jax.engine.packed import Column
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
 
 BLOCK = 4  # tokens of a block
 SLOTS, WIDTH = 5, 6  # sequences at once, blocks of each at most
+BIASES = [1.5, -np.inf, 0.0]
 PREFILL, DECODE = Bucket(64, 8), Bucket(0, 6)
 
 
@@ -219,6 +223,57 @@ def test_shards_are_packed_one_after_another():
         assert whole.slots.tolist() == [*shown, SLOTS, 1, SLOTS, SLOTS, SLOTS]
         alone = [pack([(seqs[i], starts[i], lengths[i]) for i in s], bucket) for s in shards]
         np.testing.assert_array_equal(whole.packed, np.concatenate(alone))
+
+
+def test_options_are_read_back():
+    """The lists of a request, and a bit for each token that it allows."""
+    rng = np.random.default_rng(0)
+    packer, num_words, vocab = Packer(SLOTS, WIDTH, BLOCK), 9, 9 * 32 - 5
+    seqs = []
+    for slot in range(4):
+        allowed = rng.choice(vocab, 40, replace=False).tolist() if slot % 2 else None
+        params = SamplingParams(
+            allowed_token_ids=allowed, repetition_penalty=1.25, presence_penalty=0.5 * slot,
+            frequency_penalty=-0.25, min_tokens=7,
+        )  # fmt: skip
+        ints = rng.integers(-1, 1000, (200 * slot, 3)).tolist()
+        edits = [Edit(a, bias, b, c) for (a, b, c), bias in zip(ints, itertools.cycle(BIASES))]
+        seq = Sequence(slot, [1] * (slot + 1), params, seed=1, max_tokens=9, edits=edits)
+        seq.slot, seq.block_table = slot, [0]
+        seqs.append(seq)
+    packed = packer.options([seqs[:3], seqs[3:]], num_words)
+    slots, edits, words = (np.asarray(x) for x in device.read_options(packed, num_words))
+    padding = [SLOTS] * NUM_OPTIONS
+    assert slots.tolist() == [0, 1, 2, *padding[3:], 3, *padding[1:]]
+    table = np.full((SLOTS + 1, edits.shape[1]), 77, np.int32)
+    allowed = np.zeros((SLOTS + 1, num_words), np.int32)
+    table[slots], allowed[slots] = edits, words
+    rows = read_prefill(pack([(seq, 0, 1) for seq in seqs], PREFILL, packer))[1]
+    got = device.edits_of_rows(rows, jnp.asarray(table))
+    masks = device.allowed_of_rows(rows, jnp.asarray(allowed))
+    penalties = device.penalties_of(rows)
+    for i, seq in enumerate(seqs):
+        fields = (np.asarray(x)[i, : len(seq.edits)].tolist() for x in got[:4])
+        assert [Edit(*entry) for entry in zip(*fields, strict=True)] == seq.edits
+        assert got.counts[i] == len(seq.edits) and got.min_ends[i] == i + 1 + 7
+        bits = np.unpackbits(np.asarray(masks.words)[i].view(np.uint8), bitorder="little")
+        wanted = seq.params.allowed_token_ids
+        assert np.flatnonzero(bits).tolist() == sorted(wanted or [])
+        assert masks.is_set[i] == (wanted is not None)
+        assert [x[i] for x in penalties] == [0.5 * i, -0.25, 1.25]
+        assert rows[i, Column.PROMPT] == i + 1
+
+
+def test_requests_for_scores_are_cut_into_calls():
+    packer = Packer(SLOTS, WIDTH, BLOCK)
+    wanted = [[(i, 1000 + i) for i in range(n)] for n in (NUM_SCORED + 2, 0)]
+    first, second = packer.score_requests(wanted)
+    for call, start, count in ((first, 0, NUM_SCORED), (second, NUM_SCORED, 2)):
+        (indices, token_ids), nothing = call.reshape(2, 2, NUM_SCORED)
+        assert indices[:count].tolist() == [*range(start, start + count)]
+        assert token_ids[:count].tolist() == [*range(1000 + start, 1000 + start + count)]
+        assert not indices[count:].any() and not nothing.any()
+    assert packer.score_requests([[], []]) == []
 
 
 def test_a_batch_of_padding_is_written_nowhere():

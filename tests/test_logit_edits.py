@@ -172,6 +172,13 @@ def test_the_edits_of_a_request_are_drawn_in_its_docstring():
     ]
 
 
+def test_a_request_that_forbids_all_that_it_allows_is_refused():
+    params = SamplingParams(allowed_token_ids=[2, 9, 30], min_tokens=2, stop_token_ids=[9])
+    with pytest.raises(ValueError, match=r"allowed_token_ids \[2, 9, 30\] are all forbidden"):
+        edits_of(params, [[30]], ends=[2])
+    assert edits_of(params, [[9, 30]], ends=[2]), "30 is forbidden behind 9 alone"
+
+
 def test_edits_fill_their_room_and_no_more():
     params = SamplingParams(logit_bias=dict.fromkeys(range(1000), 1.0))
     words = [[1, 2, 3]] * 8

@@ -43,7 +43,7 @@ def edits_of(
             stop_token_ids, under ignore_eos too (as in vLLM).
 
     Raises:
-        ValueError: there are more than MOST_EDITS.
+        ValueError: there are more than MOST_EDITS, or they forbid all tokens that are allowed.
     """
     edits: list[Edit] = []
     for token, bias in (params.logit_bias or {}).items():
@@ -64,4 +64,17 @@ def edits_of(
             f"words), a request has room for {MOST_EDITS}; shorten them, or name the tokens that "
             f"are left in allowed_token_ids"
         )
+    if params.allowed_token_ids is not None:
+        depending = {edit.target for edit in edits if edit.back > 0}
+        forbidden = {
+            edit.token
+            for i, edit in enumerate(edits)
+            if edit.bias == -float("inf") and i not in depending
+        }
+        if forbidden.issuperset(params.allowed_token_ids):
+            raise ValueError(
+                f"allowed_token_ids {sorted(params.allowed_token_ids)[:8]} are all forbidden by "
+                f"bad_words or, until there are min_tokens, as tokens that end the request; allow "
+                f"others as well"
+            )
     return edits
