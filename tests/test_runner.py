@@ -15,7 +15,7 @@ from helpers import BLOCK, edge_prompts, greedy, prompt, tokens
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
-from nanovllm_jax.engine.programs import Programs
+from nanovllm_jax.engine.programs import Programs, most_different
 from nanovllm_jax.sharding import make_sharding
 
 COMPILE_EVENTS = []
@@ -62,6 +62,19 @@ def test_buckets_reach_any_max_num_seqs(n):
         buckets = prefill_buckets(most, n)
         assert buckets[-1].num_tokens == most
         assert all(min(n, 8) <= bucket.num_rows <= max(n, 8) for bucket in buckets)
+
+
+@pytest.mark.parametrize(
+    ("counts", "kept"),
+    [
+        ([512, 384, 256, 192, 128, 96, 64, 32, 16, 8, 4, 2, 1], [512, 256, 128, 64, 32, 16, 8]),
+        ([500, 384, 256, 192, 128], [500, 192]),
+        ([4, 2, 1], [4]),
+        ([1], [1]),
+    ],
+)
+def test_sampling_with_all_options_has_fewer_sizes(counts, kept):
+    assert most_different(counts) == kept
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -158,7 +171,7 @@ def test_every_bucket_is_compiled_at_start_up(engine):
     assert set(programs.decode_steps) == set(programs.decode_buckets)
     assert set(programs.steps) == {*programs.prefill_buckets, *programs.decode_buckets}
     assert set(programs.samples) == {bucket.num_rows for bucket in programs.steps}
-    assert set(programs.samples_all) == set(programs.samples)
+    assert set(programs.samples_all) == {8}
     assert programs.score_prompt and programs.put_options
 
 

@@ -135,20 +135,20 @@ class ModelRunner:
         inputs = self.prepare_inputs(batch)
         if batch.num_steps > 1:
             return TokenFuture(self.run_steps(inputs), inputs.order)
-        tokens, scores, prompts = self.run(inputs), None, None
+        tokens, order, scores, prompts = self.run(inputs), inputs.order, None, None
         params = [
             s.params for s, yields in zip(batch.seqs, batch.yields_token, strict=True) if yields
         ]
         if any(p.needs_sample_all for p in params):
             self.put_options(batch)
-            tokens, scores = self.sample_all(inputs)
+            tokens, scores, order = self.sample_all(inputs)
             if all(p.logprobs is None for p in params):
                 scores = None
         elif any(p.filters for p in params):
             tokens = self.sample(inputs)
         if batch.is_prefill and any(seq.wants_prompt_scores for seq in batch.seqs):
             prompts = self.score_prompts(batch)
-        return TokenFuture(tokens, inputs.order, scores, prompts)
+        return TokenFuture(tokens, order, scores, prompts)
 
     def prepare_inputs(self, batch: Batch) -> PreparedBatch:
         """Pack a batch for the smallest bucket that holds it."""
@@ -180,11 +180,21 @@ class ModelRunner:
         self.state, tokens = sample(self.weights, self.state, slots)
         return tokens
 
-    def sample_all(self, inputs: PreparedBatch) -> tuple[Int32[Array, " B"], Scores]:
-        """Draw the tokens of the last step again, with all options; returns their scores too."""
-        sample = self.programs.samples_all[inputs.bucket.num_rows]
-        self.state, tokens, scores = sample(self.weights, self.state, self._place(inputs.slots))
-        return tokens, scores
+    def sample_all(self, inputs: PreparedBatch) -> tuple[Int32[Array, " B"], Scores, list[int]]:
+        """Draw the tokens of the last step again, with all options.
+
+        Returns:
+            The tokens, their scores, and the place of each of the batch's rows among them: the
+            program may have more rows than the step.
+        """
+        num_rows, shards = inputs.bucket.num_rows, self.programs.batch_shards
+        size = min(size for size in self.programs.samples_all if size >= num_rows)
+        slots = np.full((shards, size), self.packer.padding_slot, np.int32)
+        slots[:, :num_rows] = inputs.slots.reshape(shards, num_rows)
+        sample = self.programs.samples_all[size]
+        self.state, tokens, scores = sample(self.weights, self.state, self._place(slots.ravel()))
+        order = [place // num_rows * size + place % num_rows for place in inputs.order]
+        return tokens, scores, order
 
     def put_options(self, batch: Batch) -> None:
         """Have the devices know the options of all rows that have long ones."""

@@ -59,8 +59,9 @@ class Programs:
     """Owns the buckets, and lowers and compiles the engine's steps; allocates nothing.
 
     `steps` (by bucket), `decode_steps` (by decode bucket; empty if a call takes one step only),
-    `samples` and `samples_all` (by rows of a shard), `score_prompt` and `put_options` are there
-    once `compile` has run. They are called as the methods of `StepFunctions` are.
+    `samples` (by rows of a shard), `samples_all` (by fewer of these), `score_prompt` and
+    `put_options` are there once `compile` has run. They are called as the methods of
+    `StepFunctions` are.
     """
 
     def __init__(self, config: EngineConfig, sharding: Sharding):
@@ -298,7 +299,7 @@ class Programs:
         if self.config.enforce_eager:
             self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
             self.samples = dict.fromkeys(row_counts, self.functions.sample)
-            self.samples_all = dict.fromkeys(row_counts, self.functions.sample_all)
+            self.samples_all = dict.fromkeys(most_different(row_counts), self.functions.sample_all)
             self.score_prompt = self.functions.score_prompt
             self.put_options = self.functions.put_options
             return
@@ -306,13 +307,14 @@ class Programs:
         specs = [self.step_spec(bucket, num_blocks, weights) for bucket in buckets]
         specs += [self.decode_steps_spec(bucket, num_blocks, weights) for bucket in loops]
         specs += [self.sample_spec(n, num_blocks, weights) for n in row_counts]
-        specs += [self.sample_all_spec(n, num_blocks, weights) for n in row_counts]
+        sizes = most_different(row_counts)
+        specs += [self.sample_all_spec(n, num_blocks, weights) for n in sizes]
         specs += [self.score_prompt_spec(num_blocks, weights), self.put_options_spec(num_blocks)]
         programs = iter(self._compile(specs, weights))
         self.steps = {bucket: next(programs) for bucket in buckets}
         self.decode_steps = {bucket: next(programs) for bucket in loops}
         self.samples = {num_rows: next(programs) for num_rows in row_counts}
-        self.samples_all = {num_rows: next(programs) for num_rows in row_counts}
+        self.samples_all = {num_rows: next(programs) for num_rows in sizes}
         self.score_prompt, self.put_options = programs
 
     def step_bytes(self, weights: list[Weight]) -> int:
@@ -447,3 +449,15 @@ class Programs:
 
 def _layout(state: DeviceState) -> DeviceState:
     return jax.tree.map(lambda x: x.sharding, state)
+
+
+def most_different(row_counts: list[int]) -> list[int]:
+    """Those of falling row counts that are at most half of the one kept before, down to 8.
+
+    The rare program that samples with all options has fewer sizes, for a quicker start.
+    """
+    kept = row_counts[:1]
+    for count in row_counts[1:]:
+        if 8 <= count <= kept[-1] // 2:
+            kept.append(count)
+    return kept

@@ -62,7 +62,7 @@ def configure_runtime(config: EngineConfig) -> None:
         prefill = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
         samples = {bucket.num_rows for bucket in [*decode, *prefill]}
         # Decoding has two programs for each size: for one step in a call, and for several.
-        # Sampling has two as well: with filters alone, and with all that a request can ask for.
+        # Sampling has two for most: with filters alone, and with all that a request can ask for.
         num_programs = 2 * len(decode) + len(prefill) + 2 * len(samples)
         share = pool_share(min(totals), config.num_devices, num_programs)
         os.environ[MEMORY_FRACTION[0]] = f"{share:.3f}"
