@@ -136,15 +136,13 @@ class ModelRunner:
         if batch.num_steps > 1:
             return TokenFuture(self.run_steps(inputs), inputs.order)
         tokens, order, scores, prompts = self.run(inputs), inputs.order, None, None
-        params = [
-            s.params for s, yields in zip(batch.seqs, batch.yields_token, strict=True) if yields
-        ]
-        if any(p.needs_sample_all for p in params):
+        drawn = [s for s, yields in zip(batch.seqs, batch.yields_token, strict=True) if yields]
+        if any(seq.needs_sample_all for seq in drawn):
             self.put_options(batch)
             tokens, scores, order = self.sample_all(inputs)
-            if all(p.logprobs is None for p in params):
+            if all(seq.params.logprobs is None for seq in drawn):
                 scores = None
-        elif any(p.filters for p in params):
+        elif any(seq.params.filters for seq in drawn):
             tokens = self.sample(inputs)
         if batch.is_prefill and any(seq.wants_prompt_scores for seq in batch.seqs):
             prompts = self.score_prompts(batch)

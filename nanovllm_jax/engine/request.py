@@ -43,6 +43,7 @@ class Request:
         self._text, self._num_reported = "", 0
         self._logprobs: list[PositionScores] = []
         self._cumulative_logprob = 0.0
+        self._prompt_logprobs: list[PositionScores | None] | None = None
 
     @property
     def has_news(self) -> bool:
@@ -83,8 +84,10 @@ class Request:
         seq = self.seq
         if seq.params.prompt_logprobs is None or seq.wants_prompt_scores:
             return None
-        scores = [seq.prompt_scores[i] for i in range(1, seq.num_prompt_tokens)]
-        return [None, *map(self._tokens.with_texts, scores)]
+        if self._prompt_logprobs is None:
+            scores = [seq.prompt_scores[i] for i in range(1, seq.num_prompt_tokens)]
+            self._prompt_logprobs = [None, *map(self._tokens.with_texts, scores)]
+        return self._prompt_logprobs
 
 
 class TokenTexts:

@@ -251,7 +251,7 @@ class Scheduler:
             blocks_needed = self.pools[seq.shard].blocks_for(seq.num_computed + length)
             blocks_left[seq.shard] -= max(0, blocks_needed - len(seq.block_table))
             longest = max(longest, length)
-            if seq.params.filters or seq.params.needs_sample_all:  # a program between its steps
+            if seq.params.filters or seq.needs_sample_all:  # a program between its steps
                 return False
         return longest == num_steps and min(blocks_left) >= 0
 

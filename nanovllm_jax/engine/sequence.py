@@ -34,6 +34,7 @@ class Sequence:
     max_tokens: int  # params.max_tokens, capped by max_model_len
     edits: list[Edit] = field(default_factory=list)  # of its logits, as `params` asks for
     num_prompt_tokens: int = field(init=False)
+    needs_sample_all: bool = field(init=False)  # see SamplingParams; asked at each step
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the one of params.stop_token_ids that ended it
@@ -52,6 +53,7 @@ class Sequence:
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.token_ids)
+        self.needs_sample_all = self.params.needs_sample_all
 
     @property
     def num_tokens(self) -> int:

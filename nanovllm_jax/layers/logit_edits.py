@@ -126,9 +126,9 @@ def _is_allowed(allowed: AllowedTokens, ids: Int[Array, " V"]) -> Bool[Array, "B
 def _columns(
     tokens: Int32[Array, "B N"], chosen: Bool[Array, "B N"], ids: Int[Array, " V"]
 ) -> Int32[Array, "B N"]:
-    """The chosen tokens' columns on this device; one past the last for all others."""
+    """The chosen tokens' columns on this device; past the last for all others, to be dropped."""
     columns = tokens - ids[0]
-    return jnp.where(chosen & (columns >= 0) & (columns < len(ids)), columns, len(ids))
+    return jnp.where(chosen & (columns >= 0), columns, len(ids))
 
 
 def _at(x: Array, columns: Int32[Array, "B N"]):
