@@ -12,7 +12,7 @@ import pytest
 from helpers import BLOCK, NEW, Spy, edge_prompts, greedy, poison, prompt, tokens
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine import commands
+from nanovllm_jax.engine import commands, programs, step
 from nanovllm_jax.engine.edits import Edit
 from nanovllm_jax.outputs import Logprob
 
@@ -261,6 +261,28 @@ def test_a_request_gives_the_same_alone_and_among_others_of_every_kind(engine, o
             assert all(abs(a[token].logprob - b[token].logprob) < 1e-4 for token in a)
 
 
+@pytest.mark.parametrize("options", [{}, {"mesh_shape": {"data": 2, "tensor": 2}}], ids=str)
+def test_many_rows_are_worked_on_in_parts(engine, new_engine, checkpoint, monkeypatch, options):
+    shape = "eight_heads" if options else "gqa"
+    params, prompts = requests_of_every_kind(33), [prompt(3 + i, seed=i) for i in range(33)]
+    whole = engine(
+        shape, checkpoint={"tokenizer": True}, max_num_seqs=40, num_kvcache_blocks=48, **options
+    )
+    want = whole.generate(prompts, params, use_tqdm=False)
+    for module in (programs, step):
+        monkeypatch.setattr(module, "ROWS_AT_ONCE", 8)
+    llm = new_engine(
+        checkpoint(shape, tokenizer=True), max_num_seqs=44, num_kvcache_blocks=48, **options
+    )
+    assert max(llm.runner.programs.samples_all) == (24 if options else 48)
+    got = llm.generate(prompts, params, use_tqdm=False)
+    assert [x["token_ids"] for x in got] == [x["token_ids"] for x in want]
+    for a, b in zip(got, want, strict=True):
+        assert [[*scores] for scores in a.get("logprobs", [])] == [
+            [*scores] for scores in b.get("logprobs", [])
+        ]
+
+
 def test_what_is_forbidden_is_never_drawn(engine):
     llm = engine(checkpoint={"tokenizer": True})
     params = [
@@ -287,7 +309,9 @@ def test_a_slot_forgets_the_options_of_its_last_request(engine):
     free = SamplingParams(temperature=0, max_tokens=4, logprobs=0)
     [want] = tokens(llm, [prompt(5)], free)
     bound = SamplingParams(temperature=0, max_tokens=4, allowed_token_ids=[9], min_tokens=2)
-    assert tokens(llm, [prompt(5)] * 3, [bound, free, bound]) == [[9] * 4, want, [9] * 4]
+    other = SamplingParams(temperature=0, max_tokens=4, allowed_token_ids=[8])
+    got = tokens(llm, [prompt(5)] * 4, [bound, free, other, bound])
+    assert got == [[9] * 4, want, [8] * 4, [9] * 4]
 
 
 # --- outputs ---

@@ -15,7 +15,7 @@ from helpers import BLOCK, edge_prompts, greedy, prompt, tokens
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
-from nanovllm_jax.engine.programs import Programs, most_different
+from nanovllm_jax.engine.programs import Programs, sample_all_sizes
 from nanovllm_jax.sharding import make_sharding
 
 COMPILE_EVENTS = []
@@ -68,13 +68,14 @@ def test_buckets_reach_any_max_num_seqs(n):
     ("counts", "kept"),
     [
         ([512, 384, 256, 192, 128, 96, 64, 32, 16, 8, 4, 2, 1], [512, 256, 128, 64, 32, 16, 8]),
-        ([500, 384, 256, 192, 128], [500, 192]),
+        ([500, 384, 256, 192, 128, 96, 64, 32], [512, 256, 128, 64, 32]),
+        ([65, 64, 32, 16, 8, 4], [128, 64, 32, 16, 8]),
         ([4, 2, 1], [4]),
         ([1], [1]),
     ],
 )
 def test_sampling_with_all_options_has_fewer_sizes(counts, kept):
-    assert most_different(counts) == kept
+    assert sample_all_sizes(counts) == kept
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

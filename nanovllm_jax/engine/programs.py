@@ -21,7 +21,7 @@ from nanovllm_jax.engine.edits import MOST_EDITS
 from nanovllm_jax.engine.inputs import NUM_OPTIONS, NUM_SCORED
 from nanovllm_jax.engine.packed import Change, Column, option_width
 from nanovllm_jax.engine.program_cache import ProgramCache
-from nanovllm_jax.engine.step import DeviceState, StepFunctions
+from nanovllm_jax.engine.step import ROWS_AT_ONCE, DeviceState, StepFunctions
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.models import Decoder
@@ -75,7 +75,8 @@ class Programs:
         num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
         self.decode_buckets = decode_buckets(num_seqs)
         self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
-        self.most_rows = max(self.decode_buckets[-1].num_rows, self.prefill_buckets[-1].num_rows)
+        largest = self.decode_buckets[-1], self.prefill_buckets[-1]
+        self.most_rows = max(sample_all_sizes([bucket.num_rows for bucket in largest]))
         self.weights = abstract_weights(self.model_config, sharding)
         model = nnx.eval_shape(lambda: Decoder(self.model_config, rngs=nnx.Rngs(0)))
         self.functions = StepFunctions(
@@ -299,7 +300,9 @@ class Programs:
         if self.config.enforce_eager:
             self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
             self.samples = dict.fromkeys(row_counts, self.functions.sample)
-            self.samples_all = dict.fromkeys(most_different(row_counts), self.functions.sample_all)
+            self.samples_all = dict.fromkeys(
+                sample_all_sizes(row_counts), self.functions.sample_all
+            )
             self.score_prompt = self.functions.score_prompt
             self.put_options = self.functions.put_options
             return
@@ -307,7 +310,7 @@ class Programs:
         specs = [self.step_spec(bucket, num_blocks, weights) for bucket in buckets]
         specs += [self.decode_steps_spec(bucket, num_blocks, weights) for bucket in loops]
         specs += [self.sample_spec(n, num_blocks, weights) for n in row_counts]
-        sizes = most_different(row_counts)
+        sizes = sample_all_sizes(row_counts)
         specs += [self.sample_all_spec(n, num_blocks, weights) for n in sizes]
         specs += [self.score_prompt_spec(num_blocks, weights), self.put_options_spec(num_blocks)]
         programs = iter(self._compile(specs, weights))
@@ -451,13 +454,15 @@ def _layout(state: DeviceState) -> DeviceState:
     return jax.tree.map(lambda x: x.sharding, state)
 
 
-def most_different(row_counts: list[int]) -> list[int]:
-    """Those of falling row counts that are at most half of the one kept before, down to 8.
+def sample_all_sizes(row_counts: list[int]) -> list[int]:
+    """The rows that `sample_all` is compiled for, given those of steps, the most first.
 
-    The rare program that samples with all options has fewer sizes, for a quicker start.
+    They are fewer, each at most half of the one before and down to 8, for a quicker start; and
+    multiples of what the program works on at once.
     """
-    kept = row_counts[:1]
-    for count in row_counts[1:]:
-        if 8 <= count <= kept[-1] // 2:
-            kept.append(count)
-    return kept
+    sizes: list[int] = []
+    for count in sorted(row_counts, reverse=True):
+        size = count if count <= ROWS_AT_ONCE else -(-count // ROWS_AT_ONCE) * ROWS_AT_ONCE
+        if not sizes or 8 <= size <= sizes[-1] // 2:
+            sizes.append(size)
+    return sizes

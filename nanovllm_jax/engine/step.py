@@ -41,7 +41,8 @@ from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.weights import Weight, stack
 
-# Rows that `sample_all` works on at once: it makes half a dozen arrays of the logits' size.
+# Rows that `sample_all` works on at once: it makes half a dozen arrays of the logits' size. More
+# rows are a multiple of it.
 ROWS_AT_ONCE = 64
 
 
@@ -345,7 +346,7 @@ class StepFunctions:
 
     def _draw_all(self, logits, rows, state: DeviceState) -> tuple[Int32[Array, " B"], Scores]:
         """Change the logits of rows as they ask, draw tokens from what is left, and score them."""
-        # Without the cache: see above.
+        # The cache stays out of the jitted function, as above.
         tables = state.token_ids, state.edits, state.allowed
         return self._draw_all_of(logits, rows, tables, state.collectives)
 
@@ -363,7 +364,7 @@ class StepFunctions:
 
         def on_shard(logits, rows, tables, collectives):
             run = functools.partial(on_rows, tables, collectives)
-            if len(rows) <= ROWS_AT_ONCE or len(rows) % ROWS_AT_ONCE:
+            if len(rows) <= ROWS_AT_ONCE:
                 return run(logits, rows)
             parts = jax.tree.map(lambda x: x.reshape(-1, ROWS_AT_ONCE, x.shape[1]), (logits, rows))
             results = jax.lax.map(lambda part: run(*part), parts)
