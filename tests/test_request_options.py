@@ -179,8 +179,9 @@ def test_all_options_together_chunked_preempted_and_eager(engine, oracle_of, mon
     assert any(start > 0 for _, start, _ in chunks) or options is not CHUNKED
 
 
-@pytest.mark.parametrize("options", MESHES, ids=str)
+@pytest.mark.parametrize("options", [*MESHES, MESHES[1] | {"every_bucket": True}], ids=str)
 def test_all_options_together_on_meshes(engine, oracle_of, options):
+    """With every bucket, steps have fewer rows than the program that samples."""
     llm = engine("eight_heads", checkpoint={"tokenizer": True}, **options)
     poison(llm)
     check(llm, oracle_of("eight_heads"), KINDS)
