@@ -136,7 +136,8 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether logits are to be changed before a token is drawn from them."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
-        lists = self.logit_bias or self.allowed_token_ids is not None or self.bad_words
+        has_words = self.bad_words is not None and len(self.bad_words) > 0
+        lists = self.logit_bias or self.allowed_token_ids is not None or has_words
         return bool(lists or self.min_tokens or penalties != (0, 0, 1))
 
     @property
@@ -156,7 +157,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             options["allowed_token_ids"] = tuple(map(int, self.allowed_token_ids))
         if self.bad_words is not None:
-            options["bad_words"] = tuple(self.bad_words)
+            options["bad_words"] = tuple(map(str, self.bad_words))
         return replace(self, **options)
 
 
