@@ -163,13 +163,7 @@ def _expert_mlp_triton(x, gate_up, down, experts, layer, *, interpret) -> Float[
     # float32 products run on the plain units and need many registers: smaller tiles.
     half = x.dtype.itemsize == 2
     block_rows = _block_rows(num_rows, num_experts, 16, 128 if half else 16)
-    if 4 * num_rows <= num_experts:
-        # A block for each row: few share an expert, and sorting would take as long as the products.
-        order, here = jnp.arange(num_rows, dtype=jnp.int32), experts < num_experts
-        some_expert = jnp.minimum(experts, num_experts - 1)
-        blocks = jnp.stack([some_expert, order, here.astype(jnp.int32)], axis=1)
-    else:
-        order, blocks, _ = _schedule(experts, num_experts, block_rows)
+    order, blocks, _ = _schedule(experts, num_experts, block_rows)
     # Columns read at a time and outputs of a program. Few rows are bound by the bytes of weights:
     # many small programs read them in parallel. Many rows are bound by products: large tiles.
     many = block_rows >= 64
