@@ -6,20 +6,21 @@ The cache of each of K and V is one array `[L, P, S, K, H]`: layers, pages, posi
 heads, head dim. A block table lists the pages of a sequence in order, so that position p of
 sequence b lies in page `block_tables[b, p // S]`, row `p % S`.
 
-Every function of attention, and `expert_mlp`, takes `implementation`:
+Every function of attention, `choose_experts` and `expert_mlp` take `implementation`:
 
 - "triton": Pallas kernels for NVIDIA GPUs from Ampere on, interpreted if there is no GPU.
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
 One function is a Mosaic kernel only: `gated_linear` is the first product of a gated MLP for many
-rows, with its gate. Six are Triton kernels only: `fused_linear` is the linear layer of a single
-row, `draw` samples tokens, with noise that `gumbel`, `random_bits` and `stream_words` define, and
-`one_shot_all_reduce`, `one_shot_all_reduce_norm`, `one_shot_sum` and `one_shot_max` combine small
-arrays over the GPUs of a process.
+rows, with its gate. Seven are Triton kernels only: `fused_linear` is the linear layer of a single
+row and `expert_rows` the experts of a few, `draw` samples tokens, with noise that `gumbel`,
+`random_bits` and `stream_words` define, and `one_shot_all_reduce`, `one_shot_all_reduce_norm`,
+`one_shot_sum` and `one_shot_max` combine small arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
-`supports_gated_linear`, `supports_one_shot`, `supports_one_shot_norm`, `supports_mosaic_prefill`.
+`supports_expert_rows`, `supports_gated_linear`, `supports_one_shot`, `supports_one_shot_norm`,
+`supports_mosaic_prefill`.
 `mosaic_problem` tells why a GPU does not run Mosaic's. How large a cache and a step may be is told
 by `addressable_pages` and `most_tokens`.
 """
@@ -35,7 +36,9 @@ from pallas_kernels.all_reduce import (
     supports_one_shot,
     supports_one_shot_norm,
 )
+from pallas_kernels.choose_experts import choose_experts
 from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
+from pallas_kernels.expert_rows import expert_rows, supports_expert_rows
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.gated_linear import gated_linear, supports_gated_linear
 from pallas_kernels.grouped_linear import expert_mlp
@@ -47,9 +50,11 @@ from pallas_kernels.paged_prefill import paged_prefill
 __all__ = [
     "Mailboxes",
     "addressable_pages",
+    "choose_experts",
     "decode_step",
     "draw",
     "expert_mlp",
+    "expert_rows",
     "fused_linear",
     "gated_linear",
     "gumbel",
@@ -65,6 +70,7 @@ __all__ = [
     "paged_prefill",
     "random_bits",
     "stream_words",
+    "supports_expert_rows",
     "supports_fused_linear",
     "supports_gated_linear",
     "supports_mosaic_prefill",

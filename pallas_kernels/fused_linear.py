@@ -21,7 +21,12 @@ _MAX_BLOCK = 4
 def supports_fused_linear(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
     """Whether `fused_linear` takes such a layer: one row of 16-bit numbers, of an even shape."""
     two_bytes = jnp.dtype(dtype).itemsize == 2
-    return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and width % _CHUNKS[-1] == 0
+    return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and chunk_of(width) > 0
+
+
+def chunk_of(width: int) -> int:
+    """The columns of a row of this width that a program reads at a time; 0 if none divides it."""
+    return next((c for c in _CHUNKS if width % c == 0), 0)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "interpret"))
@@ -63,10 +68,9 @@ def fused_linear(
         )
     # Few outputs are spread over more programs. Measured on an H100 at the shapes of 0.6B and 8B.
     block = _MAX_BLOCK if num_out >= 2048 else 2
-    chunk = next(c for c in _CHUNKS if width % c == 0)
     kernel = functools.partial(
-        _kernel, block=block, chunk=chunk, eps=eps, normed=norm is not None,
-        residual=residual is not None, gated=gated,
+        _kernel, block=block, eps=eps, normed=norm is not None, residual=residual is not None,
+        gated=gated,
     )  # fmt: skip
     optional = [a for a in (norm, residual) if a is not None]
     return pl.pallas_call(
@@ -80,39 +84,48 @@ def fused_linear(
 
 
 def _kernel(
-    x_ref, w_ref, layer_ref, *refs, block: int, chunk: int, eps: float,
+    x_ref, w_ref, layer_ref, *refs, block: int, eps: float,
     normed: bool, residual: bool, gated: bool,
 ):  # fmt: skip
-    """Run one program per `block` outputs; with a gate, it computes both halves of them.
-
-    The norm's factor is the same for the whole row: it is summed up on the way and applied last.
-    """
+    """Run one program per `block` outputs; with a gate, it computes both halves of them."""
     *inputs, out_ref = refs
-    layer = layer_ref[0]
-    width, num_out = x_ref.shape[1], out_ref.shape[1]
-    one = jnp.arange(1)
+    layer, num_out = layer_ref[0], out_ref.shape[1]
     n = pl.program_id(0) * block + jnp.arange(block)
     w_rows = layer * (num_out * (1 + gated)) + n
-
-    # Sums per column chunk, added up over the columns only at the end. The loop is unrolled: its
-    # loads do not depend on one another and are all under way at once.
-    sums = [jnp.zeros((block, chunk), jnp.float32)] * (1 + gated)
-    squares = jnp.zeros((1, chunk), jnp.float32)
-    for start in range(0, width, chunk):
-        cols = start + jnp.arange(chunk)
-        w = [load_tile(w_ref, w_rows + half * num_out, cols) for half in range(1 + gated)]
-        x = load_tile(x_ref, one, cols).astype(jnp.float32)
-        if normed:
-            squares += x * x
-            x *= load_tile(inputs[0], layer + one, cols).astype(jnp.float32)
-        sums = [s + tile.astype(jnp.float32) * x for s, tile in zip(sums, w, strict=True)]
-    outs = [s.sum(axis=1) for s in sums]
-    if normed:
-        inv_rms = lax.rsqrt(squares.sum() / width + eps)
-        outs = [out * inv_rms for out in outs]
+    halves = [w_rows + half * num_out for half in range(1 + gated)]
+    outs = row_products(x_ref, 0, w_ref, halves, (inputs[0], layer, eps) if normed else None)
     out = outs[0]
     if gated:
         out = out / (1 + jnp.exp(-out)) * outs[1]
     if residual:
         out += plgpu.load(inputs[-1].at[0, n]).astype(jnp.float32)
     plgpu.store(out_ref.at[0, n], out.astype(out_ref.dtype))
+
+
+def row_products(x_ref, row, w_ref, blocks, norm):
+    """Multiply a row of x, in a kernel, by several blocks of rows of w: a float32 sum for each row.
+
+    Args:
+        blocks: the numbers of the rows of w, [block] each.
+        norm: the weights [L, K] of an RMSNorm of the row, the layer, and its eps; None: no norm.
+            Its factor is the same for the whole row: it is summed up on the way and applied last.
+    """
+    width, one = x_ref.shape[1], jnp.arange(1)
+    chunk = chunk_of(width)
+    # Sums per column chunk, added up over the columns only at the end. The loop is unrolled: its
+    # loads do not depend on one another and are all under way at once.
+    sums = [jnp.zeros((len(rows), chunk), jnp.float32) for rows in blocks]
+    squares = jnp.zeros((1, chunk), jnp.float32)
+    for start in range(0, width, chunk):
+        cols = start + jnp.arange(chunk)
+        w = [load_tile(w_ref, rows, cols) for rows in blocks]
+        x = load_tile(x_ref, row + one, cols).astype(jnp.float32)
+        if norm is not None:
+            squares += x * x
+            x *= load_tile(norm[0], norm[1] + one, cols).astype(jnp.float32)
+        sums = [s + tile.astype(jnp.float32) * x for s, tile in zip(sums, w, strict=True)]
+    outs = [s.sum(axis=1) for s in sums]
+    if norm is None:
+        return outs
+    inv_rms = lax.rsqrt(squares.sum() / width + norm[2])
+    return [out * inv_rms for out in outs]

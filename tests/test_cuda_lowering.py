@@ -87,11 +87,15 @@ def test_steps(programs, head_dim, gpus, bucket):
 @pytest.mark.parametrize(("gpus", "by_expert"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("bucket", STEPS, ids=lambda b: f"{b.num_tokens}-{b.num_rows}")
 def test_steps_with_experts(programs, gpus, by_expert, bucket):
-    """Two kernels in place of the MLP's products, and the sum after it as for an MLP."""
+    """Some kernels in place of the MLP's products, and the sum after it as for an MLP."""
     p = programs(128, gpus, "30B-A3B", by_expert)
     with jax.sharding.use_abstract_mesh(p.sharding.mesh):
         text = p.lower_step(bucket, num_blocks=64).as_text()
-    kernels = STEPS[bucket] | {"expert_gate_up", "expert_down"}
+    experts = "expert_rows" if bucket == Bucket(0, 1) else "expert"
+    kernels = STEPS[bucket] - {"gated_linear"}
+    kernels |= {"choose_experts", f"{experts}_gate_up", f"{experts}_down"}
+    compared = (bucket.num_tokens or bucket.num_rows) * 8 * (64 if by_expert else 128)
+    kernels |= {"expert_schedule"} if 1024 < compared <= 2**19 else set()
     if gpus == 2:
         kernels |= ALSO_ON_TWO | ({"one_shot_all_reduce_norm"} if bucket in NORMS_ON_TWO else set())
     assert set(kernels_in(text)) == kernels

@@ -14,7 +14,7 @@ import pytest
 from h100 import kernels_in, lower_for_h100
 
 from pallas_kernels import expert_mlp
-from pallas_kernels.grouped_linear import _block_rows, _schedule
+from pallas_kernels.grouped_linear import _block_rows, _schedule, _schedule_triton
 
 LAYERS, LAYER = 3, 1
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}  # of the largest output
@@ -138,21 +138,28 @@ def test_a_token_alone_gets_what_it_gets_among_others(implementation):
 
 
 @pytest.mark.parametrize("num_experts", [1, 7, 128])
-@pytest.mark.parametrize("num_rows", [1, 16, 300])
+@pytest.mark.parametrize("num_rows", [1, 16, 300, 1100])
 @pytest.mark.parametrize("block_rows", [1, 16, 64])
 def test_schedule(num_rows, num_experts, block_rows):
     """Blocks have one expert, and all rows that have one are in one block each."""
     rng = np.random.default_rng([num_rows, num_experts])
     for spread in (num_experts + 1, min(2, num_experts), 1):  # `num_experts` is no expert
         experts = rng.integers(0, spread, num_rows).astype(np.int32)
-        order, blocks, used = jax.tree.map(
-            np.asarray, _schedule(jnp.asarray(experts), num_experts, block_rows)
-        )
+        experts[rng.random(num_rows) < 0.1] = -3  # no expert, either
+        *schedule, used = _schedule(jnp.asarray(experts), num_experts, block_rows)
+        order, blocks = map(np.asarray, schedule)
         seen = [order[first : first + rows] for _, first, rows in blocks]
         for (expert, _, rows), members in zip(blocks, seen, strict=True):
             assert 0 <= rows <= block_rows and (experts[members] == expert).all()
-        assert sorted(np.concatenate(seen)) == list(np.flatnonzero(experts < num_experts))
+        there = np.concatenate(seen)
+        assert sorted(there) == list(np.flatnonzero((experts >= 0) & (experts < num_experts)))
         assert (blocks[:used, 2] > 0).all() and not blocks[used:, 2].any()
+
+        kernel = functools.partial(_schedule_triton, interpret=True)
+        order, blocks_too = map(np.asarray, kernel(jnp.asarray(experts), num_experts, block_rows))
+        np.testing.assert_array_equal(order[: len(there)], there)
+        np.testing.assert_array_equal(blocks_too[:, 2], blocks[:, 2])
+        np.testing.assert_array_equal(blocks_too[:used], blocks[:used])
 
 
 def test_blocks_grow_with_the_rows_of_an_expert():
@@ -191,4 +198,5 @@ def test_kernels_lower_for_h100s_at_published_shapes(tokens, hidden):
         jax.jit(functools.partial(expert_mlp, implementation="triton")),
         shape(tokens, 2048), *weights, *numbers, shape(dtype=jnp.int32),
     )  # fmt: skip
-    assert kernels_in(text) == ["expert_gate_up", "expert_down"]
+    schedule = ["expert_schedule"] if tokens < 1000 else []
+    assert kernels_in(text) == [*schedule, "expert_gate_up", "expert_down"]

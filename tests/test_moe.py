@@ -10,7 +10,7 @@ from nanovllm_jax.layers import collectives
 from nanovllm_jax.layers.attention import PagedBatch
 from nanovllm_jax.layers.backend import DenseBackend, GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import Collectives
-from nanovllm_jax.layers.moe import MoE, route
+from nanovllm_jax.layers.moe import MoE
 from nanovllm_jax.layers.norm import Normed, RMSNorm, rms_norm
 from nanovllm_jax.sharding import make_sharding, merge_rules
 
@@ -184,13 +184,3 @@ def test_padding_rows_choose_no_expert(mesh):
     got = run(*layer, XlaBackend(sharding, batch_of(8, padding=3), "xla"))
     np.testing.assert_array_equal(got[:5], want[:5])
     np.testing.assert_array_equal(got[5:], layer[1][5:])
-
-
-def test_routing():
-    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
-    choices, weights = route(logits, 2, False, jnp.float32)
-    assert choices.tolist() == [[1, 3], [0, 1]], "of equals the first"
-    np.testing.assert_allclose(weights, [[0.4, 0.3], [0.25, 0.25]], rtol=1e-6)
-    choices, weights = route(logits, 2, True, jnp.float32)
-    assert choices.tolist() == [[1, 3], [0, 1]]
-    np.testing.assert_allclose(weights, [[4 / 7, 3 / 7], [0.5, 0.5]], rtol=1e-6)

@@ -5,7 +5,6 @@ the arrays that say where the step's tokens lie in the cache.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,15 +19,28 @@ from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import (
+    choose_experts,
     expert_mlp,
+    expert_rows,
     fused_linear,
     gated_linear,
+    supports_expert_rows,
     supports_fused_linear,
     supports_gated_linear,
 )
 
-# Scores of experts [T, E] -> the experts that each token chooses [T, A], and their weights [T, A].
-Route = Callable[[Float[Array, "T E"]], tuple[Int32[Array, "T A"], Float[Array, "T A"]]]
+
+class Choice(NamedTuple):
+    """How many experts a token chooses, and whether their weights add up to 1."""
+
+    count: int
+    normalize: bool
+
+    def __call__(self, scores, slots, dtype, implementation: str):
+        return choose_experts(
+            scores, slots, num_choices=self.count, normalize=self.normalize, dtype=dtype,
+            implementation=implementation,
+        )  # fmt: skip
 
 
 class Backend(Protocol):
@@ -71,7 +83,7 @@ class Backend(Protocol):
         gate_up: Linear,
         down: Linear,
         scores: Float[Array, "T E"],
-        route: Route,
+        choice: Choice,
         layer: Int32[Array, ""],
         *,
         norm: RMSNorm,
@@ -81,7 +93,7 @@ class Backend(Protocol):
 
         Args:
             gate_up, down: stacks of the weights of all experts, [L, E, 2, F, D] and [L, E, D, F].
-            route: turns scores into each token's choices of experts and their weights.
+            choice: which experts are taken by their scores.
             norm, then: as for `linear`.
         """
         ...
@@ -142,10 +154,11 @@ class DenseBackend(_PlainLinear):
     def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
         return dense_attention(qkv, q_norm, k_norm, rope, layer, self.mask), cache
 
-    def experts(self, x, gate_up, down, scores, route, layer, *, norm, then=None):
-        x, weights = plain(x), (gate_up.weight[...], down.weight[...])
+    def experts(self, x, gate_up, down, scores, choice, layer, *, norm, then=None):
+        x, stacks = plain(x), (gate_up.weight[...], down.weight[...])
+        chosen = choice(scores, jnp.zeros(len(scores), jnp.int32), x.dtype, "xla")
         normed = self.norm(x, norm, layer)
-        return x + expert_mlp(normed, *weights, *route(scores), layer, implementation="xla")
+        return x + expert_mlp(normed, *stacks, *chosen, layer, implementation="xla")
 
     def constrain(self, x, *axes):
         return x
@@ -167,7 +180,7 @@ class XlaBackend(_PlainLinear):
             sharding=self.sharding, implementation=self.attention,
         )  # fmt: skip
 
-    def experts(self, x, gate_up, down, scores, route, layer, *, norm, then=None):
+    def experts(self, x, gate_up, down, scores, choice, layer, *, norm, then=None):
         """Each device adds up what its experts, or its hidden units of all, give to every token."""
         sharding, spec, kernels = self.sharding, self.sharding.spec, self.attention
         _, dealt, split = spec("batch", "experts", "expert_ffn")  # no mesh axis may serve twice
@@ -175,29 +188,47 @@ class XlaBackend(_PlainLinear):
         stacks, place = [gate_up.weight[...], down.weight[...]], layer
         if kernels == "xla":  # on a CPU the weights of a layer are arrays of their own
             stacks, place = [stack[layer][None] for stack in stacks], jnp.int32(0)
-        normed, norm = _split(x, norm)
-        normed = normed if norm is None else self.norm(normed, norm, layer)
-        shape = (len(scores) // sharding.size("batch"), normed.shape[1])
-        one_shot = summed == (AXIS,) and self._sums(shape, normed.dtype)
+        x, residual = _split(x, norm)[0], plain(x)
+        norm = None if x is not residual else norm
+        rows = len(scores) // sharding.size("batch")
+        _, experts, _, hidden, width = sharding.local_shape(stacks[0].shape, (None, *gate_up.axes))
+        fits = supports_expert_rows(rows * choice.count, experts, hidden, width, x.dtype)
+        few = kernels != "xla" and fits
+        if norm is not None and not few:
+            x, norm = self.norm(x, norm, layer), None
+        one_shot = summed == (AXIS,) and self._sums((rows, width), x.dtype)
+        eps, norm_weight = (0.0, None) if norm is None else (norm.eps, norm.weight[...])
 
-        def on_shard(x, residual, gate_up, down, scores, slots, place, then, collectives):
-            choices, weights = route(scores)
-            choices = jnp.where(slots[:, None] >= 0, choices, -1)  # padding rows choose nobody
+        def on_shard(x, residual, gate_up, down, scores, slots, place, norm, then, collectives):
+            choices, weights = choice(scores, slots, x.dtype, kernels)
             if dealt:
                 choices -= jax.lax.axis_index(dealt) * gate_up.shape[1]
-            y = expert_mlp(x, gate_up, down, choices, weights, place, implementation=kernels)
+            chosen = gate_up, down, choices, weights, place
+            if few:
+                y = expert_rows(x, *chosen, norm, None if summed else residual, eps=eps)
+            else:
+                y = expert_mlp(x, *chosen, implementation=kernels)
             if one_shot:
                 return collectives.sum(y, residual, then)
-            return residual + (jax.lax.psum(y, summed) if summed else y)
+            if summed:
+                y = jax.lax.psum(y, summed)
+            return y if few and not summed else residual + y
 
-        rows, whole, parts = spec("batch"), spec(), spec(None, "experts", None, "expert_ffn")
-        of_devices = Collectives.spec(sharding)
-        then = self._joining(then, shape, normed.dtype) if one_shot else None
+        by_row, whole = spec("batch"), spec()
+        parts = spec(None, "experts", None, "expert_ffn")
         mapped = sharding.shard_map(
-            on_shard, (rows, rows, parts, parts, rows, rows, whole, whole, of_devices), rows
+            on_shard,
+            (
+                *(by_row, by_row, parts, parts, by_row, by_row),
+                *(whole, whole, whole, Collectives.spec(sharding)),
+            ),
+            by_row,
         )
-        slots, collectives = self.batch.slot_mapping, self.collectives
-        return mapped(normed, plain(x), *stacks, scores, slots, place, then, collectives)
+        return mapped(
+            *(x, residual, *stacks, scores, self.batch.slot_mapping, place, norm_weight),
+            self._joining(then, (rows, width), x.dtype) if one_shot else None,
+            self.collectives,
+        )
 
     def constrain(self, x, *axes):
         return jax.tree.map(lambda array: self.sharding.constrain(array, *axes), x)

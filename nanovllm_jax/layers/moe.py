@@ -5,36 +5,13 @@ own experts, or of its hidden units of all experts, and one sum over the devices
 that a dense MLP needs as well. No token travels to another device.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
-from nanovllm_jax.layers.backend import Backend
+from nanovllm_jax.layers.backend import Backend, Choice
 from nanovllm_jax.layers.linear import Linear
-from nanovllm_jax.layers.norm import Hidden, NormAt, RMSNorm, plain
-
-
-@jax.named_scope("router")
-def route(
-    scores: Float[Array, "T E"], num_choices: int, normalize: bool, dtype: DTypeLike
-) -> tuple[Int32[Array, "T A"], Float[Array, "T A"]]:
-    """Choose the likeliest experts of each token; returns their numbers and their weights.
-
-    Args:
-        scores: what the router gives each expert, in float32.
-        num_choices: A, the number of experts of a token. Of equal scores the lower numbers win.
-        normalize: let the weights of a token add up to 1. Otherwise they are probabilities among
-            all experts.
-        dtype: of the weights, which are computed in float32.
-    """
-    weights, choices = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), num_choices)
-    if normalize:
-        weights /= weights.sum(axis=-1, keepdims=True)
-    return choices, weights.astype(dtype)
+from nanovllm_jax.layers.norm import Hidden, NormAt, RMSNorm
 
 
 class MoE(nnx.Module):
@@ -48,7 +25,7 @@ class MoE(nnx.Module):
         normalize: bool, dtype, rngs: nnx.Rngs,
     ):  # fmt: skip
         hidden, experts, ffn = {"embed": hidden_size}, {"experts": num_experts}, "expert_ffn"
-        self.num_choices, self.normalize = num_choices, normalize
+        self.choice = Choice(num_choices, normalize)
         # The scores of all experts are on every device: the router's own axis is never split.
         self.router = Linear({"scores": num_experts}, hidden, dtype=dtype, rngs=rngs)
         gate_up = {**experts, "gate_up": 2, ffn: expert_size}
@@ -59,9 +36,6 @@ class MoE(nnx.Module):
         self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt
     ) -> Hidden:
         scores = backend.linear(x, self.router, layer, norm=norm, dtype=jnp.float32)
-        choose = functools.partial(
-            route, num_choices=self.num_choices, normalize=self.normalize, dtype=plain(x).dtype
-        )
         return backend.experts(
-            x, self.gate_up_proj, self.down_proj, scores, choose, layer, norm=norm, then=then
+            x, self.gate_up_proj, self.down_proj, scores, self.choice, layer, norm=norm, then=then
         )
