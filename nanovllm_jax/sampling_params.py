@@ -14,20 +14,20 @@ from nanovllm_jax.checks import (
 
 # Options of vLLM that this engine lacks, by the reason.
 OF_VLLM = {
-    "a request has one completion; repeat the prompt": "n best_of use_beam_search beam_width",
+    "n completions are drawn, and all of them returned": "best_of",
+    "completions are drawn one by one, no beam is searched": "use_beam_search beam_width",
     "tokens are never penalized": "presence_penalty frequency_penalty repetition_penalty "
     "length_penalty",
-    "only token ids end a request; use stop_token_ids": "stop include_stop_str_in_output",
     "log probabilities are not returned": "logprobs prompt_logprobs flat_logprobs "
     "logprob_token_ids",
     "no token is forced or forbidden": "min_tokens logit_bias allowed_token_ids bad_words",
     "outputs follow no grammar": "guided_decoding structured_outputs",
-    "the text always leaves out special tokens": "skip_special_tokens "
-    "spaces_between_special_tokens",
-    "a prompt is never cut; shorten it": "truncate_prompt_tokens",
+    "the tokenizer alone puts spaces between tokens": "spaces_between_special_tokens",
     "users cannot add sampling steps": "logits_processors extra_args",
     "use step_outputs for each token, generate for the end": "output_kind",
 }
+
+MOST_COMPLETIONS = 16384  # Completions of one request at most, as in vLLM.
 
 
 @explain_unknown_names(OF_VLLM)
@@ -47,9 +47,19 @@ class SamplingParams:
         seed: a 64-bit number that, together with the prompt, is the request's random stream: the
             same two give the same tokens in any batch. None (or -1, as in vLLM) takes a stream from
             the engine's seed and the request's number.
-        stop_token_ids: further tokens that end the request. They stay in the output, like EOS, and
-            end it under ignore_eos as well.
+        stop_token_ids: further tokens that end the request. They stay in the output's token_ids,
+            like EOS, and end it under ignore_eos as well.
         detokenize: decode the output into text; False leaves the text empty.
+        n: completions of the prompt. They are drawn from streams derived from the request's; the
+            first is the one that n=1 gives.
+        stop: a text, or a list of texts, that end a completion when it contains one. The text ends
+            before it; token_ids go up to the token that completed it.
+        include_stop_str_in_output: let the text end with what ended it, be it a stop string or the
+            text of an end token.
+        skip_special_tokens: leave special tokens, such as <|im_start|>, out of the text.
+        truncate_prompt_tokens: use only the last k tokens of a longer prompt; -1 takes as many as
+            leave room for max_tokens within max_model_len, or for one token if max_tokens is None
+            or does not fit. None refuses prompts that are too long.
 
     Raises:
         TypeError, ValueError: an option is unknown, has the wrong type or lies out of range.
@@ -64,10 +74,16 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: Collection[int] | None = None
     detokenize: bool = True
+    n: int = 1
+    stop: str | Collection[str] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self):
         check_types(self, vars(self))
         enough = self.max_tokens is None or self.max_tokens >= 1
+        last = self.truncate_prompt_tokens
         requirements = {
             "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
             "max_tokens": (enough, "at least 1, or None for as many as fit"),
@@ -75,16 +91,25 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "seed": seed_rule(0 if self.seed is None else self.seed),
+            "n": (1 <= self.n <= MOST_COMPLETIONS, f"in 1 to {MOST_COMPLETIONS}"),
+            "truncate_prompt_tokens": (
+                last is None or last == -1 or last >= 1,
+                "positive, -1 for as many as fit, or None",
+            ),
         }
         check_values(self, requirements)
-        stop = self.stop_token_ids
-        if isinstance(stop, str | bytes) or not isinstance(stop, Collection | None):
-            raise TypeError(f"stop_token_ids must be a list of token ids, got {stop!r}")
-        for token in () if stop is None else stop:
-            if not is_integer(token):
-                raise TypeError(f"each of stop_token_ids must be an integer, got {token!r}")
-            if token < 0:
-                raise ValueError(f"each of stop_token_ids must be 0 or more, got {token}")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n={self.n} with temperature=0 would give the same greedy completion {self.n} "
+                f"times; raise temperature, or leave n at 1"
+            )
+        _check_stop_token_ids(self.stop_token_ids)
+        _check_stop(self.stop)
+        if self.stop_strings and not self.detokenize:
+            raise ValueError(
+                f"stop={self.stop!r} needs text to look into; leave detokenize at True, or use "
+                f"stop_token_ids"
+            )
 
     @property
     def filters(self) -> bool:
@@ -92,9 +117,37 @@ class SamplingParams:
         narrowed = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         return narrowed and self.temperature > 0
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The texts of `stop`."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
     def frozen(self) -> "SamplingParams":
-        """The same options in Python's own numbers, and apart from the user's list of tokens."""
+        """The same options in Python's own numbers, and apart from the user's lists."""
         if {type(value) for value in vars(self).values()} <= {bool, int, float, type(None)}:
             return self  # as most are
-        stop = None if self.stop_token_ids is None else frozenset(map(int, self.stop_token_ids))
-        return replace(self, **check_types(self, vars(self)) | {"stop_token_ids": stop})
+        tokens = None if self.stop_token_ids is None else frozenset(map(int, self.stop_token_ids))
+        lists = {"stop_token_ids": tokens, "stop": self.stop_strings or None}
+        return replace(self, **check_types(self, vars(self)) | lists)
+
+
+def _check_stop_token_ids(stop: Collection[int] | None) -> None:
+    if isinstance(stop, str | bytes) or not isinstance(stop, Collection | None):
+        raise TypeError(f"stop_token_ids must be a list of token ids, got {stop!r}")
+    for token in () if stop is None else stop:
+        if not is_integer(token):
+            raise TypeError(f"each of stop_token_ids must be an integer, got {token!r}")
+        if token < 0:
+            raise ValueError(f"each of stop_token_ids must be 0 or more, got {token}")
+
+
+def _check_stop(stop: str | Collection[str] | None) -> None:
+    if isinstance(stop, bytes) or not isinstance(stop, Collection | None):
+        raise TypeError(f"stop must be a string or a list of strings, got {stop!r}")
+    for text in () if stop is None else [stop] if isinstance(stop, str) else stop:
+        if not isinstance(text, str):
+            raise TypeError(f"each of stop must be a string, got {text!r}")
+        if not text:
+            raise ValueError("stop must have no empty string: every text contains it")

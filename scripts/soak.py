@@ -111,7 +111,7 @@ class Soak:
         core = self.llm._core
 
         def check() -> None:
-            seqs = [request.seq for request in core.requests.values()]
+            seqs = [seq for request in core.requests.values() for seq in request.seqs]
             for number, pool in enumerate(core.pools):
                 pool.check([seq for seq in seqs if seq.block_table and seq.shard == number])
 

@@ -183,16 +183,21 @@ def test_numpys_numbers_are_taken_and_travel_as_pythons():
     numpy = SamplingParams(
         temperature=np.float32(0.5), max_tokens=np.int64(9), top_k=np.int32(3), top_p=np.float64(1),
         min_p=np.float16(0), seed=np.uint64(2**64 - 1), ignore_eos=np.True_,
-        stop_token_ids=np.array([1, 2]), detokenize=np.False_,
+        stop_token_ids=np.array([1, 2]), detokenize=np.True_, n=np.uint8(2), stop=np.array(["a"]),
+        include_stop_str_in_output=np.False_, truncate_prompt_tokens=np.int16(5),
     )  # fmt: skip
-    python = SamplingParams(0.5, 9, True, 3, 1.0, 0.0, 2**64 - 1, frozenset([1, 2]), False)
+    python = SamplingParams(
+        0.5, 9, True, 3, 1.0, 0.0, 2**64 - 1, frozenset([1, 2]), n=2, stop=("a",),
+        truncate_prompt_tokens=5,
+    )  # fmt: skip
     assert numpy.frozen() == python
     assert {type(value) for value in vars(numpy.frozen()).values()} == {
-        float, int, bool, frozenset
+        float, int, bool, frozenset, tuple
     }  # fmt: skip
     (sent,) = decode(encode([AddRequest([1], numpy.frozen())]))
-    assert replace(sent.params, stop_token_ids=None) == replace(python, stop_token_ids=None)
-    assert {*sent.params.stop_token_ids} == {1, 2}
+    lists = {"stop_token_ids": None, "stop": None}
+    assert replace(sent.params, **lists) == replace(python, **lists)
+    assert {*sent.params.stop_token_ids} == {1, 2} and sent.params.stop_strings == ("a",)
 
 
 def test_a_request_keeps_its_stop_tokens_when_the_users_list_changes(llm):
@@ -212,8 +217,8 @@ def test_a_request_keeps_its_stop_tokens_when_the_users_list_changes(llm):
     [
         ("temprature", "option 'temprature'; did you mean 'temperature'"),
         ("max_new_tokens", "did you mean 'max_tokens'"),
-        ("n", "which vLLM has: a request has one completion; repeat the prompt"),
-        ("stop", "which vLLM has: only token ids end a request; use stop_token_ids"),
+        ("best_of", "which vLLM has: n completions are drawn, and all of them returned"),
+        ("spaces_between_special_tokens", "which vLLM has: the tokenizer alone puts spaces"),
         ("presence_penalty", "which vLLM has"),
         ("logprobs", "which vLLM has"),
         ("xyzzy", r"option 'xyzzy'\. Valid: .*'temperature'"),

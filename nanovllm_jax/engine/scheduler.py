@@ -310,14 +310,17 @@ class Scheduler:
         self.pools[seq.shard].cache_full_blocks(seq)
 
     def _end_of(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Why a sequence ends with its newest token, if it does."""
-        params = seq.params
+        """Why a sequence ends with its newest token, if it does; notes its `stop_reason`."""
+        params, reason = seq.params, None
         if token_id in self.eos_token_ids and not params.ignore_eos:
-            return "stop"
-        if params.stop_token_ids and token_id in params.stop_token_ids:
-            seq.stop_reason = token_id
-            return "stop"
-        return None if seq.num_completion_tokens < seq.max_tokens else "length"
+            reason = "stop"
+        elif params.stop_token_ids and token_id in params.stop_token_ids:
+            seq.stop_reason, reason = token_id, "stop"
+        elif seq.num_completion_tokens >= seq.max_tokens:
+            reason = "length"
+        if seq.find_stop_string and (found := seq.find_stop_string(token_id, reason)) is not None:
+            seq.stop_reason, reason = found, "stop"
+        return reason
 
     def _release(self, seq: Sequence) -> None:
         """Take a sequence out of its queue, and from it what it holds."""

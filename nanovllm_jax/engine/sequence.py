@@ -1,5 +1,6 @@
-"""Sequence: the state of one request's tokens, from its arrival to its end."""
+"""Sequence: the state of one completion's tokens, from its arrival to its end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -19,8 +20,9 @@ class Status(Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request. Tokens that the device has sampled but the host not yet read are `in_flight`.
+    """One completion of a request.
 
+    Tokens that the device has sampled but the host not yet read are `in_flight`.
     `num_computed` counts the tokens whose keys and values have been *scheduled*: the device runs
     steps in order, so for every later step they are there.
     """
@@ -33,8 +35,11 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the one of params.stop_token_ids that ended it
+    stop_reason: int | str | None = None  # which of params.stop_token_ids or params.stop ended it
     error: str | None = None  # what went wrong, if finish_reason is "error"
+    # Takes each new token, and why the sequence ends with it if it does, and returns a stop string
+    # that the text now has. None: there is none to look for.
+    find_stop_string: Callable[[int, FinishReason | None], str | None] | None = None
 
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache: computed, and never written again

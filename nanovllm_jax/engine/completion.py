@@ -1,0 +1,88 @@
+"""Completions: a sequence's tokens as the text and the output that users see."""
+
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.engine.stop_strings import StopStrings
+from nanovllm_jax.outputs import CompletionOutput, FinishReason
+from nanovllm_jax.sampling_params import SamplingParams
+
+
+class Completion:
+    """One completion of a request: its sequence, and the text of its tokens.
+
+    Tokens are decoded when an output is asked for, in the thread that asks. If there are stop
+    strings, the engine's thread decodes each token as it comes instead, to end the sequence there.
+
+    Args:
+        tokenizer: None leaves the text empty.
+    """
+
+    def __init__(self, index: int, seq: Sequence, tokenizer: PreTrainedTokenizerBase | None):
+        self.index, self.seq = index, seq
+        self._num_reported = 0
+        self._text = None
+        if tokenizer is not None and seq.params.detokenize:
+            self._text = _Text(tokenizer, seq.params)
+            if seq.params.stop_strings:
+                seq.find_stop_string = lambda token, reason: self._add([token], reason)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are tokens that no `output` has had."""
+        return self.seq.num_completion_tokens > self._num_reported
+
+    def output(self) -> CompletionOutput:
+        """The completion, as far as it has come."""
+        seq = self.seq
+        is_finished = seq.is_finished  # before its tokens: the engine may be adding some
+        token_ids = seq.completion_token_ids
+        reason = seq.finish_reason if is_finished else None
+        stop_reason = seq.stop_reason if is_finished else None
+        if not seq.find_stop_string:
+            self._add(token_ids[self._num_reported :], reason)
+        elif is_finished:
+            self._add([], reason)  # the engine adds no more: it may have been aborted
+        self._num_reported = len(token_ids)
+        text = self._text.so_far() if self._text else ""
+        return CompletionOutput(
+            self.index, text, token_ids, finish_reason=reason, stop_reason=stop_reason
+        )
+
+    def _add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:
+        return self._text.add(token_ids, reason) if self._text else None
+
+
+class _Text:
+    """The text of a completion, cut at the first stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: SamplingParams):
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._include = params.include_stop_str_in_output
+        self._stop = StopStrings(params.stop_strings, self._include)
+        self._parts: list[str] = []
+        self._has_ended = False
+
+    def add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:
+        """Add tokens, and if there is a `reason`, end the text.
+
+        Returns:
+            The stop string in the text, if there is one.
+        """
+        if self._has_ended:
+            return self._stop.found
+        if reason == "stop" and not self._include:
+            token_ids = token_ids[:-1]  # an end token is no part of the text
+        text = self._detokenizer.push(token_ids)
+        if reason:
+            text += self._detokenizer.flush()
+        self._parts.append(self._stop.push(text))
+        if reason:
+            self._parts.append(self._stop.flush())
+        self._has_ended = bool(reason or self._stop.found)
+        return self._stop.found
+
+    def so_far(self) -> str:
+        """What can be shown of the text."""
+        return "".join(self._parts)

@@ -1,0 +1,243 @@
+"""Stop strings: where a text is cut, and what is shown of it meanwhile."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from helpers import FakeRunner, Spy, drain, greedy, prompt, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine.stop_strings import StopStrings
+
+
+def cut(text, strings, include):
+    """The text up to where, character by character, it first ends with one of the strings."""
+    for end in range(1, len(text) + 1):
+        ending = [s for s in strings if text[:end].endswith(s)]
+        if ending:
+            found = max(ending, key=len)
+            return text[: end if include else end - len(found)], found
+    return text, None
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(
+    st.text("ab", max_size=24),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    st.sets(st.integers(0, 24)),
+    st.booleans(),
+)
+def test_a_text_is_cut_at_the_first_stop_string_however_it_comes(text, strings, cuts, include):
+    stop, shown = StopStrings(strings, include), ""
+    edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    want, found = cut(text, strings, include)
+    for start, end in itertools.pairwise(edges):
+        shown += stop.push(text[start:end])
+        assert want.startswith(shown), "what is shown is never taken back"
+        if stop.found is None:
+            known = text[:end]
+            beginnings = [s[:i] for s in strings for i in range(1, len(s)) if known.endswith(s[:i])]
+            assert known == shown + max(beginnings, key=len, default=""), "no more is held back"
+    shown += stop.flush()
+    assert (shown, stop.found) == (want, found)
+    if not include:
+        assert not any(s in shown for s in strings)
+
+
+# --- in an engine: one character a token, and tokens that are checksums ---
+
+
+@pytest.fixture(autouse=True)
+def _printable(monkeypatch):
+    """Have all tokens but the end token stand for a printable character."""
+    monkeypatch.setattr(FakeRunner, "vocab", 95)
+
+
+@pytest.fixture
+def llm(fake_engine):
+    return fake_engine()
+
+
+FREE = {"seed": 0, "max_tokens": 100, "ignore_eos": True}
+IDS = [5, 6, 7]
+
+
+def free_text(llm):
+    """A hundred characters, and as many tokens."""
+    (free,) = llm.generate([IDS], SamplingParams(**FREE), use_tqdm=False)
+    assert len(free["text"]) == len(free["token_ids"]) == 100, "choose another seed"
+    return free["text"], free["token_ids"]
+
+
+def outputs_of(llm, params):
+    """Every output of one request."""
+    llm.add_request(IDS, params)
+    outputs = []
+    while not llm.is_finished():
+        outputs += llm.step_outputs()
+    return outputs
+
+
+def plain_end(llm):
+    """A string that the text has only once, and where it ends."""
+    text, _ = free_text(llm)
+    string = text[60:63]
+    assert text.find(string) == 60
+    return string, 63
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_stop_string_over_several_tokens_ends_the_request(llm, include, as_list):
+    text, ids = free_text(llm)
+    string, end = plain_end(llm)
+    stop = ["never there", string] if as_list else string
+    params = SamplingParams(**FREE, stop=stop, include_stop_str_in_output=include)
+    outputs = outputs_of(llm, params)
+    last = outputs[-1].outputs[0]
+    assert last.text == text[: end if include else end - 3]
+    assert last.token_ids == ids[:end], "up to the token that completed it, and no further"
+    assert (last.finish_reason, last.stop_reason) == ("stop", string) and outputs[-1].finished
+    shown = [output.outputs[0].text for output in outputs]
+    assert all(last.text.startswith(text) for text in shown), "half a stop string was shown"
+    assert {output.outputs[0].stop_reason for output in outputs[:-1]} == {None}
+    (result,) = llm.generate([IDS], params, use_tqdm=False)
+    assert result == {"text": last.text, "token_ids": last.token_ids}
+    assert [*itertools.chain(*llm.stream(IDS, params))] == last.token_ids
+    llm.pools[0].check([])
+
+
+def test_calls_of_several_steps_drop_the_tokens_after_the_cut(fake_engine, monkeypatch):
+    llm = fake_engine(num_scheduler_steps=7)
+    text, ids = free_text(llm)
+    spy = Spy(llm, monkeypatch)
+    for end in range(60, 67):  # the cut falls on every step of a call
+        string = text[end - 5 : end]
+        (result,) = llm.generate([IDS], SamplingParams(**FREE, stop=string), use_tqdm=False)
+        assert result["token_ids"] == ids[: text.find(string) + 5]
+    assert 7 in spy.num_steps
+
+
+def test_a_stop_string_that_comes_with_the_last_token_wins(llm):
+    string, end = plain_end(llm)
+    params = SamplingParams(**FREE | {"max_tokens": end}, stop=string)
+    last = outputs_of(llm, params)[-1].outputs[0]
+    assert (last.finish_reason, last.stop_reason) == ("stop", string)
+    params = SamplingParams(**FREE | {"max_tokens": end - 1}, stop=string)
+    last = outputs_of(llm, params)[-1].outputs[0]
+    assert (last.finish_reason, last.stop_reason) == ("length", None)
+    assert last.text == free_text(llm)[0][: end - 1], "what was held back is given out"
+
+
+def test_an_end_token_has_no_text_unless_asked(llm):
+    text, ids = free_text(llm)
+    end = ids.index(ids[40])
+    for include in (False, True):
+        options = {"stop_token_ids": [ids[40]], "include_stop_str_in_output": include}
+        last = outputs_of(llm, SamplingParams(**FREE, **options))[-1].outputs[0]
+        assert last.token_ids == ids[: end + 1] and last.stop_reason == ids[40]
+        assert last.text == text[: end + include]
+
+
+def test_special_tokens_are_kept_if_asked(llm):
+    params = [
+        SamplingParams(seed=seed, max_tokens=300, skip_special_tokens=False, ignore_eos=on)
+        for on in (True, False)
+        for seed in range(8)
+    ]
+    outputs = llm.generate([prompt(7)] * 16, params, use_tqdm=False)
+    kept, ended = outputs[:8], outputs[8:]
+    assert any("<end>" in output["text"] for output in kept)
+    for output in kept:
+        assert output["text"] == llm.tokenizer.decode(output["token_ids"])
+    assert not any("<end>" in output["text"] for output in ended), "the one that ends is no text"
+
+
+def test_an_aborted_request_gives_out_what_was_held_back(llm):
+    text, _ = free_text(llm)
+    llm.add_request(IDS, SamplingParams(**FREE, stop=text[:20] + "!"))
+    for _ in range(10):
+        outputs = llm.step_outputs()
+    assert outputs[0].outputs[0].text == ""
+    llm.abort_request(outputs[0].request_id)
+    (last,) = llm.step_outputs()
+    completion = last.outputs[0]
+    assert completion.text == text[: len(completion.token_ids)] and completion.token_ids
+    assert completion.finish_reason == "abort"
+
+
+def test_a_preempted_request_finds_its_stop_string(fake_engine, monkeypatch):
+    free = SamplingParams(seed=1, max_tokens=300, ignore_eos=True)
+    prompts = [prompt(250), prompt(251)]
+    texts = [out["text"] for out in fake_engine().generate(prompts, free, use_tqdm=False)]
+    params = [replace(free, stop=text[200:204]) for text in texts]
+    llm = fake_engine(num_kvcache_blocks=3)
+    spy = Spy(llm, monkeypatch)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output["text"] for output in outputs] == [text[:200] for text in texts]
+    assert spy.preempted
+
+
+def test_other_requests_are_not_decoded_in_the_engines_thread(llm):
+    """Their tokens become text when somebody asks; a long batch would hold the device up."""
+    llm.add_request(IDS, greedy())
+    assert llm.scheduler.waiting[0].find_stop_string is None
+    drain(llm)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"stop": 5}, TypeError, "stop must be a string or a list of strings, got 5"),
+        ({"stop": b"x"}, TypeError, "stop must be a string"),
+        ({"stop": ["a", 5]}, TypeError, "each of stop must be a string, got 5"),
+        ({"stop": ""}, ValueError, "no empty string"),
+        ({"stop": ["a", ""]}, ValueError, "no empty string"),
+        ({"stop": "a", "detokenize": False}, ValueError, "leave detokenize at True, or use stop_t"),
+        ({"include_stop_str_in_output": 1}, TypeError, "include_stop_str_in_output must be True"),
+        ({"skip_special_tokens": None}, TypeError, "skip_special_tokens must be True or False"),
+    ],
+)
+def test_bad_stop_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        SamplingParams(**options)
+
+
+def test_stop_strings_need_a_tokenizer(fake_engine, checkpoint):
+    llm = fake_engine(checkpoint())
+    with pytest.raises(ValueError, match=r"stop='a' needs a tokenizer.*use stop_token_ids"):
+        llm.generate([IDS], SamplingParams(stop="a"), use_tqdm=False)
+
+
+# --- prompts that are cut ---
+
+
+@pytest.mark.parametrize(
+    ("last", "max_tokens", "kept"),
+    [(5, 3, 5), (600, 3, 600), (-1, 3, 765), (-1, None, 767), (-1, 5000, 767), (None, 3, None)],
+)
+def test_the_end_of_a_long_prompt_is_kept(llm, last, max_tokens, kept):
+    ids = prompt(900)
+    params = greedy(max_tokens, truncate_prompt_tokens=last)
+    if kept is None:
+        with pytest.raises(ValueError, match="900 tokens"):
+            llm.generate([ids], params, use_tqdm=False)
+        return
+    assert tokens(llm, [ids], params) == tokens(llm, [ids[-kept:]], greedy(max_tokens))
+    llm.add_request(ids, params)
+    assert llm.step_outputs()[0].prompt_token_ids == ids[-kept:]
+    drain(llm)
+    assert tokens(llm, [ids[:4]], params) == tokens(llm, [ids[:4]], greedy(max_tokens))
+    text = "abc" * 300
+    llm.add_request(text, params)
+    output = llm.step_outputs()[0]
+    assert output.prompt == text and len(output.prompt_token_ids) == kept
+    drain(llm)
+
+
+@pytest.mark.parametrize("wrong", [0, -2])
+def test_a_prompt_is_cut_to_at_least_a_token(wrong):
+    with pytest.raises(ValueError, match=rf"truncate_prompt_tokens must be .*, got {wrong}"):
+        SamplingParams(truncate_prompt_tokens=wrong)
