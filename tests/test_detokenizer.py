@@ -118,8 +118,12 @@ def test_the_parts_joined_are_the_text_of_all_tokens(kind, data):
 def test_long_runs_of_broken_characters_come_out_as_they_are(data):
     """They are given out in parts, cut where no character goes on."""
     tokenizer, choice = tokenizer_of("byte-level")
-    broken = [*tokenizer.convert_tokens_to_ids([*"ðŁĺĢâĤ¬Ã©ÿ"]), 0]
-    ids = data.draw(st.lists(st.sampled_from(3 * broken + choice), min_size=20, max_size=120))
+    begin, go_on = (tokenizer.convert_tokens_to_ids([*signs]) for signs in ("ðâÃÿ", "ŁĺĢĤ¬©"))
+    ids = []
+    for _ in range(3):
+        ids += data.draw(st.lists(st.sampled_from([*begin, 0]), min_size=15, max_size=24))
+        ids += data.draw(st.lists(st.sampled_from(go_on), max_size=3))
+    ids += data.draw(st.lists(st.sampled_from(choice), max_size=4))
     one_by_one = streamed(tokenizer, [[token] for token in ids])
     assert "".join(one_by_one) == whole(tokenizer, ids) == "".join(streamed(tokenizer, [ids]))
 
