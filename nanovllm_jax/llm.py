@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from nanovllm_jax.engine.owner import Round, Waiter
 from nanovllm_jax.engine.prompts import Message, Prompt, encode_chat, naming, paired
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.outputs import RequestOutput
+from nanovllm_jax.recommended import recommended_sampling
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -75,6 +77,7 @@ class LLM(LLMEngine):
                 {"prompt_token_ids": ids}, also mixed. A text that begins with the
                 beginning-of-sequence token, as a chat template writes it, gets no second one.
             sampling_params: one for all prompts, or exactly one for each; None: SamplingParams().
+                (The model's own are `get_default_sampling_params()`.)
             use_tqdm: show completed requests and live prefill and decode tokens/s.
 
         Returns:
@@ -174,6 +177,17 @@ class LLM(LLMEngine):
                     )
                 )
         return self.generate(token_ids, sampling_params, use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling options that the model's generation_config.json recommends.
+
+        What the file leaves open has SamplingParams' own default, and so has everything if there is
+        no file. `generate` does not use them by itself: pass them.
+
+        Raises:
+            ValueError: the file is damaged, or one of its values is no valid option.
+        """
+        return SamplingParams(**recommended_sampling(Path(self.config.model)))
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[list[int]]:
         """Complete one prompt, yielding new token ids as they come; closing it ends the request.
