@@ -17,6 +17,7 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str], include: bool = False):
         self._strings, self._include = strings, include
+        self._beginnings = frozenset("".join(string[:-1] for string in strings))
         self._held = ""  # the end of the text so far that may become a stop string
         self.found: str | None = None
 
@@ -29,7 +30,9 @@ class StopStrings:
         if ends:
             end, start, self.found = min(ends)
             return text[: end if self._include else start]
-        held = max((_overlap(text, s) for s in self._strings), default=0)
+        held = 0
+        if text[-1:] in self._beginnings:  # else no beginning of a stop string ends here
+            held = max(_overlap(text, string) for string in self._strings)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
