@@ -2,7 +2,11 @@
 
 import io
 import json
+import signal
+import subprocess
 import sys
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -152,6 +156,36 @@ def test_an_interruption_ends_the_answer_and_not_the_conversation(talk, monkeypa
     status, out, err, prompts = talk(["hi", "go on"], ["hello there.", "fine."])
     assert status == 0 and out == "hel\nfine.\n" and "interrupted" in err
     assert prompts[1] == "[user]hi[assistant]hel[user]go on[assistant]"
+
+
+PROCESS = """
+import sys
+from nanovllm_jax import __main__ as process
+process.PATIENCE_S = 0.3
+sys.argv[1:] = ["chat", "--num-kvcache-blocks", "4", "--max-model-len", "256", "--ignore-eos"]
+sys.argv += ["--enforce-eager"]
+process.entry()
+"""
+
+
+def test_the_process_survives_an_interrupted_answer():
+    """It ends itself some time after an interruption that does not end it."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", PROCESS], **pipes) as process:
+        signal.signal(signal.SIGINT, inherited)
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        process.stdin.write(b"Tell me a story.\n")
+        process.stdin.flush()
+        assert process.stdout.read(5) == b"Once ", process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.readline()
+        time.sleep(1)
+        out, err = process.communicate(b"What is 345 + 678?\n")
+        watchdog.cancel()
+    assert process.returncode == 0, err
+    assert len(rest) < 500 and out.startswith(b"1023") and err.count(b"interrupted") == 1
 
 
 @pytest.mark.parametrize(

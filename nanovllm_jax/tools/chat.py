@@ -3,8 +3,9 @@
 import argparse
 import contextlib
 import io
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    with llm:
+    with llm, _interruptions_end_answers():
         chat = Chat(
             llm, sampling, options.opening(args), options.template(args), args.hide_thinking
         )
@@ -150,6 +151,19 @@ def without_thoughts(text: str) -> str:
         _, _, text = text.partition(END)
         return text.lstrip("\n")
     return text
+
+
+@contextlib.contextmanager
+def _interruptions_end_answers() -> Iterator[None]:
+    """Have an interruption raise KeyboardInterrupt here, and nothing else.
+
+    The process of the command reads signals from a pipe too, to end itself if they end nothing.
+    """
+    before = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before, warn_on_full_buffer=False)
 
 
 def _check_template(model: Path) -> None:
