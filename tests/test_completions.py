@@ -42,6 +42,15 @@ def test_each_completion_is_the_same_in_any_batch(engine):
     assert first != second, "without a seed they are new each time"
 
 
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"data": 2, "tensor": 2}])
+def test_completions_over_several_devices_are_the_same(engine, mesh):
+    params = SamplingParams(temperature=1.0, n=5, seed=3, top_k=20, **FREE)
+    prompts = [prompt(9), prompt(600)]
+    want = engine().generate(prompts, params, use_tqdm=False)
+    llm = engine(mesh_shape=mesh, num_kvcache_blocks=8)
+    assert llm.generate(prompts, params, use_tqdm=False) == want
+
+
 def test_seeds_of_completions_do_not_meet():
     seeds = [completion_seed(base, i) for base in (0, 1, 2**64 - 1) for i in range(200)]
     assert len({*seeds}) == 600 and all(0 <= seed < 2**64 for seed in seeds)

@@ -1,6 +1,7 @@
 """Stop strings: where a text is cut, and what is shown of it meanwhile."""
 
 import itertools
+import random
 from dataclasses import replace
 
 import pytest
@@ -178,6 +179,35 @@ def test_a_preempted_request_finds_its_stop_string(fake_engine, monkeypatch):
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [output["text"] for output in outputs] == [text[:200] for text in texts]
     assert spy.preempted
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_random_requests_are_cut_exactly(fake_engine, monkeypatch, skip):
+    """Among them are halves of characters, special tokens, and stop strings of all that."""
+    monkeypatch.setattr(FakeRunner, "vocab", 131)
+    llm, rng = fake_engine(num_scheduler_steps=3), random.Random(5)
+    options = {"max_tokens": 80, "ignore_eos": True, "skip_special_tokens": skip}
+    params = [SamplingParams(seed=seed, n=2, **options) for seed in range(40)]
+    free = llm.generate([IDS] * 40, params, use_tqdm=False)
+    for i, result in enumerate(free):
+        text, starts = result["text"], rng.sample(range(75), 2)
+        stop = [text[start : start + rng.randrange(1, 5)] or "x" for start in starts]
+        include = rng.random() < 0.3
+        params[i] = replace(params[i], stop=stop, include_stop_str_in_output=include)
+    ended = 0
+    for output, result, param in zip(
+        llm.generate_outputs([IDS] * 40, params, use_tqdm=False), free, params, strict=True
+    ):
+        for got, whole in zip(output.outputs, result["outputs"], strict=True):
+            text, found = cut(whole["text"], param.stop, param.include_stop_str_in_output)
+            assert (got.text, got.stop_reason) == (text, found)
+            count = len(got.token_ids)
+            assert got.token_ids == whole["token_ids"][:count]
+            assert got.finish_reason == ("stop" if found else "length")
+            earlier = llm.tokenizer.decode(got.token_ids[:-4], skip_special_tokens=skip)
+            assert not found or count < 4 or not any(s in earlier[:-1] for s in param.stop)
+            ended += found is not None
+    assert 40 < ended < 80
 
 
 def test_other_requests_are_not_decoded_in_the_engines_thread(llm):
