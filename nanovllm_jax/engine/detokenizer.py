@@ -34,6 +34,7 @@ class Detokenizer:
         self._options = {"skip_special_tokens": skip_special_tokens}
         self._options["clean_up_tokenization_spaces"] = False
         self._unstable = {kind for kind in _decoders(tokenizer) if kind not in STABLE}
+        self._joins = _joins_pieces(tokenizer)
         self._special: set[int] | None = None  # tokens that are skipped, once they are needed
         self._ids: list[int] = []
         self._start = 0  # index of the token that decodings start with
@@ -62,6 +63,9 @@ class Detokenizer:
 
     def _new_text(self) -> str:
         """The text that was not given out."""
+        if self._joins:
+            self._start = self._end
+            return self._decode(self._end)
         given_out = ""
         for start in self._pieces:  # a piece may be a space, which is dropped at the beginning
             if given_out := self._decode(start, self._end):
@@ -111,6 +115,15 @@ class Detokenizer:
 
     def _decode(self, start: int, end: int | None = None) -> str:
         return str(self._tokenizer.decode(self._ids[start:end], **self._options))
+
+
+def _joins_pieces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a piece has the same text alone as behind others, if none ends within a character.
+
+    So it is with byte-level tokenizers, as those of Qwen and Llama 3.
+    """
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
 
 
 def _decoders(tokenizer: PreTrainedTokenizerBase) -> list[str]:
