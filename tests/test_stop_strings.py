@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine.completion import Completion
+from nanovllm_jax.engine.sequence import Sequence, Status
 from nanovllm_jax.engine.stop_strings import StopStrings
 
 
@@ -140,6 +142,23 @@ def test_an_end_token_has_no_text_unless_asked(llm):
         last = outputs_of(llm, SamplingParams(**FREE, **options))[-1].outputs[0]
         assert last.token_ids == ids[: end + 1] and last.stop_reason == ids[40]
         assert last.text == text[: end + include]
+
+
+def test_an_end_token_that_is_read_while_the_request_ends_has_no_text(llm):
+    """The engine's thread adds the token and then ends the sequence; an output may come between."""
+    params = SamplingParams(skip_special_tokens=False)
+    seq = Sequence(0, IDS, params, seed=0, max_tokens=9)
+    completion = Completion(0, seq, llm.tokenizer)
+    seq.token_ids += llm.tokenizer.encode("ab")
+    assert completion.output().text == "ab"
+    seq.finish_reason = "stop"
+    seq.token_ids.append(llm.tokenizer.eos_token_id)
+    for status in (Status.RUNNING, Status.FINISHED):
+        seq.status = status
+        output = completion.output()
+        assert output.text == "ab"
+        assert (output.finish_reason is None) == (len(output.token_ids) == 2)
+    assert len(output.token_ids) == 3
 
 
 def test_special_tokens_are_kept_if_asked(llm):

@@ -38,6 +38,8 @@ class Completion:
         seq = self.seq
         is_finished = seq.is_finished  # before its tokens: the engine may be adding some
         token_ids = seq.completion_token_ids
+        if seq.finish_reason and not is_finished:  # it is ending: its last token may have no text
+            token_ids = token_ids[: max(self._num_reported, len(token_ids) - 1)]
         reason = seq.finish_reason if is_finished else None
         stop_reason = seq.stop_reason if is_finished else None
         if not seq.find_stop_string:
