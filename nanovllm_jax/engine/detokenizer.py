@@ -22,8 +22,8 @@ class Detokenizer:
     writes U+FFFD for complete characters too, if half a character follows them.
 
     Text is held back while it ends in U+FFFD, which stands for an incomplete UTF-8 sequence. Each
-    decoding starts one piece back, because some tokenizers drop the first token's leading space. None
-    goes back more than a few dozen tokens, so that all of them take time linear in the tokens.
+    decoding starts one piece back, because some tokenizers drop the first token's leading space. It
+    never starts more than a few dozen tokens back, so all of them take time linear in the tokens.
 
     Args:
         skip_special_tokens: leave special tokens out of the text.
