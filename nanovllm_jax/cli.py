@@ -5,9 +5,9 @@ command, is answered before.
 """
 
 import argparse
-import dataclasses
 import importlib
 import io
+import json
 import logging
 import os
 import sys
@@ -22,17 +22,19 @@ from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
 
 if TYPE_CHECKING:
-    from nanovllm_jax import LLM
+    from nanovllm_jax import LLM, RequestOutput
 
 # First words that mean a tool, not a prompt, with the tool's module and what it does;
 # `nanovllm-jax -- WORD` makes one a prompt again.
 TOOLS = {
+    "chat": ("chat", "talk with a model"),
     "bench": ("bench", "measure throughput and latency with nano-vLLM's benchmark"),
     "compare": ("compare.main", "run the same work on other engines and report"),
     "profile": ("profile", "show where a step's time goes"),
     "sharding": ("sharding", "report what a sharding costs"),
 }
 
+MAX_TOKENS = 256  # Tokens of an answer at most, unless the user or the model's makers say so.
 
 # Most prompts that run at the same time; further ones wait. Every size has programs of its own, so
 # the number of prompts does not choose it. Two cores compute 100 prompts of the demo model in
@@ -92,11 +94,11 @@ def _run(argv: Sequence[str], before_tool: Callable[[], None]) -> int:
 def generate(argv: Sequence[str]) -> int:
     """Generate from the prompts in `argv`: token by token for one, in prompt order for several."""
     args = _parse(argv)
-    sampling, given = _sampling(args), options.engine_options(args)
-    names = [word for word, _ in args.prompts]
+    sampling = options.sampling_params(args, args.model, MAX_TOKENS)
+    given = options.engine_options(args)
     texts = [_read(word, is_protected) for word, is_protected in args.prompts]
     with refusals(*options.ENGINE_ERRORS):
-        given = _sizes(args.model, given)
+        given = options.small_steps(args.model, given, _most_prompts())
         prompts = _tokenize(args, texts, sampling, given)
         from nanovllm_jax import LLM
 
@@ -104,9 +106,10 @@ def generate(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     with llm:
-        if len(prompts) == 1:
+        if len(prompts) == 1 and not args.json:
             return _print_stream(llm, prompts[0], sampling)
-        return _print_all(llm, names, prompts, sampling)
+        names = texts if args.json else [word for word, _ in args.prompts]
+        return _print_all(llm, names, prompts, sampling, as_json=args.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,15 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     model = "Hugging Face style model directory (default: the small demo model shipped here)"
     add("--model", type=Path, default=options.DEMO_MODEL, metavar="DIR", help=model)
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    add("--max-tokens", type=int, default=256, help="most tokens per prompt (default: 256)")
-    add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
-    add("--top-p", type=float, default=1.0, help="sample among the likeliest P of probability")
-    add("--min-p", type=float, default=0.0, help="drop tokens below P times the likeliest")
-    add("--seed", type=int, help="the same seed gives the same tokens")
-    add("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
-    add("--stop-token-ids", type=_token_ids, default=(), metavar="ID[,ID...]", help="further ends")
+    add("--json", action="store_true", help="one JSON object a line for each prompt, at the end")
+    options.add_chat_options(parser)
+    options.add_sampling_options(parser, max_tokens=str(MAX_TOKENS))
     options.add_engine_options(parser)
     return parser
 
@@ -154,19 +151,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.print_usage(sys.stderr)
     if not args.prompts:
         raise UsageError("no PROMPT is given (--help lists what there is)")
+    if (args.system is not None or args.no_think) and not args.chat:
+        name = "--no-think" if args.no_think else "--system"
+        raise UsageError(f"{name} is for the chat template: add --chat, or leave it out")
     return args
-
-
-def _sampling(args: argparse.Namespace) -> SamplingParams:
-    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in args]
-    with refusals(TypeError, ValueError):
-        sampling = SamplingParams(**{name: getattr(args, name) for name in names})
-    for name in ("top_k", "top_p", "min_p", "seed"):
-        if sampling.temperature == 0 and getattr(sampling, name) != getattr(SamplingParams, name):
-            flag = options.flag(name)
-            remedy = f"add --temperature 0.7, for example, or leave {flag} out"
-            raise UsageError(f"{flag} does nothing at temperature 0, which is greedy: {remedy}")
-    return sampling
 
 
 def _read(word: str, is_protected: bool) -> str:
@@ -190,17 +178,6 @@ def _read(word: str, is_protected: bool) -> str:
         raise UsageError(f"{what} is not UTF-8: {place}; convert it, as iconv does") from error
 
 
-def _sizes(model: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Complete the engine's options by small steps, which take less time to compile."""
-    from nanovllm_jax.config import EngineConfig
-    from nanovllm_jax.engine import cuda_driver
-
-    asked = given.get("max_model_len", EngineConfig.max_model_len)
-    config = EngineConfig.resolve(model, **{"max_num_batched_tokens": asked, **given})
-    rows = MAX_NUM_SEQS["gpu" if cuda_driver.total_memory() else "cpu"]
-    return {"max_num_seqs": rows, "max_num_batched_tokens": config.max_model_len, **given}
-
-
 def _tokenize(
     args: argparse.Namespace, texts: list[str], sampling: SamplingParams, given: dict[str, Any]
 ) -> list[list[int]]:
@@ -222,8 +199,8 @@ def _tokenize(
         try:
             prompt = text
             if args.chat:
-                message = {"role": "user", "content": text}
-                prompt = encode_chat(tokenizer, [message], add_generation_prompt=True)
+                messages = [*options.opening(args), {"role": "user", "content": text}]
+                prompt = encode_chat(tokenizer, messages, **options.template(args))
             command = checked_request(prompt, sampling, None, tokenizer, config, num_blocks)
         except (TypeError, ValueError) as error:
             which = f"prompt {number} of {len(texts)}: " if len(texts) > 1 else ""
@@ -233,39 +210,55 @@ def _tokenize(
 
 
 def _print_stream(llm: "LLM", prompt: list[int], sampling: SamplingParams) -> int:
+    """Print the answer token by token, and return the exit status."""
     with refusals(ValueError):  # the cache has too few blocks for the prompt
         llm.add_request(prompt, sampling)
-    printed, error = 0, None
+    printed, output = 0, None
     while not llm.is_finished():
         for output in llm.step_outputs():
-            text, error = output.outputs[0].text, output.error
+            text = output.outputs[0].text
             print(text[printed:], end="", flush=True)
             printed = len(text)
     print(flush=True)
-    if error:  # the request outgrew the cache; what it has got is good
-        print(f"nanovllm-jax: failed: {error}", file=sys.stderr)
-    return 1 if error else 0
+    assert output
+    return _tell("", output, sampling)
 
 
 def _print_all(
-    llm: "LLM", names: list[str], prompts: list[list[int]], sampling: SamplingParams
+    llm: "LLM", names: list[str], prompts: list[list[int]], sampling: SamplingParams, as_json: bool
 ) -> int:
+    """Print the answers in the order of the prompts, and return the exit status."""
     with refusals(ValueError):
-        results = llm.generate(prompts, sampling, use_tqdm=sys.stderr.isatty())
-    failed = 0
-    for name, result in zip(names, results, strict=True):
-        print(f">>> {name}\n{result['text']}\n", flush=True)
-        if error := result.get("error"):
-            print(f"nanovllm-jax: {name!r} failed: {error}", file=sys.stderr)
-            failed = 1
-    return failed
+        outputs = llm.generate_outputs(prompts, sampling, use_tqdm=sys.stderr.isatty())
+    status = 0
+    for name, output in zip(names, outputs, strict=True):
+        completion = output.outputs[0]
+        if as_json:
+            line = {"prompt": name, "text": completion.text, "token_ids": completion.token_ids}
+            line |= {"finish_reason": completion.finish_reason}
+            line |= {"stop_reason": completion.stop_reason}
+            line |= {"error": output.error} if output.error else {}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            print(f">>> {name}\n{completion.text}\n", flush=True)
+        status = max(status, _tell(f" {name!r}", output, sampling))
+    return status
 
 
-def _token_ids(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids") from None
+def _tell(name: str, output: "RequestOutput", sampling: SamplingParams) -> int:
+    """Say on standard error if an answer is not complete; returns the exit status."""
+    if output.error:  # the request outgrew the cache; what it has got is good
+        print(f"nanovllm-jax:{name} failed: {output.error}", file=sys.stderr)
+        return 1
+    if notice := options.cut_notice(output.outputs[0], sampling):
+        print(f"nanovllm-jax:{name} {notice}", file=sys.stderr)
+    return 0
+
+
+def _most_prompts() -> int:
+    from nanovllm_jax.engine import cuda_driver
+
+    return MAX_NUM_SEQS["gpu" if cuda_driver.total_memory() else "cpu"]
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -10,6 +11,8 @@ from nanovllm_jax.engine.llm_engine import LLMEngine
 from nanovllm_jax.engine.owner import Round, Waiter
 from nanovllm_jax.engine.prompts import Message, Prompt, encode_chat, naming, paired
 from nanovllm_jax.engine.request import Request
+from nanovllm_jax.outputs import RequestOutput
+from nanovllm_jax.recommended import recommended_sampling
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -74,38 +77,57 @@ class LLM(LLMEngine):
                 {"prompt_token_ids": ids}, also mixed. A text that begins with the
                 beginning-of-sequence token, as a chat template writes it, gets no second one.
             sampling_params: one for all prompts, or exactly one for each; None: SamplingParams().
+                (The model's own are `get_default_sampling_params()`.)
             use_tqdm: show completed requests and live prefill and decode tokens/s.
 
         Returns:
             In the order of the prompts: {"text": str, "token_ids": list[int]}. `token_ids` holds
-            the completion, with the token that ended it; `text` leaves out special tokens. A
-            request that outgrew the KV cache also has "error": str and what it got so far. One
-            that asked for them has "logprobs", for each token a dict {token id: Logprob(logprob,
-            rank, decoded_token)}, and "prompt_logprobs", whose first entry is None.
+            the completion, with the token that ended it; `text` leaves out special tokens, and
+            what a stop string cut off. With n > 1 they are the first completion's, and "outputs"
+            is a list with such a dict for each. Whoever asked for them finds in each dict
+            "logprobs", for each token a dict {token id: Logprob(logprob, rank, decoded_token)}, and
+            beside the first "prompt_logprobs", whose first entry is None. A request that outgrew
+            the KV cache also has "error": str and what it got so far.
 
         Raises:
             TypeError, ValueError: a request could never run; the message has the prompt's index,
                 and nothing has been started then.
+        """
+        return [
+            _result(output) for output in self.generate_outputs(prompts, sampling_params, use_tqdm)
+        ]
+
+    def generate_outputs(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete all prompts, as `generate` does, and return all that is known of them.
+
+        Returns:
+            vLLM's outputs in the order of the prompts: why each completion ended, the request's
+            times, and so on.
         """
         commands = []
         for i, (prompt, params) in enumerate(paired(prompts, sampling_params)):
             with naming(f"prompts[{i}]"):
                 commands.append(self._check(prompt, params))
         waiter = Waiter()
-        results: dict[Request, dict[str, Any]] = {}
+        outputs: dict[Request, RequestOutput] = {}
         try:
             requests = [self._request(command) for command in commands]
             self._thread.add(requests, waiter)
             with _Progress(len(requests), use_tqdm) as progress:
-                while len(results) < len(requests) or not waiter.rounds.empty():
+                while len(outputs) < len(requests) or not waiter.rounds.empty():
                     new_round = waiter.wait()
-                    for request in waiter.ended[len(results) :]:
-                        results[request] = _result(request)
-                    progress.update(new_round, len(results))
+                    for request in waiter.ended[len(outputs) :]:
+                        outputs[request] = request.output()
+                    progress.update(new_round, len(outputs))
         except BaseException:
             self._thread.abandon(waiter)
             raise
-        return [results[request] for request in requests]
+        return [outputs[request] for request in requests]
 
     def chat(
         self,
@@ -158,20 +180,38 @@ class LLM(LLMEngine):
                 )
         return self.generate(token_ids, sampling_params, use_tqdm)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling options that the model's generation_config.json recommends.
+
+        What the file leaves open has SamplingParams' own default, and so has everything if there is
+        no file. `generate` does not use them by itself: pass them.
+
+        Raises:
+            ValueError: the file is damaged, or one of its values is no valid option.
+        """
+        return SamplingParams(**recommended_sampling(Path(self.config.model)))
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[list[int]]:
         """Complete one prompt, yielding new token ids as they come; closing it ends the request.
 
-        Several streams may run at once, and beside requests of `add_request`.
+        Several streams may run at once, and beside requests of `add_request`. (`step_outputs` has
+        the text as it comes, and several completions.)
 
         Raises:
-            TypeError, ValueError: as `add_request`, at the first token.
+            TypeError, ValueError: as `add_request`, at the first token; also for n > 1.
             RuntimeError: the request outgrew the KV cache.
         """
         command, waiter = self._check(prompt, sampling_params), Waiter()
+        if command.params.n > 1:
+            raise ValueError(
+                f"a stream has one completion, got n={command.params.n}; use generate, or "
+                f"add_request and step_outputs"
+            )
         try:
             request = self._request(command)
             self._thread.add([request], waiter)
-            seq, seen = request.seq, request.seq.num_prompt_tokens
+            [seq] = request.seqs
+            seen = seq.num_prompt_tokens
             is_finished = False
             while not is_finished:
                 waiter.wait()
@@ -186,14 +226,18 @@ class LLM(LLMEngine):
             raise RuntimeError(seq.error)
 
 
-def _result(request: Request) -> dict[str, Any]:
-    output = request.output()
-    [completion] = output.outputs
-    result: dict[str, Any] = {"text": completion.text, "token_ids": completion.token_ids}
-    if completion.logprobs is not None:
-        result["logprobs"] = completion.logprobs
-    if request.seq.params.prompt_logprobs is not None:
-        result["prompt_logprobs"] = output.prompt_logprobs
+def _result(output: RequestOutput) -> dict[str, Any]:
+    """What `generate` returns of a request."""
+    results: list[dict[str, Any]] = []
+    for completion in output.outputs:
+        results.append({"text": completion.text, "token_ids": completion.token_ids})
+        if completion.logprobs is not None:
+            results[-1]["logprobs"] = completion.logprobs
+    result = results[0]
+    if len(results) > 1:
+        result = {**result, "outputs": results}
+    if output.prompt_logprobs is not None:
+        result = {**result, "prompt_logprobs": output.prompt_logprobs}
     return result | ({"error": output.error} if output.error else {})
 
 

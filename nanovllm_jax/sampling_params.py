@@ -18,21 +18,19 @@ MOST_LOGPROBS = 20  # Likeliest tokens whose scores a request can have at each p
 
 # Options of vLLM that this engine lacks, by the reason.
 OF_VLLM = {
-    "a request has one completion; repeat the prompt": "n best_of use_beam_search beam_width",
-    "it is for beam search, which this engine lacks": "length_penalty",
-    "only token ids end a request; use stop_token_ids": "stop include_stop_str_in_output",
+    "n completions are drawn, and all of them returned": "best_of",
+    "completions are drawn one by one, no beam is searched": "use_beam_search beam_width "
+    "length_penalty",
     "use logprobs, which gives dicts": "flat_logprobs logprob_token_ids",
     "outputs follow no grammar": "guided_decoding structured_outputs",
-    "the text always leaves out special tokens": "skip_special_tokens "
-    "spaces_between_special_tokens",
-    "a prompt is never cut; shorten it": "truncate_prompt_tokens",
+    "the tokenizer alone puts spaces between tokens": "spaces_between_special_tokens",
     "users cannot add sampling steps": "logits_processors extra_args",
     "use step_outputs for each token, generate for the end": "output_kind",
 }
 
-LEAST_REPETITION = (
-    1e-2  # Repetition penalty below which, or above its inverse, float32 may overflow.
-)
+MOST_COMPLETIONS = 16384  # Completions of one request at most, as in vLLM.
+# Repetition penalty below which, or above its inverse, float32 may overflow.
+LEAST_REPETITION = 1e-2
 MOST_BIAS = 1e9  # Bias of a logit at most: logits and biases then stay apart from infinity.
 _LOGPROBS_RULE = f"from 0 to {MOST_LOGPROBS}, or None for no scores"
 
@@ -54,9 +52,19 @@ class SamplingParams:
         seed: a 64-bit number that, together with the prompt, is the request's random stream: the
             same two give the same tokens in any batch. None (or -1, as in vLLM) takes a stream from
             the engine's seed and the request's number.
-        stop_token_ids: further tokens that end the request. They stay in the output, like EOS, and
-            end it under ignore_eos as well.
+        stop_token_ids: further tokens that end the request. They stay in the output's token_ids,
+            like EOS, and end it under ignore_eos as well.
         detokenize: decode the output into text; False leaves the text empty.
+        n: completions of the prompt. They are drawn from streams derived from the request's; the
+            first is the one that n=1 gives.
+        stop: a text, or a list of texts, that end a completion when it contains one. The text ends
+            before it; token_ids go up to the token that completed it.
+        include_stop_str_in_output: let the text end with what ended it, be it a stop string or the
+            text of an end token.
+        skip_special_tokens: leave special tokens, such as <|im_start|>, out of the text.
+        truncate_prompt_tokens: use only the last k tokens of a longer prompt; -1 takes as many as
+            leave room for max_tokens within max_model_len, or for one token if max_tokens is None
+            or does not fit. None refuses prompts that are too long.
         min_tokens: tokens before the request may end by an end-of-sequence token or one of
             stop_token_ids.
         presence_penalty: subtracted from the logits of tokens that the output has, in [-2, 2].
@@ -85,6 +93,11 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: Collection[int] | None = None
     detokenize: bool = True
+    n: int = 1
+    stop: str | Collection[str] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     min_tokens: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -98,6 +111,7 @@ class SamplingParams:
     def __post_init__(self):
         check_types(self, vars(self))
         enough = self.max_tokens is None or self.max_tokens >= 1
+        last = self.truncate_prompt_tokens
         requirements = {
             "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or a positive number"),
             "max_tokens": (enough, "at least 1, or None for as many as fit"),
@@ -105,6 +119,11 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
             "seed": seed_rule(0 if self.seed is None else self.seed),
+            "n": (1 <= self.n <= MOST_COMPLETIONS, f"in 1 to {MOST_COMPLETIONS}"),
+            "truncate_prompt_tokens": (
+                last is None or last == -1 or last >= 1,
+                "positive, -1 for as many as fit, or None",
+            ),
             "min_tokens": (
                 0 <= self.min_tokens <= (self.max_tokens or math.inf),
                 f"0 or more, and no more than max_tokens={self.max_tokens}",
@@ -119,7 +138,18 @@ class SamplingParams:
             "prompt_logprobs": (0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS, _LOGPROBS_RULE),
         }
         check_values(self, requirements)
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n={self.n} with temperature=0 would give the same greedy completion {self.n} "
+                f"times; raise temperature, or leave n at 1"
+            )
         _check_token_ids("stop_token_ids", self.stop_token_ids)
+        _check_stop(self.stop)
+        if self.stop_strings and not self.detokenize:
+            raise ValueError(
+                f"stop={self.stop!r} needs text to look into; leave detokenize at True, or use "
+                f"stop_token_ids"
+            )
         _check_token_ids("allowed_token_ids", self.allowed_token_ids)
         if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
             raise ValueError("allowed_token_ids must name at least one token; None allows all")
@@ -131,6 +161,13 @@ class SamplingParams:
         """Whether top_k, top_p or min_p can drop a token (never under greedy decoding)."""
         narrowed = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         return narrowed and self.temperature > 0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The texts of `stop`."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
     def changes_logits(self) -> bool:
@@ -146,12 +183,13 @@ class SamplingParams:
         return self.logprobs is not None or self.changes_logits
 
     def frozen(self) -> "SamplingParams":
-        """The same options in Python's own numbers, and apart from the user's list of tokens."""
+        """The same options in Python's own numbers, and apart from the user's lists."""
         if {type(value) for value in vars(self).values()} <= {bool, int, float, type(None)}:
             return self  # as most are
         options = check_types(self, vars(self))
         if self.stop_token_ids is not None:
             options["stop_token_ids"] = frozenset(map(int, self.stop_token_ids))
+        options["stop"] = self.stop_strings or None
         if self.logit_bias is not None:
             options["logit_bias"] = {int(t): float(bias) for t, bias in self.logit_bias.items()}
         if self.allowed_token_ids is not None:
@@ -194,3 +232,13 @@ def _check_words(words: Collection[str] | None) -> None:
         if not word.strip():
             raise ValueError(f"each of bad_words must have more than spaces, got {word!r:.80}")
         check_text(word)
+
+
+def _check_stop(stop: str | Collection[str] | None) -> None:
+    if isinstance(stop, bytes) or not isinstance(stop, Collection | None):
+        raise TypeError(f"stop must be a string or a list of strings, got {stop!r}")
+    for text in () if stop is None else [stop] if isinstance(stop, str) else stop:
+        if not isinstance(text, str):
+            raise TypeError(f"each of stop must be a string, got {text!r}")
+        if not text:
+            raise ValueError("stop must have no empty string: every text contains it")

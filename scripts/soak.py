@@ -36,15 +36,23 @@ class Soak:
     alone: list[list[int]]
     counts: Counter[str] = field(default_factory=Counter)
 
-    def request(self, rng: random.Random) -> tuple[int, SamplingParams]:
-        """Draw a prompt, by its number, and the options of a request; two in three are greedy."""
+    def request(self, rng: random.Random, most: int = 3) -> tuple[int, SamplingParams]:
+        """Draw a prompt, by its number, and the options of a request; two in three are greedy.
+
+        Args:
+            most: completions that the request may ask for.
+        """
         i, max_tokens = rng.randrange(len(self.prompts)), rng.randrange(1, LONGEST + 1)
         if rng.random() < 2 / 3:
             stop = [rng.choice(self.alone[i])] if rng.random() < 0.2 else None
             options: dict[str, Any] = {"temperature": 0, "stop_token_ids": stop}
+            if rng.random() < 0.2:
+                start, text = rng.randrange(100), self.text(self.alone[i])
+                options["stop"] = text[start : start + rng.randrange(1, 6)] or None
         else:
             options = {"temperature": rng.uniform(0.1, 3), "top_p": rng.uniform(0.1, 1)}
             options |= {"top_k": rng.randrange(50), "min_p": rng.choice((0, 0.1))}
+            options["n"] = rng.choice((1, most))
         return i, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **options)
 
     def check(self, i: int, params: SamplingParams, token_ids: list[int], whole: bool) -> None:
@@ -55,18 +63,28 @@ class Soak:
             want = self.alone[i][: params.max_tokens]
             for stop in params.stop_token_ids or ():
                 want = want[: want.index(stop) + 1] if stop in want else want
+            for stop in params.stop_strings:
+                lengths = [n for n in range(len(want)) if stop in self.text(want[:n])]
+                want = want[: lengths[0]] if lengths else want
             assert token_ids == (want if whole else want[: len(token_ids)]), f"prompt {i}"
             self.counts["greedy"] += 1
+
+    def text(self, token_ids: list[int]) -> str:
+        """The text of tokens."""
+        assert self.llm.tokenizer
+        return str(self.llm.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def generate(self, rng: random.Random) -> None:
         requests = [self.request(rng) for _ in range(rng.randrange(1, 12))]
         prompts = [self.prompts[i] for i, _ in requests]
         results = self.llm.generate(prompts, [params for _, params in requests], use_tqdm=False)
         for (i, params), result in zip(requests, results, strict=True):
-            self.check(i, params, result["token_ids"], whole=True)
+            for completion in result.get("outputs", [result]):
+                self.check(i, params, completion["token_ids"], whole=True)
+                assert not any(stop in completion["text"] for stop in params.stop_strings)
 
     def stream(self, rng: random.Random) -> None:
-        i, params = self.request(rng)
+        i, params = self.request(rng, most=1)
         parts: list[int] = []
         leaves_after = rng.randrange(1, 40)
         for part in self.llm.stream(self.prompts[i], params):
@@ -92,10 +110,10 @@ class Soak:
             for output in self.llm.step_outputs():
                 if output.finished:
                     i, params = requests.pop(str(output.request_id))  # KeyError: reported twice
-                    [completion] = output.outputs
-                    aborted = completion.finish_reason == "abort"
-                    self.counts["aborts"] += aborted
-                    self.check(i, params, completion.token_ids, whole=not aborted)
+                    reasons = [completion.finish_reason for completion in output.outputs]
+                    self.counts["aborts"] += "abort" in reasons
+                    for completion, reason in zip(output.outputs, reasons, strict=True):
+                        self.check(i, params, completion.token_ids, whole=reason != "abort")
 
     def act(self, rng: random.Random, *, may_step: bool) -> None:
         """Do one random thing, then check the books."""
@@ -111,7 +129,8 @@ class Soak:
         core = self.llm._core
 
         def check() -> None:
-            seqs = [request.seq for request in core.requests.values()]
+            requests = dict.fromkeys(core.requests.values())  # each once
+            seqs = [seq for request in requests for seq in request.seqs]
             for number, pool in enumerate(core.pools):
                 pool.check([seq for seq in seqs if seq.block_table and seq.shard == number])
 

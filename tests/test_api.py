@@ -182,6 +182,22 @@ def test_the_tokenizers_eos_counts_where_no_file_names_one(llm):
     assert all("<end>" not in output["text"] for output in shown)
 
 
+def test_the_models_own_sampling_options_are_there_to_pass(fake_engine, checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint(tokenizer=True), tmp_path / "model")
+    assert fake_engine(path).get_default_sampling_params() == SamplingParams()
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    llm = fake_engine(path)
+    params = llm.get_default_sampling_params()
+    assert params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    assert llm.generate(["a"], params, use_tqdm=False)
+    (path / "generation_config.json").write_text(json.dumps(settings | {"top_p": 2}))
+    with pytest.raises(
+        ValueError, match=r"generation_config.json: top_p must be in \(0, 1\], got 2"
+    ):
+        llm.get_default_sampling_params()
+
+
 @pytest.mark.parametrize("length", [700, 766, 767])
 def test_max_tokens_is_capped_by_max_model_len(llm, length):
     (out,) = tokens(llm, [prompt(length)], greedy(1000, ignore_eos=True))

@@ -4,10 +4,12 @@ import importlib
 import io
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -15,6 +17,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import nanovllm_jax
+from nanovllm_jax import SamplingParams
 from nanovllm_jax import cli as command_line
 from nanovllm_jax.cli import main
 from nanovllm_jax.tools import options, profile
@@ -112,6 +115,108 @@ def test_chat_applies_the_template(cli, model_dir, capsys):
     assert capsys.readouterr().out == text + "\n"
 
 
+def test_a_system_prompt_and_no_thinking_go_into_the_template(cli, model_dir, capsys, tmp_path):
+    path = shutil.copytree(model_dir, tmp_path / "model")
+    template = (
+        "{{ enable_thinking }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    )
+    (path / "chat_template.jinja").write_text(template)
+    argv = ["--model", str(path), "--max-tokens", "3", "--chat", "hi"]
+    assert cli(*argv, "--system", "Be brief.", "--no-think") == 0
+    (text,) = expected(model_dir, ["Falsesystem:Be brief.;user:hi;"], max_tokens=3)
+    assert capsys.readouterr().out == text + "\n"
+    assert cli(*argv) == 0
+    (text,) = expected(model_dir, ["user:hi;"], max_tokens=3)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_stop_strings_cut_the_answer(cli, model_dir, capsys):
+    (text,) = expected(model_dir, ["hello"], max_tokens=30, ignore_eos=True)
+    stop = text[10:12]
+    argv = ["hello", "--max-tokens", "30", "--ignore-eos", "--stop", "never", "--stop", stop]
+    assert cli(*argv) == 0
+    captured = capsys.readouterr()
+    assert captured.out == text[: text.find(stop)] + "\n"
+    assert "cut off" not in captured.err
+
+
+def test_an_answer_that_is_cut_off_says_so(cli, capsys):
+    assert cli("hello", "--max-tokens", "5", "--ignore-eos") == 0
+    assert "nanovllm-jax: cut off after 5 tokens; --max-tokens allows" in capsys.readouterr().err
+    assert cli("a", "b", "--max-tokens", "5", "--ignore-eos") == 0
+    assert "nanovllm-jax: 'b' cut off after 5 tokens" in capsys.readouterr().err
+    assert cli("hello", "--max-tokens", "500", "--ignore-eos", "--max-model-len", "64") == 0
+    assert "cut off after 59 tokens; --max-model-len allows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompts", [["first"], ["first", "s\u00e9cond"]])
+def test_json_gives_one_result_a_line(cli, model_dir, capsys, prompts):
+    assert cli(*prompts, "--max-tokens", "4", "--ignore-eos", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = expected(model_dir, prompts, max_tokens=4, ignore_eos=True)
+    assert [(line["prompt"], line["text"]) for line in lines] == [*zip(prompts, texts, strict=True)]
+    for line in lines:
+        assert (line["finish_reason"], line["stop_reason"]) == ("length", None)
+        assert len(line["token_ids"]) == 4 and "error" not in line
+
+
+def test_json_has_the_text_of_standard_input(cli, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert cli("-", "--max-tokens", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "two\nlines"
+
+
+# --- what the model's makers recommend ---
+
+
+@pytest.fixture
+def recommending(model_dir, tmp_path):
+    """Give a function that writes a model with a generation_config.json."""
+
+    def make(**settings):
+        path = shutil.copytree(model_dir, tmp_path / "recommending", dirs_exist_ok=True)
+        (path / "generation_config.json").write_text(json.dumps(settings))
+        return path
+
+    return make
+
+
+QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [256]}
+
+
+def sampling_of(path, *argv):
+    args = command_line._parse(["hi", "--model", str(path), *argv])
+    return options.sampling_params(args, path, 256)
+
+
+def test_defaults_come_from_generation_config_json(recommending, model_dir):
+    assert sampling_of(model_dir) == SamplingParams(temperature=0, max_tokens=256), "no file"
+    path = recommending(**QWEN3)
+    want = SamplingParams(temperature=0.6, top_k=20, top_p=0.95, max_tokens=256)
+    assert sampling_of(path) == want
+    assert sampling_of(path, "--top-k", "5", "--max-tokens", "9", "--seed", "3") == replace(
+        want, top_k=5, max_tokens=9, seed=3
+    )
+    assert sampling_of(path, "--temperature", "0").temperature == 0
+    path = recommending(max_new_tokens=77, min_p=0.1, temperature=0.5, top_k=None)
+    assert sampling_of(path) == SamplingParams(temperature=0.5, max_tokens=77, min_p=0.1)
+    path = recommending(**QWEN3 | {"do_sample": False})
+    assert sampling_of(path) == SamplingParams(temperature=0, max_tokens=256)
+
+
+def test_a_recommendation_that_is_no_option_is_named_with_its_file(recommending, capsys):
+    path = recommending(temperature="hot")
+    assert main(["hi", "--model", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "generation_config.json: temperature must be a number, got 'hot'" in error
+
+
+def test_an_option_without_effect_is_refused_whoever_chose_greedy(recommending, capsys):
+    path = recommending(**QWEN3)
+    assert main(["hi", "--model", str(path), "--temperature", "0", "--top-k", "5"]) == 2
+    assert "--top-k does nothing at temperature 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -135,7 +240,10 @@ def test_chat_applies_the_template(cli, model_dir, capsys):
         (["hi", "--top-p", "0.5"], "--top-p does nothing"),
         (["hi", "--min-p", "0.5"], "--min-p does nothing"),
         (["hi", "--seed", "0"], "--seed does nothing"),
-        (["hi", "--stop", "5"], "--stop"),  # no abbreviation of --stop-token-ids
+        (["hi", "--stop-token", "5"], "--stop-token"),  # no abbreviation of --stop-token-ids
+        (["hi", "--stop", ""], "empty string"),
+        (["hi", "--system", "Be brief."], "--system is for the chat template: add --chat"),
+        (["hi", "--no-think"], "--no-think is for the chat template"),
     ],
 )
 def test_a_bad_request_is_one_line_and_status_2(cli, no_engine, capsys, argv, said):

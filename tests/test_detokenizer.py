@@ -83,13 +83,13 @@ KINDS = ["byte-level", "llama", "gemma", "metaspace", "word-piece", "suffix", "r
 CHANGES_TEXT = {"llama": "\ufffd", "gemma": "\ufffd", "rewriting": "."}
 
 
-def whole(tokenizer, ids):
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def whole(tokenizer, ids, skip=True):
+    return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
-def streamed(tokenizer, pieces):
+def streamed(tokenizer, pieces, skip=True):
     """The parts that pieces of tokens give, the last of them by `flush`."""
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, skip)
     return [*map(detokenizer.push, pieces), detokenizer.flush()]
 
 
@@ -102,13 +102,65 @@ def test_the_parts_joined_are_the_text_of_all_tokens(kind, data):
     cuts = data.draw(st.sets(st.integers(0, len(ids))), label="cuts")
     edges = sorted({0, len(ids), *cuts})
     pieces = [ids[a:b] for a, b in itertools.pairwise(edges)]
-    one_by_one = streamed(tokenizer, [[token] for token in ids])
+    skip = data.draw(st.booleans(), label="skip_special_tokens")
+    one_by_one = streamed(tokenizer, [[token] for token in ids], skip)
     text = "".join(one_by_one)
-    assert text == "".join(streamed(tokenizer, pieces)) == "".join(streamed(tokenizer, [ids]))
+    assert text == "".join(streamed(tokenizer, pieces, skip))
+    assert text == "".join(streamed(tokenizer, [ids], skip))
     assert not any(part.endswith("\ufffd") for part in one_by_one[:-1])
-    expected = whole(tokenizer, ids)
+    expected = whole(tokenizer, ids, skip)
     if CHANGES_TEXT.get(kind, "none") not in expected:
         assert text == expected
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_long_runs_of_broken_characters_come_out_as_they_are(data):
+    """They are given out in parts, cut where no character goes on."""
+    tokenizer, choice = tokenizer_of("byte-level")
+    begin, go_on = (tokenizer.convert_tokens_to_ids([*signs]) for signs in ("ðâÃÿ", "ŁĺĢĤ¬©"))
+    ids = []
+    for _ in range(3):
+        ids += data.draw(st.lists(st.sampled_from([*begin, 0]), min_size=15, max_size=24))
+        ids += data.draw(st.lists(st.sampled_from(go_on), max_size=3))
+    ids += data.draw(st.lists(st.sampled_from(choice), max_size=4))
+    one_by_one = streamed(tokenizer, [[token] for token in ids])
+    assert "".join(one_by_one) == whole(tokenizer, ids) == "".join(streamed(tokenizer, [ids]))
+
+
+class Counting:
+    """A tokenizer that counts the tokens which it decodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.count = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def decode(self, token_ids, **options):
+        self.count += len(token_ids)
+        return self.tokenizer.decode(token_ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "token"),
+    [
+        ("byte-level", "a"), ("byte-level", "</s>"), ("byte-level", "ÿ"), ("llama", "▁"),
+        ("llama", "<0xFF>"), ("gemma", "<0xE2>"), ("metaspace", "</s>"), ("metaspace", "▁"),
+        ("word-piece", "</s>"), ("suffix", "b"), ("byte-level", None),
+    ],
+)  # fmt: skip
+def test_the_cost_is_linear_in_the_tokens_whatever_they_are(kind, token):
+    """A model under ignore_eos repeats its end token for ever; bytes may never make a character."""
+    tokenizer, _ = tokenizer_of(kind)
+    token_id = 9999 if token is None else tokenizer.convert_tokens_to_ids(token)  # in no vocabulary
+    costs = []
+    for length in (500, 1000):
+        counting = Counting(tokenizer)
+        text = "".join(streamed(counting, [[token_id]] * length))
+        assert text == whole(tokenizer, [token_id] * length)
+        costs.append(counting.count)
+    assert costs[1] < 2.2 * costs[0] and costs[1] < 60 * 1000
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "metaspace"])

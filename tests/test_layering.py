@@ -24,11 +24,12 @@ WALLS = {
     "nanovllm_jax.tools": ["nanovllm_jax.cli", "nanovllm_jax.server"],
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("checks", "config", "outputs")},
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("sampling_params", "sharding", "weights")},
+    "nanovllm_jax.recommended": ABOVE_MODELS,
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("files", "tensor_files", "tokenizer")},
 }
 # Modules that know no array.
 NO_JAX = ["engine.scheduler", "engine.block_manager", "engine.sequence"]
-NO_JAX = [f"nanovllm_jax.{name}" for name in (*NO_JAX, "sampling_params", "outputs")]
+NO_JAX = [f"nanovllm_jax.{name}" for name in (*NO_JAX, "sampling_params", "outputs", "recommended")]
 JAX = {"jax", "jaxlib", "flax", "optax", "pallas_kernels"}
 
 

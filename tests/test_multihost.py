@@ -146,7 +146,7 @@ def pair(checkpoint, monkeypatch):
     monkeypatch.setattr(multihost, "GENERATION", 1 << 20)
     monkeypatch.setattr(multihost.Processes, "_store", staticmethod(lambda: store))
     options = {"max_num_seqs": 6, "max_model_len": 2048, "max_num_batched_tokens": 2048}
-    leader, follower = (LLM(checkpoint(), **options) for _ in range(2))
+    leader, follower = (LLM(checkpoint(tokenizer=True), **options) for _ in range(2))
     leader._core.processes.leads = follower._core.processes.follows = True
     follower._core.processes.name = leader._core.processes.name
     for llm in (leader, follower):
@@ -179,7 +179,10 @@ def test_a_follower_does_what_the_leader_does(pair, seed):
         if action < 0.15:
             ids = [rng.randrange(1, 3) for _ in range(rng.choice((1, 40, 256, 513, 900)))]
             length, on = rng.choice((1, 30, 600)), rng.random() < 0.3
-            params = SamplingParams(temperature=0.5, max_tokens=length, ignore_eos=on)
+            params = SamplingParams(
+                temperature=0.5, max_tokens=length, ignore_eos=on, n=rng.choice((1, 1, 1, 3)),
+                stop=rng.choice((None, None, leader.tokenizer.decode([2, 3]))),
+            )  # fmt: skip
             added = leader.add_request(ids, params)
         elif action < 0.2:
             # It may be one that has finished, or that has never been.

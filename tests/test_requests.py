@@ -183,23 +183,25 @@ def test_numpys_numbers_are_taken_and_travel_as_pythons():
     numpy = SamplingParams(
         temperature=np.float32(0.5), max_tokens=np.int64(9), top_k=np.int32(3), top_p=np.float64(1),
         min_p=np.float16(0), seed=np.uint64(2**64 - 1), ignore_eos=np.True_,
-        stop_token_ids=np.array([1, 2]), detokenize=np.False_, min_tokens=np.int8(1),
-        presence_penalty=np.float32(0.5), logit_bias={np.int64(3): np.float32(0.25)},
-        allowed_token_ids=np.array([4, 5]), bad_words=np.array(["no"]), logprobs=np.int64(2),
-        prompt_logprobs=np.uint8(0),
+        stop_token_ids=np.array([1, 2]), detokenize=np.True_, n=np.uint8(2), stop=np.array(["a"]),
+        include_stop_str_in_output=np.False_, truncate_prompt_tokens=np.int16(5),
+        min_tokens=np.int8(1), presence_penalty=np.float32(0.5),
+        logit_bias={np.int64(3): np.float32(0.25)}, allowed_token_ids=np.array([4, 5]),
+        bad_words=np.array(["no"]), logprobs=np.int64(2), prompt_logprobs=np.uint8(0),
     )  # fmt: skip
     python = SamplingParams(
-        0.5, 9, True, 3, 1.0, 0.0, 2**64 - 1, frozenset([1, 2]), False, min_tokens=1,
-        presence_penalty=0.5, logit_bias={3: 0.25}, allowed_token_ids=(4, 5), bad_words=("no",),
-        logprobs=2, prompt_logprobs=0,
+        0.5, 9, True, 3, 1.0, 0.0, 2**64 - 1, frozenset([1, 2]), n=2, stop=("a",),
+        truncate_prompt_tokens=5, min_tokens=1, presence_penalty=0.5, logit_bias={3: 0.25},
+        allowed_token_ids=(4, 5), bad_words=("no",), logprobs=2, prompt_logprobs=0,
     )  # fmt: skip
     assert numpy.changes_logits and numpy.frozen() == python
     assert {type(value) for value in vars(numpy.frozen()).values()} == {
         float, int, bool, frozenset, dict, tuple
     }  # fmt: skip
     (sent,) = decode(encode([AddRequest([1], numpy.frozen())]))
-    assert replace(sent.params, stop_token_ids=None) == replace(python, stop_token_ids=None)
-    assert {*sent.params.stop_token_ids} == {1, 2}
+    lists = {"stop_token_ids": None, "stop": None}
+    assert replace(sent.params, **lists) == replace(python, **lists)
+    assert {*sent.params.stop_token_ids} == {1, 2} and sent.params.stop_strings == ("a",)
 
 
 def test_a_request_keeps_its_stop_tokens_when_the_users_list_changes(llm):
@@ -219,9 +221,9 @@ def test_a_request_keeps_its_stop_tokens_when_the_users_list_changes(llm):
     [
         ("temprature", "option 'temprature'; did you mean 'temperature'"),
         ("max_new_tokens", "did you mean 'max_tokens'"),
-        ("n", "which vLLM has: a request has one completion; repeat the prompt"),
-        ("stop", "which vLLM has: only token ids end a request; use stop_token_ids"),
-        ("length_penalty", "which vLLM has: it is for beam search"),
+        ("best_of", "which vLLM has: n completions are drawn, and all of them returned"),
+        ("spaces_between_special_tokens", "which vLLM has: the tokenizer alone puts spaces"),
+        ("length_penalty", "which vLLM has: completions are drawn one by one"),
         ("flat_logprobs", "which vLLM has: use logprobs, which gives dicts"),
         ("xyzzy", r"option 'xyzzy'\. Valid: .*'temperature'"),
     ],

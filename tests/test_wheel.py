@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("", "bench", "compare", "profile", "sharding")
+COMMANDS = ("", "chat", "bench", "compare", "profile", "sharding")
 
 
 @pytest.fixture(scope="module")

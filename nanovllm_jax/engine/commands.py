@@ -23,7 +23,8 @@ class AddRequest:
     params: SamplingParams
     prompt: str | None = None  # its text, if it came as one
     request_id: str | None = None  # default: its number
-    number: int | None = None  # that of the request, once there is one
+    # Those of the completions' sequences, once there are any; the first is the request's number.
+    numbers: Sequence[int] = ()
     edits: list[Edit] = field(default_factory=list)  # of its logits, as `params` asks for
 
 
@@ -32,6 +33,13 @@ class AbortRequests:
     """End those of the requests that have not ended."""
 
     request_ids: list[RequestId]
+
+
+@dataclass(frozen=True)
+class StopSequence:
+    """End a sequence, by its number, in whose text the process that leads found a stop string."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,10 @@ class Exit:
     """Shut the engine down."""
 
 
-Command = AddRequest | AbortRequests | ResetPrefixCache | StartOver | Dispatch | Collect | Exit
+Command = (
+    AddRequest | AbortRequests | StopSequence | ResetPrefixCache | StartOver | Dispatch | Collect
+    | Exit
+)  # fmt: skip
 
 _KINDS = {kind.__name__: kind for kind in get_args(Command)}
 

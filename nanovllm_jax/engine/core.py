@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence as Items
+from itertools import chain
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import commands, multihost
@@ -39,7 +40,7 @@ class EngineCore:
             eos_token_ids=eos_token_ids,
         )
         self.processes = multihost.Processes()  # does nothing if there is only one
-        self.requests: dict[int, Request] = {}  # requests under way, by their sequence's id
+        self.requests: dict[int, Request] = {}  # of each sequence under way, by the sequence's id
         self.owners: dict[int, Owner] = {}  # the same for their owners
         self.pace = Pace(config, programs.platform)
         self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
@@ -58,17 +59,19 @@ class EngineCore:
                     f"request_id {request.request_id!r} is under way already; choose another"
                 )
             self.processes.record(request.command)
-            self.requests[request.seq.seq_id] = request
-            self.owners[request.seq.seq_id] = owner
-            self.scheduler.add(request.seq)
+            for seq in request.seqs:
+                self.requests[seq.seq_id], self.owners[seq.seq_id] = request, owner
+                self.scheduler.add(seq)
 
     def abort(self, request_ids: list[RequestId]) -> None:
-        """End those of the requests that have not ended."""
+        """End those of the requests that have not ended, with all of their completions."""
         self.processes.record(commands.AbortRequests(request_ids))
         chosen = set(request_ids)
-        for request in [r for r in self.requests.values() if r.request_id in chosen]:
-            self.scheduler.finish(request.seq, "abort")
-            self._end(request.seq)
+        requests = [r for r in self.requests.values() if r.request_id in chosen]
+        for seq in chain.from_iterable(request.seqs for request in dict.fromkeys(requests)):
+            if seq.seq_id in self.requests:
+                self.scheduler.finish(seq, "abort")
+                self._end(seq)
 
     def abort_all_of(self, owner: Owner) -> None:
         """End what an owner has under way."""
@@ -122,10 +125,11 @@ class EngineCore:
         """Carry out a command of the process that leads."""
         match command:
             case commands.AddRequest():
-                assert command.number is not None
-                self.add([Request(command, command.number, self.config, tokenizer=None)], Owner())
+                self.add([Request(command, command.numbers, self.config, tokenizer=None)], Owner())
             case commands.AbortRequests(request_ids):
                 self.abort(request_ids)
+            case commands.StopSequence(number):
+                self._stop(number)
             case commands.ResetPrefixCache():
                 self.reset_prefix_cache()
             case commands.StartOver():
@@ -162,16 +166,30 @@ class EngineCore:
         self.processes.record(commands.Collect())
         advanced = self.scheduler.postprocess(batch, token_ids, scores)
         assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
+        if batch.is_prefill:
+            for seq in advanced:
+                if seq.seq_id in self.requests:
+                    self.requests[seq.seq_id].note_first_token()
         for seq in advanced:
             if seq.finish_reason and seq.seq_id in self.requests:  # else aborted since it failed
+                if isinstance(seq.stop_reason, str):  # the other processes have no text
+                    self.processes.record(commands.StopSequence(seq.seq_id))
                 self._end(seq)
         return batch.num_tokens if batch.is_prefill else -len(batch.seqs)
 
+    def _stop(self, number: int) -> None:
+        """End a sequence in whose text another process found a stop string."""
+        if request := self.requests.get(number):  # else it has ended with this very token
+            seq = next(seq for seq in request.seqs if seq.seq_id == number)
+            self.scheduler.finish(seq, "stop")
+            self._end(seq)
+
     def _end(self, seq: Sequence) -> None:
-        """Tell the owner of a request whose sequence has ended."""
+        """Forget a sequence that has ended; with a request's last one, tell its owner."""
         request, owner = self.requests.pop(seq.seq_id), self.owners.pop(seq.seq_id)
-        owner.ended.append(request)  # first, so that it is never in neither
-        del owner.under_way[request.request_id]
+        if request.note_end():
+            owner.ended.append(request)  # first, so that it is never in neither
+            del owner.under_way[request.request_id]
         if not self.requests:
             self._forget_calls()  # only rows of finished sequences are left in them
 

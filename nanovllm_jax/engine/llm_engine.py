@@ -50,7 +50,7 @@ class LLMEngine:
         self._thread = EngineThread(make_core)
         self._core = self._thread.core
         self._num_blocks = len(self._core.pools[0].blocks)
-        self._numbers = itertools.count()  # of requests
+        self._numbers = itertools.count()  # of sequences; a request has its first one's
         self._owner = Owner()  # of what `add_request` makes
         self._reporting = threading.Lock()  # two threads that step report a request once
         weakref.finalize(self, self._thread.close).atexit = False
@@ -103,11 +103,12 @@ class LLMEngine:
 
         Returns:
             The (request id, completion token ids) of each request that has ended, and a count: the
-            prompt tokens of a prefill round, or minus the sequences of a decode round.
+            prompt tokens of a prefill round, or minus the sequences of a decode round. Of a
+            request with several completions (`n`) it has the first; `step_outputs` has all.
         """
         num_tokens = self._run_round()
         with self._reporting:
-            ended = [(r.request_id, r.seq.completion_token_ids) for r in self._owner.ended]
+            ended = [(r.request_id, r.seqs[0].completion_token_ids) for r in self._owner.ended]
             del self._owner.ended[: len(ended)]
         return ended, num_tokens
 
@@ -173,7 +174,8 @@ class LLMEngine:
         )  # fmt: skip
 
     def _request(self, command: AddRequest) -> Request:
-        return Request(command, next(self._numbers), self.config, self.tokenizer)
+        numbers = [next(self._numbers) for _ in range(command.params.n)]
+        return Request(command, numbers, self.config, self.tokenizer)
 
     def _check_usable(self) -> None:
         self._thread.check_usable()

@@ -1,5 +1,6 @@
 """Requests: from a prompt, checked, to the outputs that its owner is told of."""
 
+import time
 from array import array
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
@@ -10,107 +11,83 @@ from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest
-from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.completion import Completion
 from nanovllm_jax.engine.edits import edits_of
 from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.engine.token_scores import TokenScores
-from nanovllm_jax.outputs import CompletionOutput, Logprob, PositionScores, RequestOutput
+from nanovllm_jax.engine.token_texts import TokenTexts
+from nanovllm_jax.outputs import PositionScores, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
 class Request:
-    """A request, its sequence, and what has been told of it.
+    """A request and its completions.
 
     Args:
-        number: tells the engine's requests apart.
+        numbers: tell the engine's sequences apart, one for each completion.
+        tokenizer: None leaves the texts empty, and finds no stop strings.
     """
 
     def __init__(
         self,
         command: AddRequest,
-        number: int,
+        numbers: Items[int],
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.command = replace(command, number=number)
-        self.request_id = number if command.request_id is None else command.request_id
-        self.seq = make_sequence(command, number, config)
-        self._detokenizer = None
-        if tokenizer is not None and command.params.detokenize:
-            self._detokenizer = Detokenizer(tokenizer)
-        self._tokens = TokenTexts(tokenizer if command.params.detokenize else None)
-        self._text, self._num_reported = "", 0
-        self._logprobs: list[PositionScores] = []
-        self._cumulative_logprob = 0.0
+        self.command = replace(command, numbers=numbers)
+        self.request_id = numbers[0] if command.request_id is None else command.request_id
+        self.seqs = make_sequences(self.command, config)
+        self._texts = TokenTexts(tokenizer if command.params.detokenize else None)
+        self._completions = [Completion(seq, tokenizer, self._texts) for seq in self.seqs]
         self._prompt_logprobs: list[PositionScores | None] | None = None
+        self._arrival_time, self._arrival = time.time(), time.perf_counter()
+        self._num_left = len(self.seqs)  # completions that have not ended
+        self._first_token_time: float | None = None
+        self._finished_time: float | None = None
 
     @property
     def has_news(self) -> bool:
         """Whether there are tokens that no `output` has had."""
-        return self.seq.num_completion_tokens > self._num_reported
+        return any(completion.has_news for completion in self._completions)
+
+    def note_first_token(self) -> None:
+        """Note the time, unless there has been a token before."""
+        if self._first_token_time is None:
+            self._first_token_time = self._now()
+
+    def note_end(self) -> bool:
+        """Note that one more completion has ended; returns whether it was the last."""
+        self._num_left -= 1
+        if not self._num_left:
+            self._finished_time = self._now()
+        return not self._num_left
 
     def output(self) -> RequestOutput:
-        """The request and its completion, as far as it has come."""
-        seq = self.seq
-        is_finished = seq.is_finished  # before its tokens: the engine may be adding some
-        token_ids = seq.completion_token_ids
-        if self._detokenizer:
-            self._text += self._detokenizer.push(token_ids[self._num_reported :])
-            if is_finished:
-                self._text += self._detokenizer.flush()
-                self._detokenizer = None
-        self._num_reported = len(token_ids)
-        reason = seq.finish_reason if is_finished else None
-        cumulative, logprobs = self._scores(len(token_ids))
-        completion = CompletionOutput(
-            0, self._text, token_ids, reason, seq.stop_reason, cumulative, logprobs
-        )
+        """The request and its completions, as far as they have come."""
+        prompt, seq = self.command.prompt, self.seqs[0]
+        finished_time = self._finished_time  # first: the engine may be adding tokens
+        completions = [completion.output() for completion in self._completions]
+        error = next((seq.error for seq in self.seqs if seq.error), None)
         return RequestOutput(
-            self.request_id, self.command.prompt, seq.token_ids[: seq.num_prompt_tokens],
-            [completion], is_finished, seq.error, self._prompt_scores(),
+            self.request_id, prompt, seq.token_ids[: seq.num_prompt_tokens], completions,
+            finished=finished_time is not None, error=error,
+            metrics=RequestMetrics(self._arrival_time, self._first_token_time, finished_time),
+            prompt_logprobs=self._prompt_scores(),
         )  # fmt: skip
 
-    def _scores(self, num_tokens: int) -> tuple[float | None, list[PositionScores] | None]:
-        """The sum of the completion's scores, and the scores; None if they are not wanted."""
-        if self.seq.params.logprobs is None:
-            return None, None
-        for scores in self.seq.scores[len(self._logprobs) : num_tokens]:
-            self._cumulative_logprob += scores.logprobs[0]
-            self._logprobs.append(self._tokens.with_texts(scores))
-        return self._cumulative_logprob, list(self._logprobs)
+    def _now(self) -> float:
+        return self._arrival_time + time.perf_counter() - self._arrival
 
     def _prompt_scores(self) -> list[PositionScores | None] | None:
-        seq = self.seq
+        """The scores of the prompt's tokens, once there are all; the first completion has them."""
+        seq = self.seqs[0]
         if seq.params.prompt_logprobs is None or seq.wants_prompt_scores:
             return None
         if self._prompt_logprobs is None:
             scores = [seq.prompt_scores[i] for i in range(1, seq.num_prompt_tokens)]
-            self._prompt_logprobs = [None, *map(self._tokens.with_texts, scores)]
+            self._prompt_logprobs = [None, *map(self._texts.with_texts, scores)]
         return self._prompt_logprobs
-
-
-class TokenTexts:
-    """Gives scored tokens their texts, each decoded once and by itself."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str | None] = {}
-
-    def with_texts(self, scores: TokenScores) -> PositionScores:
-        """The scores by token, as a request's output has them.
-
-        Where a token is the one drawn and among the likeliest too, its rank among these counts.
-        """
-        return {
-            token: Logprob(logprob, rank, self._text(token))
-            for token, logprob, rank in zip(*scores, strict=True)
-        }
-
-    def _text(self, token: int) -> str | None:
-        if self._tokenizer is not None and token not in self._texts:
-            self._texts[token] = str(self._tokenizer.decode([token]))
-        return self._texts.get(token)
 
 
 def checked_request(
@@ -136,7 +113,13 @@ def checked_request(
         raise TypeError(f"sampling_params must be SamplingParams, got {params!r:.80}")
     if not isinstance(request_id, str | None):
         raise TypeError(f"request_id must be a string, got {request_id!r}")
+    if params.stop_strings and tokenizer is None:
+        raise ValueError(
+            f"stop={params.stop!r} needs a tokenizer, and the model's directory has none; use "
+            f"stop_token_ids"
+        )
     text, token_ids = tokenized(prompt, tokenizer)
+    token_ids = _truncated(token_ids, params, config)
     _check_length(len(token_ids), config, num_blocks)
     _check_vocabulary("token id", token_ids, config)
     _check_vocabulary("stop_token_ids: token id", params.stop_token_ids, config)
@@ -148,12 +131,18 @@ def checked_request(
     return AddRequest(token_ids, params, text, request_id, edits=edits)
 
 
-def make_sequence(command: AddRequest, number: int, config: EngineConfig) -> Sequence:
-    """The sequence of the engine's request of this number."""
+def make_sequences(command: AddRequest, config: EngineConfig) -> list[Sequence]:
+    """The sequences of a request's completions."""
     params, room = command.params, config.max_model_len - len(command.token_ids)
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-    seed = stream_seed(params.seed, command.token_ids, config.seed, number)
-    return Sequence(number, list(command.token_ids), params, seed, max_tokens, command.edits)
+    seed = stream_seed(params.seed, command.token_ids, config.seed, command.numbers[0])
+    return [
+        Sequence(
+            number, list(command.token_ids), params, completion_seed(seed, index), max_tokens,
+            command.edits, index,
+        )
+        for index, number in enumerate(command.numbers)
+    ]  # fmt: skip
 
 
 def stream_seed(seed: int | None, token_ids: Items[int], engine_seed: int, number: int) -> int:
@@ -169,6 +158,24 @@ def stream_seed(seed: int | None, token_ids: Items[int], engine_seed: int, numbe
     if seed is None or seed == -1:
         return xxhash.xxh3_64_intdigest(f"engine {engine_seed} request {number}".encode())
     return xxhash.xxh3_64_intdigest(f"seed {seed} ".encode() + array("q", token_ids).tobytes())
+
+
+def completion_seed(seed: int, index: int) -> int:
+    """64 bits for one of a request's completions; the first has the request's own `stream_seed`."""
+    if index == 0:
+        return seed
+    return xxhash.xxh3_64_intdigest(f"stream {seed} completion {index}".encode())
+
+
+def _truncated(token_ids: list[int], params: SamplingParams, config: EngineConfig) -> list[int]:
+    """The end of a prompt, as `truncate_prompt_tokens` asks."""
+    last = params.truncate_prompt_tokens
+    if last is None:
+        return token_ids
+    if last == -1:
+        most, wanted = config.max_model_len, params.max_tokens
+        last = most - (1 if wanted is None or wanted >= most else wanted)
+    return token_ids[-last:]
 
 
 def _check_length(n: int, config: EngineConfig, num_blocks: int) -> None:

@@ -160,10 +160,11 @@ class Scheduler:
             if scores and seq.params.logprobs is not None:  # first: who sees a token sees its score
                 seq.scores.append(scores.of_row(row, token_id, seq.params.logprobs))
             seq.in_flight -= 1
-            seq.token_ids.append(token_id)
+            seq.finish_reason = self._end_of(seq, token_id)
+            seq.token_ids.append(token_id)  # second: whoever reads a last token reads the reason
             self.pools[seq.shard].cache_full_blocks(seq)
-            if reason := self._end_of(seq, token_id):
-                self.finish(seq, reason)
+            if seq.finish_reason:
+                self.finish(seq, seq.finish_reason)
             advanced.append(seq)
         return advanced
 
@@ -319,14 +320,17 @@ class Scheduler:
         self.pools[seq.shard].cache_full_blocks(seq)
 
     def _end_of(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Why a sequence ends with its newest token, if it does."""
-        params = seq.params
+        """Why a sequence ends with the token that comes next, if so; notes its `stop_reason`."""
+        params, reason = seq.params, None
         if token_id in self.eos_token_ids and not params.ignore_eos:
-            return "stop"
-        if params.stop_token_ids and token_id in params.stop_token_ids:
-            seq.stop_reason = token_id
-            return "stop"
-        return None if seq.num_completion_tokens < seq.max_tokens else "length"
+            reason = "stop"
+        elif params.stop_token_ids and token_id in params.stop_token_ids:
+            seq.stop_reason, reason = token_id, "stop"
+        elif seq.num_completion_tokens + 1 >= seq.max_tokens:
+            reason = "length"
+        if seq.find_stop_string and (found := seq.find_stop_string(token_id, reason)) is not None:
+            seq.stop_reason, reason = found, "stop"
+        return reason
 
     def _release(self, seq: Sequence) -> None:
         """Take a sequence out of its queue, and from it what it holds."""

@@ -1,5 +1,6 @@
-"""Sequence: the state of one request's tokens, from its arrival to its end."""
+"""Sequence: the state of one completion's tokens, from its arrival to its end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -21,8 +22,9 @@ class Status(Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request. Tokens that the device has sampled but the host not yet read are `in_flight`.
+    """One completion of a request.
 
+    Tokens that the device has sampled but the host not yet read are `in_flight`.
     `num_computed` counts the tokens whose keys and values have been *scheduled*: the device runs
     steps in order, so for every later step they are there.
     """
@@ -33,12 +35,16 @@ class Sequence:
     seed: int
     max_tokens: int  # params.max_tokens, capped by max_model_len
     edits: list[Edit] = field(default_factory=list)  # of its logits, as `params` asks for
+    index: int = 0  # among the request's completions
     num_prompt_tokens: int = field(init=False)
     needs_sample_all: bool = field(init=False)  # see SamplingParams; asked at each step
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the one of params.stop_token_ids that ended it
+    stop_reason: int | str | None = None  # which of params.stop_token_ids or params.stop ended it
     error: str | None = None  # what went wrong, if finish_reason is "error"
+    # Takes each new token, and why the sequence ends with it if it does, and returns a stop string
+    # that the text now has. None: there is none to look for.
+    find_stop_string: Callable[[int, FinishReason | None], str | None] | None = None
 
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache: computed, and never written again
@@ -79,8 +85,11 @@ class Sequence:
 
     @property
     def wants_prompt_scores(self) -> bool:
-        """Whether tokens of the prompt, all of which follow another, have no scores yet."""
-        wanted = self.params.prompt_logprobs is not None
+        """Whether tokens of the prompt, all of which follow another, have no scores yet.
+
+        The first completion gets them for all.
+        """
+        wanted = self.params.prompt_logprobs is not None and self.index == 0
         return wanted and len(self.prompt_scores) < self.num_prompt_tokens - 1
 
     @property

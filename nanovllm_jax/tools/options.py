@@ -1,10 +1,15 @@
-"""What several commands share: bad usage in one line, and the engine's options as flags."""
+"""What several commands share: bad usage in one line, options of the engine and of sampling."""
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nanovllm_jax.outputs import CompletionOutput
+from nanovllm_jax.recommended import recommended_sampling
+from nanovllm_jax.sampling_params import SamplingParams
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
@@ -56,6 +61,105 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if getattr(args, "random_weights", None):
         given["load_format"] = "dummy"
     return {name: value for name, value in given.items() if value is not None}
+
+
+def small_steps(model: Path, given: dict[str, Any], max_num_seqs: int) -> dict[str, Any]:
+    """Complete the engine's options by small steps, which take less time to compile.
+
+    Args:
+        given: what the user asked for, which counts more.
+        max_num_seqs: requests that run at the same time.
+    """
+    from nanovllm_jax.config import EngineConfig
+
+    asked = given.get("max_model_len", EngineConfig.max_model_len)
+    config = EngineConfig.resolve(model, **{"max_num_batched_tokens": asked, **given})
+    sizes = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": config.max_model_len}
+    return sizes | given
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: str) -> None:
+    """Give `parser` the options of sampling; those that are not given are None.
+
+    Args:
+        max_tokens: the default of --max-tokens, in words.
+    """
+    group = parser.add_argument_group(
+        "sampling", "Defaults come from the model's generation_config.json, if it has any."
+    )
+    add = group.add_argument
+    add("--temperature", type=float, help="0, the default, is greedy")
+    add("--max-tokens", type=int, help=f"most tokens of an answer (default: {max_tokens})")
+    add("--top-k", type=int, help="sample among the K likeliest tokens (0: all)")
+    add("--top-p", type=float, help="sample among the likeliest P of probability")
+    add("--min-p", type=float, help="drop tokens below P times the likeliest")
+    add("--seed", type=int, help="the same seed gives the same tokens")
+    eos = "go on past the end-of-sequence token"
+    add("--ignore-eos", action="store_true", default=None, help=eos)
+    ends = "end where the text contains it, and leave it out; may be given several times"
+    add("--stop", action="append", metavar="TEXT", help=ends)
+    add("--stop-token-ids", type=_token_ids, metavar="ID[,ID...]", help="further ends")
+
+
+def sampling_params(
+    args: argparse.Namespace, model: Path, max_tokens: int | None
+) -> SamplingParams:
+    """The sampling options: the user's, else what the model's makers recommend, else greedy.
+
+    Args:
+        max_tokens: its default.
+
+    Raises:
+        UsageError: an option is wrong, or has no effect.
+    """
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in args]
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    with refusals(TypeError, ValueError, OSError):
+        defaults = {"temperature": 0.0, "max_tokens": max_tokens} | recommended_sampling(model)
+        sampling = SamplingParams(**defaults | given)
+    for name in ("top_k", "top_p", "min_p", "seed"):
+        if sampling.temperature == 0 and given.get(name) not in (
+            None,
+            getattr(SamplingParams, name),
+        ):
+            remedy = f"add --temperature 0.7, for example, or leave {flag(name)} out"
+            raise UsageError(
+                f"{flag(name)} does nothing at temperature 0, which is greedy: {remedy}"
+            )
+    return sampling
+
+
+def cut_notice(completion: CompletionOutput, sampling: SamplingParams) -> str | None:
+    """A sentence for the user if an answer ended before its end."""
+    if completion.finish_reason != "length":
+        return None
+    count = len(completion.token_ids)
+    option = "max_tokens" if count == sampling.max_tokens else "max_model_len"
+    return f"cut off after {count} tokens; {flag(option)} allows no more"
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` what a conversation begins with."""
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt of the conversation")
+    think = "ask the chat template for an answer without thinking (enable_thinking=False)"
+    parser.add_argument("--no-think", action="store_true", help=think)
+
+
+def opening(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The messages that a conversation begins with."""
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def template(args: argparse.Namespace) -> dict[str, Any]:
+    """What the chat template is given besides the messages."""
+    return {"add_generation_prompt": True} | ({"enable_thinking": False} if args.no_think else {})
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids") from None
 
 
 def flag(name: str) -> str:
