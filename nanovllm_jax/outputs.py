@@ -1,21 +1,25 @@
 """What a request gives back, under the names that vLLM uses."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 # Why a completion ended: an end token, max_tokens, a call of abort_request, or a failure.
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Logprob(NamedTuple):
-    """A token's score at a position, before temperature, filters and all other options."""
+@dataclass(frozen=True)
+class Logprob:
+    """The log probability of one token at one position.
+
+    Attributes:
+        logprob: natural logarithm of the token's probability.
+        rank: the token's place among all of the vocabulary, 1 for the likeliest; None if unknown.
+        decoded_token: the token's text; None without a tokenizer.
+    """
 
     logprob: float
-    rank: int | None = None  # 1 for the likeliest
-    decoded_token: str | None = None  # None with detokenize=False
-
-
-PositionScores = dict[int, Logprob]  # token id -> its score at one position
+    rank: int | None = None
+    decoded_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     cumulative_logprob: float | None = None
-    logprobs: list[PositionScores] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,4 +67,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
-    prompt_logprobs: list[PositionScores | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

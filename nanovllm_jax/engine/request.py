@@ -13,9 +13,9 @@ from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.edits import edits_of
 from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
+from nanovllm_jax.engine.reported_scores import ReportedScores
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.engine.token_scores import TokenScores
-from nanovllm_jax.outputs import CompletionOutput, Logprob, PositionScores, RequestOutput
+from nanovllm_jax.outputs import CompletionOutput, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -39,11 +39,8 @@ class Request:
         self._detokenizer = None
         if tokenizer is not None and command.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)
-        self._tokens = TokenTexts(tokenizer if command.params.detokenize else None)
+        self._scores = ReportedScores(self.seq, tokenizer if command.params.detokenize else None)
         self._text, self._num_reported = "", 0
-        self._logprobs: list[PositionScores] = []
-        self._cumulative_logprob = 0.0
-        self._prompt_logprobs: list[PositionScores | None] | None = None
 
     @property
     def has_news(self) -> bool:
@@ -62,55 +59,15 @@ class Request:
                 self._detokenizer = None
         self._num_reported = len(token_ids)
         reason = seq.finish_reason if is_finished else None
-        cumulative, logprobs = self._scores(len(token_ids))
+        cumulative, logprobs = self._scores.completion(len(token_ids))
         completion = CompletionOutput(
-            0, self._text, token_ids, reason, seq.stop_reason, cumulative, logprobs
-        )
+            0, self._text, token_ids, finish_reason=reason, stop_reason=seq.stop_reason,
+            cumulative_logprob=cumulative, logprobs=logprobs,
+        )  # fmt: skip
         return RequestOutput(
             self.request_id, self.command.prompt, seq.token_ids[: seq.num_prompt_tokens],
-            [completion], is_finished, seq.error, self._prompt_scores(),
+            [completion], is_finished, seq.error, prompt_logprobs=self._scores.prompt(),
         )  # fmt: skip
-
-    def _scores(self, num_tokens: int) -> tuple[float | None, list[PositionScores] | None]:
-        """The sum of the completion's scores, and the scores; None if they are not wanted."""
-        if self.seq.params.logprobs is None:
-            return None, None
-        for scores in self.seq.scores[len(self._logprobs) : num_tokens]:
-            self._cumulative_logprob += scores.logprobs[0]
-            self._logprobs.append(self._tokens.with_texts(scores))
-        return self._cumulative_logprob, list(self._logprobs)
-
-    def _prompt_scores(self) -> list[PositionScores | None] | None:
-        seq = self.seq
-        if seq.params.prompt_logprobs is None or seq.wants_prompt_scores:
-            return None
-        if self._prompt_logprobs is None:
-            scores = [seq.prompt_scores[i] for i in range(1, seq.num_prompt_tokens)]
-            self._prompt_logprobs = [None, *map(self._tokens.with_texts, scores)]
-        return self._prompt_logprobs
-
-
-class TokenTexts:
-    """Gives scored tokens their texts, each decoded once and by itself."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
-        self._tokenizer = tokenizer
-        self._texts: dict[int, str | None] = {}
-
-    def with_texts(self, scores: TokenScores) -> PositionScores:
-        """The scores by token, as a request's output has them.
-
-        Where a token is the one drawn and among the likeliest too, its rank among these counts.
-        """
-        return {
-            token: Logprob(logprob, rank, self._text(token))
-            for token, logprob, rank in zip(*scores, strict=True)
-        }
-
-    def _text(self, token: int) -> str | None:
-        if self._tokenizer is not None and token not in self._texts:
-            self._texts[token] = str(self._tokenizer.decode([token]))
-        return self._texts.get(token)
 
 
 def checked_request(
