@@ -23,9 +23,6 @@ class Logprob:
     decoded_token: str | None = None
 
 
-PositionScores = dict[int, Logprob]  # token id -> its score at one position
-
-
 @dataclass(frozen=True)
 class RequestMetrics:
     """When a request came, got its first token, and ended.
@@ -66,7 +63,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[PositionScores] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -94,4 +91,4 @@ class RequestOutput:
     finished: bool
     error: str | None = None
     metrics: RequestMetrics | None = None
-    prompt_logprobs: list[PositionScores | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -5,8 +5,7 @@ from transformers import PreTrainedTokenizerBase
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.stop_strings import StopStrings
-from nanovllm_jax.engine.token_texts import TokenTexts
-from nanovllm_jax.outputs import CompletionOutput, FinishReason, PositionScores
+from nanovllm_jax.outputs import CompletionOutput, FinishReason
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -53,17 +52,8 @@ class Completion:
         self._num_reported = len(token_ids)
         text = self._text.so_far() if self._text else ""
         return CompletionOutput(
-            seq.index, text, token_ids, *self._scores(len(token_ids)), reason, stop_reason
+            seq.index, text, token_ids, *self.scores.completion(len(token_ids)), reason, stop_reason
         )
-
-    def _scores(self, num_tokens: int) -> tuple[float | None, list[PositionScores] | None]:
-        """The sum of the tokens' scores, and the scores; None if they are not wanted."""
-        if self.seq.params.logprobs is None:
-            return None, None
-        for scores in self.seq.scores[len(self._logprobs) : num_tokens]:
-            self._cumulative_logprob += scores.logprobs[0]
-            self._logprobs.append(self._texts.with_texts(scores))
-        return self._cumulative_logprob, list(self._logprobs)
 
     def _add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:
         return self._text.add(token_ids, reason) if self._text else None

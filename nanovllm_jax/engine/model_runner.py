@@ -109,8 +109,8 @@ class PromptScores(NamedTuple):
 class ModelRunner:
     """Owns what is on the devices: the weights, and the state that steps update in place.
 
-    `dispatch` is `prepare_inputs`, then `run`, then `sample` if the batch asks for it; or
-    `run_steps` for several decode steps.
+    `dispatch` is `prepare_inputs`, then `run`, then `sample` or `sample_all` if the batch asks for
+    it, then `score_prompts`; or `run_steps` for several decode steps.
     """
 
     def __init__(self, config: EngineConfig):

@@ -15,8 +15,7 @@ from nanovllm_jax.engine.completion import Completion
 from nanovllm_jax.engine.edits import edits_of
 from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.engine.token_texts import TokenTexts
-from nanovllm_jax.outputs import PositionScores, RequestMetrics, RequestOutput
+from nanovllm_jax.outputs import RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -38,9 +37,7 @@ class Request:
         self.command = replace(command, numbers=numbers)
         self.request_id = numbers[0] if command.request_id is None else command.request_id
         self.seqs = make_sequences(self.command, config)
-        self._texts = TokenTexts(tokenizer if command.params.detokenize else None)
-        self._completions = [Completion(seq, tokenizer, self._texts) for seq in self.seqs]
-        self._prompt_logprobs: list[PositionScores | None] | None = None
+        self._completions = [Completion(seq, tokenizer) for seq in self.seqs]
         self._arrival_time, self._arrival = time.time(), time.perf_counter()
         self._num_left = len(self.seqs)  # completions that have not ended
         self._first_token_time: float | None = None
@@ -73,21 +70,11 @@ class Request:
             self.request_id, prompt, seq.token_ids[: seq.num_prompt_tokens], completions,
             finished=finished_time is not None, error=error,
             metrics=RequestMetrics(self._arrival_time, self._first_token_time, finished_time),
-            prompt_logprobs=self._prompt_scores(),
+            prompt_logprobs=self._completions[0].scores.prompt(),
         )  # fmt: skip
 
     def _now(self) -> float:
         return self._arrival_time + time.perf_counter() - self._arrival
-
-    def _prompt_scores(self) -> list[PositionScores | None] | None:
-        """The scores of the prompt's tokens, once there are all; the first completion has them."""
-        seq = self.seqs[0]
-        if seq.params.prompt_logprobs is None or seq.wants_prompt_scores:
-            return None
-        if self._prompt_logprobs is None:
-            scores = [seq.prompt_scores[i] for i in range(1, seq.num_prompt_tokens)]
-            self._prompt_logprobs = [None, *map(self._texts.with_texts, scores)]
-        return self._prompt_logprobs
 
 
 def checked_request(
