@@ -12,6 +12,7 @@ from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.edits import edits_of
+from nanovllm_jax.engine.grammar import Grammars
 from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.token_scores import TokenScores
@@ -24,6 +25,7 @@ class Request:
 
     Args:
         number: tells the engine's requests apart.
+        grammars: needed if the output must have a form.
     """
 
     def __init__(
@@ -32,10 +34,14 @@ class Request:
         number: int,
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
+        grammars: Grammars | None = None,
     ):
         self.command = replace(command, number=number)
         self.request_id = number if command.request_id is None else command.request_id
         self.seq = make_sequence(command, number, config)
+        if form := command.params.form:
+            assert grammars
+            self.seq.matcher = grammars.matcher(form)
         self._detokenizer = None
         if tokenizer is not None and command.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer)

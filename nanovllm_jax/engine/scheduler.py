@@ -162,7 +162,9 @@ class Scheduler:
             seq.in_flight -= 1
             seq.token_ids.append(token_id)
             self.pools[seq.shard].cache_full_blocks(seq)
-            if reason := self._end_of(seq, token_id):
+            if seq.matcher:
+                seq.error = seq.matcher.advance(token_id)
+            if reason := "error" if seq.error else self._end_of(seq, token_id):
                 self.finish(seq, reason)
             advanced.append(seq)
         return advanced
