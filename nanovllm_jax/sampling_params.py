@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nanovllm_jax.checks import (
     check_text,
@@ -13,6 +14,7 @@ from nanovllm_jax.checks import (
     plain,
     seed_rule,
 )
+from nanovllm_jax.structured_outputs import StructuredOutputsParams
 
 MOST_LOGPROBS = 20  # Likeliest tokens whose scores a request can have at each position.
 
@@ -22,7 +24,7 @@ OF_VLLM = {
     "completions are drawn one by one, no beam is searched": "use_beam_search beam_width "
     "length_penalty",
     "use logprobs, which gives dicts": "flat_logprobs logprob_token_ids",
-    "outputs follow no grammar": "guided_decoding structured_outputs",
+    "use structured_outputs, which has taken its place": "guided_decoding",
     "the tokenizer alone puts spaces between tokens": "spaces_between_special_tokens",
     "users cannot add sampling steps": "logits_processors extra_args",
     "use step_outputs for each token, generate for the end": "output_kind",
@@ -77,6 +79,8 @@ class SamplingParams:
             others. It takes the model's tokenizer.
         logprobs: return the log probability of each token, and of this many likeliest ones, 0 to
             20. They are those before temperature, filters, and all other options.
+        structured_outputs: the form that the output must have: `StructuredOutputsParams`, or a dict
+            with its names. It takes the model's tokenizer and the extra [structured].
         prompt_logprobs: the same for the prompt's tokens; such a prompt is computed in whole, also
             where the prefix cache has it.
 
@@ -107,6 +111,7 @@ class SamplingParams:
     bad_words: Collection[str] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self):
         check_types(self, vars(self))
@@ -154,7 +159,18 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not len(self.allowed_token_ids):
             raise ValueError("allowed_token_ids must name at least one token; None allows all")
         _check_bias(self.logit_bias)
+        if self.form and self.min_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} contradicts structured_outputs, whose form decides "
+                f"where the output ends; say the length in the form"
+            )
         _check_words(self.bad_words)
+
+    @property
+    def form(self) -> StructuredOutputsParams | None:
+        """What the output must be."""
+        form = self.structured_outputs
+        return None if form is None else StructuredOutputsParams.of(form)
 
     @property
     def filters(self) -> bool:
@@ -175,6 +191,7 @@ class SamplingParams:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         has_words = self.bad_words is not None and len(self.bad_words) > 0
         lists = self.logit_bias or self.allowed_token_ids is not None or has_words
+        lists = lists or self.structured_outputs is not None
         return bool(lists or self.min_tokens or penalties != (0, 0, 1))
 
     @property
@@ -196,6 +213,8 @@ class SamplingParams:
             options["allowed_token_ids"] = tuple(map(int, self.allowed_token_ids))
         if self.bad_words is not None:
             options["bad_words"] = tuple(map(str, self.bad_words))
+        if self.form is not None:
+            options["structured_outputs"] = self.form.frozen()
         return replace(self, **options)
 
 

@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.reported_scores import ReportedScores
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.stop_strings import StopStrings
 from nanovllm_jax.outputs import CompletionOutput, FinishReason
@@ -17,14 +18,12 @@ class Completion:
 
     Args:
         tokenizer: None leaves the text empty.
-        texts: gives scored tokens their texts.
     """
 
-    def __init__(self, seq: Sequence, tokenizer: PreTrainedTokenizerBase | None, texts: TokenTexts):
-        self.seq, self._texts = seq, texts
+    def __init__(self, seq: Sequence, tokenizer: PreTrainedTokenizerBase | None):
+        self.seq = seq
+        self.scores = ReportedScores(seq, tokenizer if seq.params.detokenize else None)
         self._num_reported = 0
-        self._logprobs: list[PositionScores] = []
-        self._cumulative_logprob = 0.0
         self._text = None
         if tokenizer is not None and seq.params.detokenize:
             self._text = _Text(tokenizer, seq.params)
@@ -51,8 +50,9 @@ class Completion:
             self._add([], reason)  # the engine adds no more: it may have been aborted
         self._num_reported = len(token_ids)
         text = self._text.so_far() if self._text else ""
+        cumulative, logprobs = self.scores.completion(len(token_ids))
         return CompletionOutput(
-            seq.index, text, token_ids, *self.scores.completion(len(token_ids)), reason, stop_reason
+            seq.index, text, token_ids, cumulative, logprobs, reason, stop_reason
         )
 
     def _add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:

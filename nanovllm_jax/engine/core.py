@@ -8,7 +8,7 @@ from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import commands, multihost
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import RequestId
-from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture
+from nanovllm_jax.engine.model_runner import ModelRunner, TokenFuture, Undrawn
 from nanovllm_jax.engine.owner import Owner
 from nanovllm_jax.engine.pace import Pace
 from nanovllm_jax.engine.request import Request
@@ -43,7 +43,8 @@ class EngineCore:
         self.requests: dict[int, Request] = {}  # of each sequence under way, by the sequence's id
         self.owners: dict[int, Owner] = {}  # the same for their owners
         self.pace = Pace(config, programs.platform)
-        self.in_flight: deque[tuple[Batch, TokenFuture]] = deque()  # dispatched, not yet read
+        # Dispatched, not yet read; the last one may not yet be drawn, either.
+        self.in_flight: deque[tuple[Batch, TokenFuture | Undrawn]] = deque()
         # Read, with their tokens and scores.
         self.rounds: deque[tuple[Batch, list[int], StepScores | None]] = deque()
 
@@ -156,6 +157,7 @@ class EngineCore:
         """Take in the oldest step, having read its batch; returns the count of `run_round`."""
         if self.in_flight and not self.rounds:
             batch, tokens = self.in_flight[0]
+            assert isinstance(tokens, TokenFuture)
             with self.pace.waiting(batch):
                 token_ids, scores = tokens.result(), tokens.scores()
             self.in_flight.popleft()
@@ -165,6 +167,8 @@ class EngineCore:
         )
         self.processes.record(commands.Collect())
         advanced = self.scheduler.postprocess(batch, token_ids, scores)
+        if self.in_flight and not self.rounds:
+            self._draw_next()
         assert advanced or batch.seqs or not self.requests, "requests are left, but none can run"
         if batch.is_prefill:
             for seq in advanced:
@@ -183,6 +187,13 @@ class EngineCore:
             seq = next(seq for seq in request.seqs if seq.seq_id == number)
             self.scheduler.finish(seq, "stop")
             self._end(seq)
+
+    def _draw_next(self) -> None:
+        """Draw the tokens of a step that has waited for those that were just read."""
+        batch, tokens = self.in_flight[0]
+        if isinstance(tokens, Undrawn):
+            assert self.runner
+            self.in_flight[0] = batch, self.runner.draw(tokens)
 
     def _end(self, seq: Sequence) -> None:
         """Forget a sequence that has ended; with a request's last one, tell its owner."""

@@ -86,6 +86,19 @@ class Packer:
                     row[1 + 4 * MOST_EDITS :] = _bits(allowed, num_words)
         return options.ravel()
 
+    def masks(self, shards: list[list[Sequence]], num_words: int) -> Int32[np.ndarray, " n"]:
+        """Write which tokens may come next, for at most NUM_OPTIONS sequences of each shard."""
+        packed = np.zeros((len(shards), NUM_OPTIONS, 1 + num_words), np.int32)
+        packed[:, :, 0] = self.padding_slot
+        for rows, seqs in zip(packed, shards, strict=True):
+            for row, seq in zip(rows, seqs, strict=False):
+                assert seq.matcher
+                row[0] = seq.slot
+                seq.matcher.write_mask(row[1:])
+                if (allowed := seq.params.allowed_token_ids) is not None:
+                    row[1:] &= _bits(allowed, num_words)
+        return packed.ravel()
+
     def score_requests(self, shards: list[list[tuple[int, int]]]) -> list[Int32[np.ndarray, " n"]]:
         """Write what calls of `score_prompt` take, as many calls as it needs.
 
@@ -142,7 +155,7 @@ def _write(row: Int32[np.ndarray, " R"], seq: Sequence) -> None:
     row[_FLOATS] = np.array(floats, np.float32).view(np.int32)
     row[Column.PROMPT] = seq.num_prompt_tokens
     row[Column.NUM_EDITS] = len(seq.edits)
-    row[Column.IS_ALLOWED_SET] = params.allowed_token_ids is not None
+    row[Column.IS_ALLOWED_SET] = params.allowed_token_ids is not None or seq.matcher is not None
     row[Column.MIN_END] = min(seq.num_prompt_tokens + params.min_tokens, np.iinfo(np.int32).max)
     row[len(Column) : len(Column) + len(seq.block_table)] = seq.block_table
 

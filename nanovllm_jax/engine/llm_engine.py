@@ -15,6 +15,7 @@ from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import AddRequest, RequestId
 from nanovllm_jax.engine.core import EngineCore
 from nanovllm_jax.engine.engine_thread import EngineThread
+from nanovllm_jax.engine.grammar import Grammars
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.owner import Owner
 from nanovllm_jax.engine.prompts import Prompt
@@ -168,14 +169,26 @@ class LLMEngine:
     ) -> AddRequest:
         """The command that adds a request; TypeError or ValueError if it could never run."""
         self._check_usable()
-        return checked_request(
+        command = checked_request(
             prompt, params, request_id, self.tokenizer, self.config, self._num_blocks,
             self._eos_token_ids,
         )  # fmt: skip
+        if form := command.params.form:
+            self._grammars.matcher(form)  # compiles it, or says why not
+        return command
 
     def _request(self, command: AddRequest) -> Request:
         numbers = [next(self._numbers) for _ in range(command.params.n)]
-        return Request(command, numbers, self.config, self.tokenizer)
+        grammars = self._grammars if command.params.form else None
+        return Request(command, numbers, self.config, self.tokenizer, grammars)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs needs the model's tokenizer, which is not there")
+        if jax.process_count() > 1:
+            raise ValueError("structured_outputs needs an engine of one process; this has several")
+        return Grammars(self.tokenizer, self.vocab_size, self._eos_token_ids)
 
     def _check_usable(self) -> None:
         self._thread.check_usable()

@@ -28,6 +28,14 @@ from nanovllm_jax.weights import layers_apart, load_weights, random_weights
 log = logging.getLogger("nanovllm_jax")
 
 
+class Undrawn(NamedTuple):
+    """A step that runs, and whose tokens wait for those of the step before it; see `draw`."""
+
+    batch: Batch
+    inputs: PreparedBatch
+    tokens: jax.Array  # as drawn from the step's own logits
+
+
 class TokenFuture:
     """The tokens that a call samples, and their scores, on their way to the host.
 
@@ -130,15 +138,29 @@ class ModelRunner:
             if self.programs.platform == "gpu" and not config.enforce_eager:
                 self.warm_up()
 
-    def dispatch(self, batch: Batch) -> TokenFuture:
-        """Start a step on the devices and return at once; its tokens come with the future."""
+    def dispatch(self, batch: Batch) -> TokenFuture | Undrawn:
+        """Start a step on the devices and return at once; its tokens come with the future.
+
+        Where what may be drawn depends on a token that the host has not read, only the part of the
+        step up to its hidden states starts, which needs the token itself, but no mask.
+        """
         inputs = self.prepare_inputs(batch)
         if batch.num_steps > 1:
             return TokenFuture(self.run_steps(inputs), inputs.order)
-        tokens, order, scores, prompts = self.run(inputs), inputs.order, None, None
+        undrawn = Undrawn(batch, inputs, self.run(inputs))
+        rows = zip(batch.seqs, batch.yields_token, strict=True)
+        if any(seq.matcher and yields and seq.in_flight > 1 for seq, yields in rows):
+            return undrawn
+        return self.draw(undrawn)
+
+    def draw(self, undrawn: Undrawn) -> TokenFuture:
+        """Draw the tokens of the last step, if its own drawing is not all that its rows ask for."""
+        batch, inputs, tokens = undrawn
+        order, scores, prompts = inputs.order, None, None
         drawn = [s for s, yields in zip(batch.seqs, batch.yields_token, strict=True) if yields]
         if any(seq.needs_sample_all for seq in drawn):
             self.put_options(batch)
+            self.put_masks(batch)
             tokens, scores, order = self.sample_all(inputs)
             if all(seq.params.logprobs is None for seq in drawn):
                 scores = None
@@ -209,6 +231,20 @@ class ModelRunner:
         assert self.programs.put_options
         self.state = self.programs.put_options(self.state, self._place(packed))
 
+    def put_masks(self, batch: Batch) -> None:
+        """Have the devices know which tokens may come next, in rows whose outputs have a form."""
+        shards: list[list[Sequence]] = [[] for _ in range(self.programs.batch_shards)]
+        for seq, yields in zip(batch.seqs, batch.yields_token, strict=True):
+            if seq.matcher and yields and not seq.is_finished:
+                shards[seq.shard].append(seq)
+        for start in range(0, max(map(len, shards)), NUM_OPTIONS):
+            part = [seqs[start : start + NUM_OPTIONS] for seqs in shards]
+            self._put_masks(self.packer.masks(part, self.programs.num_words))
+
+    def _put_masks(self, packed: Int32[np.ndarray, " n"]) -> None:
+        assert self.programs.put_masks
+        self.state = self.programs.put_masks(self.state, self._place(packed))
+
     def score_prompts(self, batch: Batch) -> PromptScores:
         """Score the prompts' tokens that follow those of the last prefill, where wanted."""
         shards: list[list[ScoredToken]] = []
@@ -257,6 +293,7 @@ class ModelRunner:
                         self.run_steps(inputs)
                     self.run(inputs)
                     self._put_options(self.packer.options([[] for _ in shards], num_words))
+                    self._put_masks(self.packer.masks([[] for _ in shards], num_words))
                     self.sample_all(inputs)
                     for packed in self.packer.score_requests([[(0, 0)] for _ in shards]):
                         self._score_prompt(packed)
@@ -282,7 +319,7 @@ class ModelRunner:
         programs = self.programs
         programs.steps, programs.decode_steps = {}, {}
         programs.samples, programs.samples_all = {}, {}
-        programs.score_prompt = programs.put_options = None
+        programs.score_prompt = programs.put_options = programs.put_masks = None
 
     def describe_memory(self) -> str:
         """The devices' memory in words."""

@@ -174,6 +174,14 @@ def read_options(
     return slots[:, 0], edits, words
 
 
+def read_masks(
+    packed: Int32[Array, " n"], num_words: int
+) -> tuple[Int32[Array, " N"], Int32[Array, "N V/32"]]:
+    """The slots and allowed tokens of a packed array of masks: [ slot | allowed tokens, V/32 ]."""
+    masks = packed.reshape(-1, 1 + num_words)
+    return masks[:, 0], masks[:, 1:]
+
+
 def option_width(num_words: int) -> int:
     """Integers of one option; see `read_options`."""
     return 1 + 4 * MOST_EDITS + num_words

@@ -13,6 +13,7 @@ from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.commands import AddRequest
 from nanovllm_jax.engine.completion import Completion
 from nanovllm_jax.engine.edits import edits_of
+from nanovllm_jax.engine.grammar import Grammars
 from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import RequestMetrics, RequestOutput
@@ -25,6 +26,7 @@ class Request:
     Args:
         numbers: tell the engine's sequences apart, one for each completion.
         tokenizer: None leaves the texts empty, and finds no stop strings.
+        grammars: needed if the output must have a form.
     """
 
     def __init__(
@@ -33,10 +35,15 @@ class Request:
         numbers: Items[int],
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
+        grammars: Grammars | None = None,
     ):
         self.command = replace(command, numbers=numbers)
         self.request_id = numbers[0] if command.request_id is None else command.request_id
         self.seqs = make_sequences(self.command, config)
+        if form := command.params.form:
+            assert grammars
+            for seq in self.seqs:
+                seq.matcher = grammars.matcher(form)
         self._completions = [Completion(seq, tokenizer) for seq in self.seqs]
         self._arrival_time, self._arrival = time.time(), time.perf_counter()
         self._num_left = len(self.seqs)  # completions that have not ended

@@ -160,7 +160,9 @@ class Scheduler:
             if scores and seq.params.logprobs is not None:  # first: who sees a token sees its score
                 seq.scores.append(scores.of_row(row, token_id, seq.params.logprobs))
             seq.in_flight -= 1
-            seq.finish_reason = self._end_of(seq, token_id)
+            if seq.matcher:
+                seq.error = seq.matcher.advance(token_id)
+            seq.finish_reason = "error" if seq.error else self._end_of(seq, token_id)
             seq.token_ids.append(token_id)  # second: whoever reads a last token reads the reason
             self.pools[seq.shard].cache_full_blocks(seq)
             if seq.finish_reason:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from nanovllm_jax.engine.edits import Edit
+from nanovllm_jax.engine.grammar import Matcher
 from nanovllm_jax.engine.token_scores import TokenScores
 from nanovllm_jax.outputs import FinishReason
 from nanovllm_jax.sampling_params import SamplingParams
@@ -36,6 +37,7 @@ class Sequence:
     max_tokens: int  # params.max_tokens, capped by max_model_len
     edits: list[Edit] = field(default_factory=list)  # of its logits, as `params` asks for
     index: int = 0  # among the request's completions
+    matcher: Matcher | None = None  # of params.structured_outputs, up to the last token read
     num_prompt_tokens: int = field(init=False)
     needs_sample_all: bool = field(init=False)  # see SamplingParams; asked at each step
     status: Status = Status.WAITING

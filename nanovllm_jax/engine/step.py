@@ -26,6 +26,7 @@ from nanovllm_jax.engine.packed import (
     penalties_of,
     prefill_inputs,
     read_decode,
+    read_masks,
     read_options,
     read_prefill,
     sampling_of,
@@ -187,6 +188,10 @@ class StepFunctions:
         """Write the options of some slots, the same number in each shard of the batch."""
         edits, allowed = self._put_options(packed, state.edits, state.allowed)
         return state._replace(edits=edits, allowed=allowed)
+
+    def put_masks(self, state: DeviceState, packed: Int32[Array, " n"]) -> DeviceState:
+        """Write the allowed tokens alone of some slots, the same number in each shard."""
+        return state._replace(allowed=self._put_masks(packed, state.allowed))
 
     def logits(
         self,
@@ -415,6 +420,14 @@ class StepFunctions:
             return put(edits, new_edits), put(allowed, words)
 
         return self._by_row(on_shard)(packed, edits, allowed)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _put_masks(self, packed, allowed):
+        def on_shard(packed, allowed):
+            slots, words = read_masks(packed, allowed.shape[1])
+            return _put_at(slots, allowed, words)
+
+        return self._by_row(on_shard)(packed, allowed)
 
     @functools.partial(jax.jit, static_argnames="self")
     def _split(self, packed):
