@@ -157,7 +157,7 @@ class EngineCore:
         """Take in the oldest step, having read its batch; returns the count of `run_round`."""
         if self.in_flight and not self.rounds:
             batch, tokens = self.in_flight[0]
-            assert isinstance(tokens, TokenFuture)
+            assert not isinstance(tokens, Undrawn)
             with self.pace.waiting(batch):
                 token_ids, scores = tokens.result(), tokens.scores()
             self.in_flight.popleft()
