@@ -366,7 +366,7 @@ def test_options_survive_the_way_to_other_processes():
         stop_token_ids=[7], logprobs=3, prompt_logprobs=0, repetition_penalty=1.1,
     ).frozen()  # fmt: skip
     edits = [Edit(3, 1.5, 0, 0), Edit(7, -math.inf, -1, 1)]
-    command = commands.AddRequest([1, 2], params, edits=edits, number=4)
+    command = commands.AddRequest([1, 2], params, edits=edits, numbers=[4])
     assert commands.decode(commands.encode([command])) == [command]
 
 

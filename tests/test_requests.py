@@ -196,7 +196,7 @@ def test_numpys_numbers_are_taken_and_travel_as_pythons():
     )  # fmt: skip
     assert numpy.changes_logits and numpy.frozen() == python
     assert {type(value) for value in vars(numpy.frozen()).values()} == {
-        float, int, bool, frozenset, dict, tuple
+        float, int, bool, frozenset, dict, tuple, type(None)
     }  # fmt: skip
     (sent,) = decode(encode([AddRequest([1], numpy.frozen())]))
     lists = {"stop_token_ids": None, "stop": None}

@@ -148,7 +148,7 @@ def test_an_end_token_that_is_read_while_the_request_ends_has_no_text(llm):
     """The engine's thread adds the token and then ends the sequence; an output may come between."""
     params = SamplingParams(skip_special_tokens=False)
     seq = Sequence(0, IDS, params, seed=0, max_tokens=9)
-    completion = Completion(0, seq, llm.tokenizer)
+    completion = Completion(seq, llm.tokenizer)
     seq.token_ids += llm.tokenizer.encode("ab")
     assert completion.output().text == "ab"
     seq.finish_reason = "stop"
