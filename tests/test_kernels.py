@@ -26,6 +26,7 @@ from pallas_kernels import (
     gumbel,
     mosaic_prefill,
     mosaic_problem,
+    mosaic_product,
     norm_rope_write,
     paged_decode,
     paged_prefill,
@@ -39,7 +40,7 @@ from pallas_kernels.paged_decode import _choose_splits, _paged_decode_triton
 # The package's attributes of these names are functions.
 decode_module = sys.modules["pallas_kernels.paged_decode"]
 draw_module = sys.modules["pallas_kernels.draw"]
-gated_module = sys.modules["pallas_kernels.gated_linear"]
+
 
 IMPLEMENTATIONS = ("xla", "triton")
 LAYERS, LAYER = 3, 1
@@ -582,9 +583,9 @@ def test_mosaic_prefill_matches_dense_attention(shape, monkeypatch):
     ],
 )
 def test_gated_linear_matches_float32(num_rows, width, num_out, options, cluster, monkeypatch):
-    monkeypatch.setattr(gated_module, "PROGRAMS", 4)  # so that each has several tiles
+    monkeypatch.setattr(mosaic_product, "PROGRAMS", 4)  # so that each has several tiles
     params = mgpu.InterpretGPUParams(detect_races=True)  # which jax 0.12 raises
-    monkeypatch.setattr(gated_module, "mosaic_interpreter", lambda interpret: params)
+    monkeypatch.setattr(mosaic_product, "mosaic_interpreter", lambda interpret: params)
     check_gated_linear(num_rows, width, num_out, cluster=cluster, interpret=True, **options)
 
 
