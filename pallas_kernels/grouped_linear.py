@@ -145,9 +145,8 @@ def _expert_mlp_mosaic(x, gate_up, down, experts, layer, *, interpret) -> Float[
     num_tokens, num_experts = len(x), gate_up.shape[1]
     order, blocks, used = schedule(experts, num_experts, TILE_ROWS)
     rows = x[lax.div(order, jnp.int32(experts.size // num_tokens))]
-    run = dict(blocks=blocks, used=used, interpret=interpret)
-    gated = gated_blocks(rows, gate_up, layer, **run)
-    outputs = down_blocks(gated, down, layer, **run)
+    gated = gated_blocks(rows, gate_up, layer, blocks, used, interpret=interpret)
+    outputs = down_blocks(gated, down, layer, blocks, used, interpret=interpret)
     return outputs[places(experts, order, num_experts, TILE_ROWS)]
 
 
