@@ -23,8 +23,8 @@ from pallas_kernels._common import (
     use_interpreter,
 )
 
-# Comparisons of a row with an expert that one program of the schedule's kernel makes at most, in
-# a few us. Beyond, sorting is less work, and some launches more do not count.
+# Comparisons of a row with an expert that one program of the schedule's kernel makes at most: 4,096
+# for each of its threads. Beyond, sorting is less work, and some launches more do not count.
 _MOST_COMPARED = 2**19
 
 
@@ -259,7 +259,7 @@ def _schedule_kernel(experts_ref, order_ref, blocks_ref, *, num_experts: int, bl
     block = jnp.arange(next_power_of_2(num_blocks))
     last = jnp.where(own < num_experts, cdiv(rows, block_rows), num_blocks - first_block)
     of_block = (
-        jnp.minimum(own, num_experts - 1) + 0 * block,
+        jnp.broadcast_to(jnp.minimum(own, num_experts - 1), block.shape),
         first + block * block_rows,
         jnp.clip(rows - block * block_rows, 0, block_rows),
     )
