@@ -11,8 +11,8 @@ from jaxtyping import Array, Int32
 
 from pallas_kernels._common import cdiv, next_power_of_2
 
-# Comparisons of a row with an expert that one program of the kernel makes at most, in a few us.
-# Beyond, sorting is less work, and some launches more do not count.
+# Comparisons of a row with an expert that one program of the kernel makes at most: 4,096 for each
+# of its threads. Beyond, sorting is less work, and some launches more do not count.
 _MOST_COMPARED = 2**19
 
 
@@ -132,7 +132,7 @@ def _kernel(experts_ref, order_ref, blocks_ref, *, num_experts: int, block_rows:
     block = jnp.arange(next_power_of_2(num_blocks))
     last = jnp.where(own < num_experts, cdiv(rows, block_rows), num_blocks - first_block)
     of_block = (
-        jnp.minimum(own, num_experts - 1) + 0 * block,
+        jnp.broadcast_to(jnp.minimum(own, num_experts - 1), block.shape),
         first + block * block_rows,
         jnp.clip(rows - block * block_rows, 0, block_rows),
     )
