@@ -95,10 +95,10 @@ def gated_linear(
     settings.check(width)
     row_tiles = pl.cdiv(num_rows, cluster * TILE_ROWS)
 
-    def tile(layer, row_tile, column_tile):
-        row, column = row_tile * TILE_ROWS, column_tile * TILE_COLUMNS
+    def tile(layer, _, column_tile):
+        column = column_tile * TILE_COLUMNS
         gate = layer[0] * (2 * num_out) + column
-        return Tile(row, (gate, gate + num_out), row, column)
+        return Tile((gate, gate + num_out), column)
 
     return persistent_product(
         x, weight.reshape(-1, width), jnp.reshape(layer, 1),

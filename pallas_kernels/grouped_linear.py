@@ -144,9 +144,11 @@ def _expert_mlp_mosaic(x, gate_up, down, experts, layer, *, interpret) -> Float[
     """
     num_tokens, num_experts = len(x), gate_up.shape[1]
     order, blocks, used = schedule(experts, num_experts, TILE_ROWS)
-    rows = x[lax.div(order, jnp.int32(experts.size // num_tokens))]
-    gated = gated_blocks(rows, gate_up, layer, blocks, used, interpret=interpret)
-    outputs = down_blocks(gated, down, layer, blocks, used, interpret=interpret)
+    # Behind a block's last row follow others, whose outputs nobody reads.
+    rows = order.at[blocks[:, 1:2] + jnp.arange(TILE_ROWS)].get(mode="clip").reshape(-1)
+    of_blocks = x[lax.div(rows, jnp.int32(experts.size // num_tokens))]
+    gated = gated_blocks(of_blocks, gate_up, layer, blocks[:, 0], used, interpret=interpret)
+    outputs = down_blocks(gated, down, layer, blocks[:, 0], used, interpret=interpret)
     return outputs[places(experts, order, num_experts, TILE_ROWS)]
 
 

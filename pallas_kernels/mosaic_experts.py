@@ -9,7 +9,6 @@ from pallas_kernels.mosaic_product import (
     DEPTH,
     STAGES,
     TILE_COLUMNS,
-    TILE_ROWS,
     Plan,
     Settings,
     Tile,
@@ -29,35 +28,32 @@ def supports_mosaic_experts(width: int, hidden: int, dtype: DTypeLike) -> bool:
 
 
 def gated_blocks(
-    x: BFloat16[Array, "R D"],
+    x: BFloat16[Array, "blocks*128 D"],
     gate_up: BFloat16[Array, "L E 2 F D"],
     layer: Int32[Array, ""],
-    blocks: Int32[Array, "blocks 3"],
+    experts: Int32[Array, " blocks"],
     used: Int32[Array, ""],
     *,
     interpret: bool,
 ) -> BFloat16[Array, "blocks*128 F"]:
-    """Return silu(gate(x)) * up(x) of each block's rows, one block's 128 behind the other's.
+    """Return silu(gate(x)) * up(x) of each block's 128 rows.
 
     Args:
-        x: rows sorted by their expert.
-        blocks: of each block its expert, its first row and its number of rows, up to 128. What is
-            in its place behind those rows is of no use, and may be NaN.
+        experts: of the blocks.
         used: the blocks that count, which come first. The places of others are not written.
     """
     _, num_experts, _, hidden, width = gate_up.shape
 
     def tile(table, block, column_tile):
-        expert, row = table[2 + 2 * block], table[3 + 2 * block]
         column = column_tile * TILE_COLUMNS
-        gate = (table[0] * num_experts + expert) * (2 * hidden) + column
-        return Tile(row, (gate, gate + hidden), block * TILE_ROWS, column)
+        gate = (table[0] * num_experts + table[2 + block]) * (2 * hidden) + column
+        return Tile((gate, gate + hidden), column)
 
     plan = Plan(lambda table: table[1], hidden // TILE_COLUMNS, tile, gate_and_up)
     return persistent_product(
-        x, gate_up.reshape(-1, width), _table(layer, blocks, used), plan, SETTINGS,
-        most_row_tiles=len(blocks), out_shape=(len(blocks) * TILE_ROWS, hidden),
-        interpret=interpret, name="expert_gate_up",
+        x, gate_up.reshape(-1, width), _table(layer, experts, used), plan, SETTINGS,
+        most_row_tiles=len(experts), out_shape=(len(x), hidden), interpret=interpret,
+        name="expert_gate_up",
     )  # fmt: skip
 
 
@@ -65,7 +61,7 @@ def down_blocks(
     gated: BFloat16[Array, "blocks*128 F"],
     down: BFloat16[Array, "L E D F"],
     layer: Int32[Array, ""],
-    blocks: Int32[Array, "blocks 3"],
+    experts: Int32[Array, " blocks"],
     used: Int32[Array, ""],
     *,
     interpret: bool,
@@ -74,22 +70,21 @@ def down_blocks(
     _, num_experts, width, hidden = down.shape
 
     def tile(table, block, column_tile):
-        row, column = block * TILE_ROWS, column_tile * (2 * TILE_COLUMNS)
-        first = (table[0] * num_experts + table[2 + 2 * block]) * width + column
-        return Tile(row, (first, first + TILE_COLUMNS), row, column)
+        column = column_tile * (2 * TILE_COLUMNS)
+        first = (table[0] * num_experts + table[2 + block]) * width + column
+        return Tile((first, first + TILE_COLUMNS), column)
 
     def both_halves(products):
         return [products[:, :TILE_COLUMNS], products[:, TILE_COLUMNS:]]
 
     plan = Plan(lambda table: table[1], width // (2 * TILE_COLUMNS), tile, both_halves)
     return persistent_product(
-        gated, down.reshape(-1, hidden), _table(layer, blocks, used), plan, SETTINGS,
-        most_row_tiles=len(blocks), out_shape=(len(gated), width), interpret=interpret,
+        gated, down.reshape(-1, hidden), _table(layer, experts, used), plan, SETTINGS,
+        most_row_tiles=len(experts), out_shape=(len(gated), width), interpret=interpret,
         name="expert_down",
     )  # fmt: skip
 
 
-def _table(layer, blocks, used) -> Int32[Array, " n"]:
-    """The layer, the number of blocks, and the expert and first row of each."""
-    head = jnp.stack([layer, used]).astype(jnp.int32)
-    return jnp.concatenate([head, blocks[:, :2].reshape(-1)])
+def _table(layer, experts, used) -> Int32[Array, " n"]:
+    """The layer, the number of blocks, and the expert of each."""
+    return jnp.concatenate([jnp.stack([layer, used]).astype(jnp.int32), experts])

@@ -46,11 +46,13 @@ Ref = Any  # a reference inside a kernel; Pallas has no public type for it
 
 
 class Tile(NamedTuple):
-    """Where a tile's operands and its output begin."""
+    """Where a tile's weights and its output begin.
 
-    x_row: Any
+    The rows are multiples of 8, the tiling of shared memory. On a GPU, and only there, a copy from
+    any other row begins at the multiple below.
+    """
+
     weight_rows: tuple[Any, Any]  # of either half
-    out_row: Any
     out_column: Any
 
 
@@ -59,7 +61,7 @@ class Plan(NamedTuple):
 
     row_tiles: Callable[[Ref], Any]  # tiles of a cluster, one below the other
     column_tiles: int
-    tile: Callable[[Ref, Any, Any], Tile]  # of this row tile of a program and this column tile
+    tile: Callable[[Ref, Any, Any], Tile]  # by the row tile of a program and the column tile
     finish: Callable[[Any], list]  # products [ROWS, 256] -> outputs [ROWS, 128] side by side
 
 
@@ -96,6 +98,8 @@ def persistent_product(
     name: str,
 ) -> BFloat16[Array, "M F"]:
     """Multiply rows of x by rows of the weight, tile by tile as the plan says.
+
+    A tile's outputs lie in the same rows as those of x.
 
     Args:
         table: what the plan's functions read: a layer's number, the experts of rows.
@@ -176,8 +180,9 @@ def _kernel(*operands, plan: Plan, settings: Settings, clusters: int, **scratch)
         def body(n, _):
             number = cluster + n * clusters
             row, column = _tile_at(number, row_tiles, plan.column_tiles, settings.band)
-            tile = plan.tile(refs.table, row * settings.cluster + member, column)
-            work(refs, smem, settings.stages, n * steps, tile)
+            row_tile = row * settings.cluster + member
+            tile = plan.tile(refs.table, row_tile, column)
+            work(refs, smem, settings.stages, n * steps, row_tile * TILE_ROWS, tile)
 
         lax.fori_loop(0, rounds, body, None)
 
@@ -219,18 +224,18 @@ def _slot(step, stages: int):
     return lax.rem(step, jnp.int32(stages))
 
 
-def _copy_tile(refs: Operands, smem: Scratch, stages: int, step, tile: Tile):
-    """Copy x and the weight of one tile; `step` counts the steps before it."""
+def _copy_tile(refs: Operands, smem: Scratch, stages: int, step, row, tile: Tile):
+    """Copy x and the weight of the tile at `row`; `step` counts the steps before it."""
 
     def copy_step(k, _):
         slot = _slot(step + k, stages)
         columns = pl.ds(k * DEPTH, DEPTH)
         ready = smem.ready.at[slot]
         pl.when(step + k >= stages)(lambda: mgpu.barrier_wait(smem.free.at[slot]))
-        x = refs.x.at[pl.ds(tile.x_row, TILE_ROWS), columns]
+        x = refs.x.at[pl.ds(row, TILE_ROWS), columns]
         mgpu.copy_gmem_to_smem(x, smem.x_ring.at[slot], ready)
-        for half, row in enumerate(tile.weight_rows):
-            weight = refs.weight.at[pl.ds(row, TILE_COLUMNS), columns]
+        for half, first in enumerate(tile.weight_rows):
+            weight = refs.weight.at[pl.ds(first, TILE_COLUMNS), columns]
             target = smem.w_ring.at[slot, pl.ds(half * TILE_COLUMNS, TILE_COLUMNS)]
             mgpu.copy_gmem_to_smem(weight, target, ready, collective_axes="member")
 
@@ -238,9 +243,9 @@ def _copy_tile(refs: Operands, smem: Scratch, stages: int, step, tile: Tile):
 
 
 def _compute_tile(
-    warpgroup, finish, lead: int, refs: Operands, smem: Scratch, stages: int, step, tile: Tile
+    warpgroup, finish, lead: int, refs: Operands, smem: Scratch, stages: int, step, row, tile: Tile
 ):
-    """Compute one warpgroup's rows of a tile; `step` counts the steps before it."""
+    """Compute one warpgroup's rows of the tile at `row`; `step` counts the steps before it."""
     own = pl.ds(warpgroup * ROWS, ROWS)
     steps = refs.x.shape[1] // DEPTH
 
@@ -274,7 +279,7 @@ def _compute_tile(
     shape = (ROWS, 2 * TILE_COLUMNS)
     sums = pl.run_scoped(product, mgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     rows = smem.rows.at[warpgroup]
-    out_rows = pl.ds(tile.out_row + warpgroup * ROWS, ROWS)
+    out_rows = pl.ds(row + warpgroup * ROWS, ROWS)
     for i, outputs in enumerate(finish(sums)):
         mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there before has left
         rows[...] = outputs.astype(refs.out.dtype)
