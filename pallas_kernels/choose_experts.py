@@ -46,7 +46,7 @@ def choose_experts(
     Raises:
         ValueError: there are fewer experts than choices, or the implementation is unknown.
 
-    XLA takes a softmax and sorts all scores, with four kernels around it.
+    XLA computes the softmax first and then sorts all scores, in kernels of their own.
     """
     check_implementation(implementation)
     num_tokens, num_experts = scores.shape

@@ -47,8 +47,8 @@ def expert_rows(
     """Return residual + the weighted sum of the MLPs of the experts that rms_norm(x) chose.
 
     Two Triton kernels do it: gate and up of every pair of a token and its choice; then down, which
-    adds up the choices of a token. Like `fused_linear`, they read weights once and as fast as
-    memory gives them, and leave the tensor cores alone.
+    adds up the choices of a token. Like `fused_linear`, they read each pair's weights once, and
+    leave the tensor cores alone.
 
     Args:
         gate_up, down: the weights of all layers and experts, so that no slice must be copied.
@@ -62,15 +62,20 @@ def expert_rows(
         interpret: run the kernels in Pallas's interpreter; None: if there is no GPU.
 
     Raises:
-        ValueError: the shapes do not fit the kernels (`supports_expert_rows`).
+        ValueError: the shapes do not fit each other or the kernels (`supports_expert_rows`).
     """
     (num_tokens, width), num_choices = x.shape, choices.shape[1]
     _, num_experts, _, hidden, _ = gate_up.shape
-    if not supports_expert_rows(choices.size, num_experts, hidden, width, x.dtype):
+    same = (
+        gate_up.shape[2:] == (2, hidden, width)
+        and down.shape[1:] == (num_experts, width, hidden)
+        and choices.shape == weights.shape == (num_tokens, num_choices)
+    )
+    if not same or not supports_expert_rows(choices.size, num_experts, hidden, width, x.dtype):
         raise ValueError(
             f"expert_rows takes 16-bit rows whose pairs are at most a quarter of the experts, and "
-            f"sizes in multiples of 128, not {x.dtype}{x.shape} with {num_choices} choices, of "
-            f"{gate_up.shape}"
+            f"sizes in multiples of 128, not {x.dtype}{x.shape} with choices {choices.shape}, "
+            f"weights {weights.shape}, gate_up {gate_up.shape} and down {down.shape}"
         )
     call = functools.partial(
         pl.pallas_call,

@@ -22,10 +22,14 @@ from pallas_kernels._common import (
     next_power_of_2,
     use_interpreter,
 )
-
-# Comparisons of a row with an expert that one program of the schedule's kernel makes at most, in
-# a few us. Beyond, sorting is less work, and some launches more do not count.
-_MOST_COMPARED = 2**19
+from pallas_kernels.expert_schedule import (
+    places,
+    schedule,
+    schedule_triton,
+    supports_schedule_triton,
+)
+from pallas_kernels.mosaic_experts import down_blocks, gated_blocks, supports_mosaic_experts
+from pallas_kernels.mosaic_product import TILE_ROWS
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "interpret"))
@@ -49,7 +53,7 @@ def expert_mlp(
         weights: the factors of the chosen experts' outputs. The sum is taken in float32 in the
             order of the choices, and rounded once.
         layer: the layer whose weights are used.
-        implementation: "mosaic" is the Triton kernels, too.
+        implementation: "mosaic" is the Triton kernels for rows that are few or of odd sizes.
         interpret: run the kernels in Pallas's interpreter; None: if there is no GPU.
 
     Raises:
@@ -76,7 +80,11 @@ def expert_mlp(
         outputs = _expert_mlp_xla(x, gate_up[layer], down[layer], experts)
     else:
         interpret = use_interpreter(interpret)
-        outputs = _expert_mlp_triton(x, gate_up, down, experts, layer, interpret=interpret)
+        many = _block_rows(experts.size, num_experts, 16, TILE_ROWS) == TILE_ROWS
+        fits = many and supports_mosaic_experts(width, hidden, x.dtype)
+        kernels = implementation == "mosaic" and fits
+        run = _expert_mlp_mosaic if kernels else _expert_mlp_triton
+        outputs = run(x, gate_up, down, experts, layer, interpret=interpret)
     # Rows of experts elsewhere were never written: they may be NaN, which no factor undoes.
     outputs = jnp.where(here[:, :, None], outputs.reshape(*choices.shape, width), 0)
     terms = outputs.astype(jnp.float32) * weights.astype(jnp.float32)[:, :, None]
@@ -93,42 +101,6 @@ def _block_rows(num_rows: int, num_experts: int, least: int, most: int) -> int:
     return max(least, min(most, next_power_of_2(max(1, 2 * num_rows // num_experts))))
 
 
-def _schedule(
-    experts: Int32[Array, " R"], num_experts: int, block_rows: int
-) -> tuple[Int32[Array, " R"], Int32[Array, "blocks 3"], Int32[Array, ""]]:
-    """Sort the rows by expert, and cut them into blocks of one expert.
-
-    Args:
-        experts: each row's expert. A number outside 0 to E-1 is none: the row is in no block.
-
-    Returns:
-        The rows in the order of their experts; of each block its expert, the place of its first row
-        in that order, and its number of rows; and the number of blocks that have any: they are the
-        first ones.
-    """
-    num_rows = experts.size
-    experts = jnp.where((experts >= 0) & (experts < num_experts), experts, num_experts)
-    # The key holds the row itself: an unstable sort of one array is enough.
-    keys = jnp.sort(experts * num_rows + jnp.arange(num_rows, dtype=jnp.int32))
-    order = lax.rem(keys, jnp.int32(num_rows))
-    before = experts[None, :] < jnp.arange(num_experts + 1, dtype=jnp.int32)[:, None]
-    firsts = before.sum(axis=1, dtype=jnp.int32)  # [E+1]
-    counts = firsts[1:] - firsts[:-1]
-    ends = jnp.cumsum(cdiv(counts, block_rows), dtype=jnp.int32)  # in blocks
-
-    num_blocks = _most_blocks(num_rows, num_experts, block_rows)
-    block = jnp.arange(num_blocks, dtype=jnp.int32)
-    expert = (ends[None, :] <= block[:, None]).sum(axis=1, dtype=jnp.int32)
-    expert = jnp.minimum(expert, num_experts - 1)  # blocks past the end find no rows left there
-    offset = (block - jnp.append(0, ends)[expert]) * block_rows
-    rows = jnp.clip(counts[expert] - offset, 0, block_rows)
-    return order, jnp.stack([expert, firsts[expert] + offset, rows], axis=1), ends[-1]
-
-
-def _most_blocks(num_rows: int, num_experts: int, block_rows: int) -> int:
-    return num_rows // block_rows + min(num_experts, num_rows)
-
-
 # --- XLA -------------------------------------------------------------------------------------
 
 
@@ -137,7 +109,7 @@ def _expert_mlp_xla(x, gate_up, down, experts) -> Float[Array, "R D"]:
     (num_tokens, width), num_rows = x.shape, experts.size
     num_experts, _, hidden, _ = gate_up.shape
     block_rows = _block_rows(num_rows, num_experts, 1, 128)
-    order, blocks, used = _schedule(experts, num_experts, block_rows)
+    order, blocks, used = schedule(experts, num_experts, block_rows)
     order = jnp.pad(order, (0, block_rows))  # a block always reads block_rows of them
 
     def block_step(b, outputs):
@@ -162,6 +134,24 @@ def _dot(a, b):
     )  # fmt: skip
 
 
+# --- Mosaic ----------------------------------------------------------------------------------
+
+
+def _expert_mlp_mosaic(x, gate_up, down, experts, layer, *, interpret) -> Float[Array, "R D"]:
+    """Two kernels over blocks of 128 rows, between a gather and a gather back to the rows' order.
+
+    TMA copies need rows that lie next to each other, and cannot leave out a block's last ones.
+    """
+    num_tokens, num_experts = len(x), gate_up.shape[1]
+    order, blocks, used = schedule(experts, num_experts, TILE_ROWS)
+    # Behind a block's last row follow others, whose outputs nobody reads.
+    rows = order.at[blocks[:, 1:2] + jnp.arange(TILE_ROWS)].get(mode="clip").reshape(-1)
+    of_blocks = x[lax.div(rows, jnp.int32(experts.size // num_tokens))]
+    gated = gated_blocks(of_blocks, gate_up, layer, blocks[:, 0], used, interpret=interpret)
+    outputs = down_blocks(gated, down, layer, blocks[:, 0], used, interpret=interpret)
+    return outputs[places(experts, order, num_experts, TILE_ROWS)]
+
+
 # --- Triton ----------------------------------------------------------------------------------
 
 
@@ -172,10 +162,10 @@ def _expert_mlp_triton(x, gate_up, down, experts, layer, *, interpret) -> Float[
     # float32 products run on the plain units and need many registers: smaller tiles.
     half = x.dtype.itemsize == 2
     block_rows = _block_rows(num_rows, num_experts, 16, 128 if half else 16)
-    if num_rows * num_experts <= _MOST_COMPARED:
-        order, blocks = _schedule_triton(experts, num_experts, block_rows, interpret=interpret)
+    if supports_schedule_triton(num_rows, num_experts):
+        order, blocks = schedule_triton(experts, num_experts, block_rows, interpret=interpret)
     else:
-        order, blocks, _ = _schedule(experts, num_experts, block_rows)
+        order, blocks, _ = schedule(experts, num_experts, block_rows)
     # Columns read at a time and outputs of a program. Few rows are bound by the bytes of weights:
     # many small programs read them in parallel. Many rows are bound by products: large tiles.
     many = block_rows >= 64
@@ -201,70 +191,6 @@ def _expert_mlp_triton(x, gate_up, down, experts, layer, *, interpret) -> Float[
     matrix = gate_up.reshape(-1, width)
     gated = call(gate_up_kernel, x, matrix, hidden, block_n // 2, "expert_gate_up")
     return call(_down_kernel, gated, down.reshape(-1, hidden), width, block_n, "expert_down")
-
-
-def _schedule_triton(
-    experts: Int32[Array, " R"], num_experts: int, block_rows: int, *, interpret: bool
-) -> tuple[Int32[Array, " R+1"], Int32[Array, "blocks 3"]]:
-    """Return the first two results of `_schedule` by one kernel, where XLA starts six.
-
-    The order leaves out the rows that are in no block. Its last place is for what is masked: the
-    interpreter writes that, too.
-    """
-    num_blocks = _most_blocks(experts.size, num_experts, block_rows)
-    return pl.pallas_call(
-        functools.partial(_schedule_kernel, num_experts=num_experts, block_rows=block_rows),
-        grid=(num_experts + 1,),
-        out_shape=(
-            jax.ShapeDtypeStruct((experts.size + 1,), jnp.int32),
-            jax.ShapeDtypeStruct((num_blocks, 3), jnp.int32),
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="expert_schedule",
-    )(experts)
-
-
-def _schedule_kernel(experts_ref, order_ref, blocks_ref, *, num_experts: int, block_rows: int):
-    """Run one program per expert, which counts all rows and places its own; the last ends blocks.
-
-    A row comes after those of experts before its own, and after those of its own before it.
-    """
-    num_rows, num_blocks = experts_ref.shape[0], blocks_ref.shape[0]
-    own, expert = pl.program_id(0), jnp.arange(next_power_of_2(num_experts))
-
-    def rows_and_experts(i, size):
-        row = i * size + jnp.arange(size)
-        found = plgpu.load(experts_ref.at[row], mask=row < num_rows, other=num_experts)
-        return row, jnp.where(row < num_rows, found, -1)
-
-    def count(i, counts):
-        _, found = rows_and_experts(i, 64)
-        return counts + (expert[:, None] == found[None, :]).astype(jnp.int32).sum(axis=1)
-
-    counts = lax.fori_loop(0, cdiv(num_rows, 64), count, jnp.zeros(expert.shape, jnp.int32))
-    before = expert < jnp.minimum(own, num_experts)
-    first = jnp.where(before, counts, 0).sum()
-    first_block = jnp.where(before, cdiv(counts, block_rows), 0).sum()
-    rows = jnp.where((expert == own) & (own < num_experts), counts, 0).sum()
-
-    def place(i, placed):
-        row, found = rows_and_experts(i, 1024)
-        mine = (found == own) & (own < num_experts)
-        rank = placed + lax.cumsum(mine.astype(jnp.int32)) - 1
-        plgpu.store(order_ref.at[jnp.where(mine, first + rank, num_rows)], row, mask=mine)
-        return placed + mine.astype(jnp.int32).sum()
-
-    lax.fori_loop(0, cdiv(num_rows, 1024), place, jnp.int32(0))
-    block = jnp.arange(next_power_of_2(num_blocks))
-    last = jnp.where(own < num_experts, cdiv(rows, block_rows), num_blocks - first_block)
-    of_block = (
-        jnp.minimum(own, num_experts - 1) + 0 * block,
-        first + block * block_rows,
-        jnp.clip(rows - block * block_rows, 0, block_rows),
-    )
-    for i, value in enumerate(of_block):
-        plgpu.store(blocks_ref.at[first_block + block, i], value, mask=block < last)
 
 
 def _gate_up_kernel(

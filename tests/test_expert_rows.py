@@ -128,6 +128,15 @@ def test_what_is_not_taken_is_refused():
     gate_up, down = jnp.ones((1, 16, 2, 128, 128), x.dtype), jnp.ones((1, 16, 128, 128), x.dtype)
     with pytest.raises(ValueError, match="a quarter of the experts"):
         expert_rows(x, gate_up, down, choices, jnp.ones((2, 4)), jnp.int32(0))
+    gate_up, down = jnp.ones((1, 32, 2, 128, 128), x.dtype), jnp.ones((1, 32, 128, 128), x.dtype)
+    args = dict(x=x, gate_up=gate_up, down=down, choices=choices, weights=jnp.ones((2, 4)))
+    expert_rows(**args, layer=jnp.int32(0))
+    for wrong in (
+        dict(x=x[:1]), dict(x=jnp.ones((2, 256), x.dtype)), dict(gate_up=gate_up[:, :, :1]),
+        dict(down=down[:, :16]), dict(weights=jnp.ones((2, 3))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"gate_up .* and down"):
+            expert_rows(**(args | wrong), layer=jnp.int32(0))
 
 
 @pytest.mark.parametrize("normalize", [False, True])

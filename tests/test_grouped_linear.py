@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from h100 import kernels_in, lower_for_h100
+from jax.experimental.pallas import mosaic_gpu as mgpu
 
-from pallas_kernels import expert_mlp
-from pallas_kernels.grouped_linear import _block_rows, _schedule, _schedule_triton
+from pallas_kernels import expert_mlp, mosaic_product
+from pallas_kernels.expert_schedule import places, schedule, schedule_triton
+from pallas_kernels.grouped_linear import _block_rows
 
 LAYERS, LAYER = 3, 1
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}  # of the largest output
@@ -115,6 +117,17 @@ def test_experts_of_other_devices_add_nothing(implementation):
             check_expert_mlp(implementation, choices, **SMALL)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's interpreter is too old")
+@pytest.mark.parametrize("low", [0, -3])  # with -3, some are another device's
+def test_expert_mlp_by_mosaic(low, monkeypatch):
+    monkeypatch.setattr(mosaic_product, "PROGRAMS", 3)  # so that each has several tiles
+    params = mgpu.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(mosaic_product, "mosaic_interpreter", lambda interpret: params)
+    choices = low + choose(np.random.default_rng(4), 150, 2, 4)  # blocks of 128 and of less
+    shape = dict(num_experts=4, width=512, hidden=256, dtype="bfloat16")
+    check_expert_mlp("mosaic", choices, **shape)
+
+
 @each_implementation
 def test_repeated_choices_add_up(implementation):
     check_expert_mlp(implementation, np.array([[3, 3, 1, 3], [1, 1, 1, 1]]), **SMALL)
@@ -146,8 +159,8 @@ def test_schedule(num_rows, num_experts, block_rows):
     for spread in (num_experts + 1, min(2, num_experts), 1):  # `num_experts` is no expert
         experts = rng.integers(0, spread, num_rows).astype(np.int32)
         experts[rng.random(num_rows) < 0.1] = -3  # no expert, either
-        *schedule, used = _schedule(jnp.asarray(experts), num_experts, block_rows)
-        order, blocks = map(np.asarray, schedule)
+        *got, used = schedule(jnp.asarray(experts), num_experts, block_rows)
+        order, blocks = map(np.asarray, got)
         seen = [order[first : first + rows] for _, first, rows in blocks]
         for (expert, _, rows), members in zip(blocks, seen, strict=True):
             assert 0 <= rows <= block_rows and (experts[members] == expert).all()
@@ -155,7 +168,12 @@ def test_schedule(num_rows, num_experts, block_rows):
         assert sorted(there) == list(np.flatnonzero((experts >= 0) & (experts < num_experts)))
         assert (blocks[:used, 2] > 0).all() and not blocks[used:, 2].any()
 
-        kernel = functools.partial(_schedule_triton, interpret=True)
+        at = places(jnp.asarray(experts), jnp.asarray(order), num_experts, block_rows)
+        for b, (_, first, rows) in enumerate(blocks):
+            members = order[first : first + rows]
+            np.testing.assert_array_equal(at[members], b * block_rows + np.arange(rows))
+
+        kernel = functools.partial(schedule_triton, interpret=True)
         order, blocks_too = map(np.asarray, kernel(jnp.asarray(experts), num_experts, block_rows))
         np.testing.assert_array_equal(order[: len(there)], there)
         np.testing.assert_array_equal(blocks_too[:, 2], blocks[:, 2])

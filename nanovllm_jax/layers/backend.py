@@ -188,8 +188,8 @@ class XlaBackend(_PlainLinear):
         stacks, place = [gate_up.weight[...], down.weight[...]], layer
         if kernels == "xla":  # on a CPU the weights of a layer are arrays of their own
             stacks, place = [stack[layer][None] for stack in stacks], jnp.int32(0)
-        x, residual = _split(x, norm)[0], plain(x)
-        norm = None if x is not residual else norm
+        residual = plain(x)
+        x, norm = _split(x, norm)
         rows = len(scores) // sharding.size("batch")
         _, experts, _, hidden, width = sharding.local_shape(stacks[0].shape, (None, *gate_up.axes))
         fits = supports_expert_rows(rows * choice.count, experts, hidden, width, x.dtype)
