@@ -28,8 +28,8 @@ class LLM(LLMEngine):
             max_position_embeddings.
         num_scheduler_steps: most decode steps that the device takes in one call, while nothing
             arrives and the host would hold it up otherwise; their tokens come together (default 4).
-        gpu_memory_utilization: share, in (0, 1], of the memory that JAX holds of each GPU to use
-            for weights, steps and KV cache (default 0.9).
+        gpu_memory_utilization: share, in (0, 1], of each GPU's memory to use for weights, steps and
+            KV cache (default 0.9). JAX's pool is the most: up to 0.95 of it.
         tensor_parallel_size: devices to split the model over, 1 to 8 (default 1).
         mesh_shape: instead, devices along each axis of the mesh, {"data": 2, "tensor": 4}: "data"
             splits the sequences and their cache, "tensor" the model. num_kvcache_blocks is then

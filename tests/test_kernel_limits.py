@@ -38,8 +38,9 @@ def sized(card, model, dtype):
     """Blocks as memory alone would have them, and as kernels can address them."""
     layers, heads, head_dim, weights = MODELS[model]
     block = 2 * layers * PAGE * heads * head_dim * jnp.dtype(DTYPES[dtype]).itemsize
-    limit = int(CARDS[card] * 0.95 * GIB)
-    budget = memory.gpu_budget(limit, int(weights * GIB), GIB, 0.9)
+    total = CARDS[card] * GIB
+    sizes = memory.Sizes(total, int(0.95 * total), int(weights * GIB))
+    budget = memory.gpu_budget(sizes, GIB, 0.9)
     blocks = memory.num_cache_blocks(budget, block)
     shape = (layers, blocks, PAGE, heads, head_dim)
     return shape, addressable_pages(shape, DTYPES[dtype])
@@ -61,14 +62,12 @@ def test_whatever_fits_a_card_is_cut_to_what_kernels_address(card, model, dtype)
     assert at_once == pages, "and what was cut is not cut again"
 
 
-def test_what_the_limits_cost():
-    """The shares of the cache that are lost, on cards up to an H200 and for models in use."""
-    losses = {}
+def test_the_limits_cost_no_cache_by_default():
+    """On cards up to an H200 and for models in use, nothing lies between 2**31 and 2**32 bytes."""
     for card, model in itertools.product(list(CARDS)[:5], list(MODELS)[:-1]):
         if MODELS[model][3] < 0.8 * CARDS[card]:
             shape, pages = sized(card, model, "fp8")
-            losses[card, model] = round(1 - pages / shape[1], 2)
-    assert {key: loss for key, loss in losses.items() if loss} == {("H100", "Qwen3-32B"): 0.2}
+            assert pages == shape[1], (card, model)
 
 
 @pytest.mark.parametrize("elements", [2**31, 2**31 + 2**20, 2**32, 2**32 + 2**20])

@@ -53,14 +53,26 @@ def test_a_small_card_leaves_room_too():
 def test_the_cache_is_sized_from_what_this_engine_uses():
     """nano-vLLM's formula counted other processes' memory, and gave negative numbers of blocks."""
     block = 2 * 2 * 2 * 16 * 4 * 256
-    figures = {"limit": 2 * GIB, "in_use": 0, "step": 0, "utilization": 0.9}
-    budget = memory.gpu_budget(**figures)
+    sizes, step, share = memory.Sizes(total=2 * GIB, pool=2 * GIB, in_use=0), 0, 0.9
+    budget = memory.gpu_budget(sizes, step, share)
     assert budget.num_bytes == int(0.9 * 2 * GIB) - memory.MARGIN_BYTES
     blocks = memory.num_cache_blocks(budget, block)
     assert 0.9 * budget.num_bytes <= blocks * block <= budget.num_bytes
-    for less in ({"in_use": GIB}, {"step": GIB}, {"utilization": 0.5}):
-        smaller = memory.num_cache_blocks(memory.gpu_budget(**(figures | less)), block)
+    half = sizes._replace(pool=GIB)
+    for less in (
+        (sizes._replace(in_use=GIB), step, share), (sizes, GIB, share), (sizes, step, 0.5),
+        (half, step, share),
+    ):  # fmt: skip
+        smaller = memory.num_cache_blocks(memory.gpu_budget(*less), block)
         assert 0 < smaller < blocks
+
+
+def test_the_share_is_of_the_card_and_the_pool_is_the_most():
+    """As vLLM counts. Of the pool's share, 30B-A3B had a smaller cache than there."""
+    sizes = memory.Sizes(total=80 * GIB, pool=76 * GIB, in_use=0)
+    by_share = {share: memory.gpu_budget(sizes, 0, share).num_bytes for share in (0.9, 0.95, 1.0)}
+    margin = memory.MARGIN_BYTES
+    assert by_share == {0.9: 72 * GIB - margin, 0.95: 76 * GIB - margin, 1.0: 76 * GIB - margin}
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -88,8 +100,8 @@ def test_a_cache_on_a_cpu_is_no_larger_than_its_sequences():
 
 
 def test_no_room_is_an_error_with_the_numbers():
-    budget = memory.gpu_budget(limit=GIB, in_use=700 * MIB, step=0, utilization=0.9)
-    with pytest.raises(ValueError, match=r"1024 MiB x 0.9 .* 700 .* a block takes 1.00 MiB.*Raise"):
+    budget = memory.gpu_budget(memory.Sizes(GIB, GIB, 700 * MIB), step=0, utilization=0.9)
+    with pytest.raises(ValueError, match=r"0.9 x 1024 MiB,.* 700 .* a block takes 1.00 MiB.*Raise"):
         memory.num_cache_blocks(budget, MIB)
 
 
@@ -141,9 +153,10 @@ def test_without_an_account_of_jax_the_drivers_figures_count():
     """The allocator "platform" keeps none, and `memory_stats()` is None."""
     pools = [{"bytes_limit": 70 * GIB, "bytes_in_use": GIB}, {"bytes_limit": 60, "bytes_in_use": 3}]
     gpus = [GpuMemory(70 * GIB, 80 * GIB), GpuMemory(60 * GIB, 79 * GIB)]
-    assert memory.sizes(pools, gpus) == (60, GIB)
+    assert memory.sizes(pools, gpus) == (79 * GIB, 60, GIB)
+    assert memory.sizes(pools, []) == (60, 60, GIB)
     for less in (None, {"bytes_in_use": 3}):
-        assert memory.sizes([pools[0], less], gpus) == (79 * GIB, 19 * GIB)
+        assert memory.sizes([pools[0], less], gpus) == (79 * GIB, 79 * GIB, 19 * GIB)
         with pytest.raises(ValueError, match="set num_kvcache_blocks"):
             memory.sizes([pools[0], less], [])
 

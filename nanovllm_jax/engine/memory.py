@@ -59,19 +59,28 @@ class Budget(NamedTuple):
     account: str
 
 
-def gpu_budget(limit: int, in_use: int, step: int, utilization: float) -> Budget:
-    """What is left for the cache on a GPU, all in bytes.
+class Sizes(NamedTuple):
+    """Bytes of the GPU that has the least of several."""
+
+    total: int  # of the card
+    pool: int  # that JAX may use for arrays
+    in_use: int  # of the pool, on the GPU where it is the most
+
+
+def gpu_budget(sizes: Sizes, step: int, utilization: float) -> Budget:
+    """What is left for the cache on a GPU.
 
     Args:
-        limit: size of JAX's pool.
-        in_use: what weights and other arrays take of it.
-        step: what the largest step takes beside them.
-        utilization: share of the pool to use.
+        sizes: of the GPU; weights and other arrays are in use already.
+        step: bytes that the largest step takes beside them.
+        utilization: share of the card to use; the pool is the most.
     """
-    left = int(limit * utilization) - in_use - step - MARGIN_BYTES
+    limit = min(int(sizes.total * utilization), sizes.pool)
+    left = limit - sizes.in_use - step - MARGIN_BYTES
     account = (
-        f"{limit // MIB} MiB x {utilization} - weights and other arrays {in_use // MIB} - largest "
-        f"step {step // MIB} - margin {MARGIN_BYTES // MIB} = {left // MIB} MiB"
+        f"{utilization} x {sizes.total // MIB} MiB, at most {sizes.pool // MIB} of JAX's pool - "
+        f"weights and other arrays {sizes.in_use // MIB} - largest step {step // MIB} - margin "
+        f"{MARGIN_BYTES // MIB} = {left // MIB} MiB"
     )
     return Budget(left, account)
 
@@ -82,11 +91,12 @@ def cpu_budget(memory: int) -> Budget:
     return Budget(left, f"{CPU_CACHE_SHARE:.1%} of {memory // MIB} MiB memory = {left // MIB} MiB")
 
 
-def sizes(pools: Sequence[Pool], gpus: Sequence[GpuMemory]) -> tuple[int, int]:
-    """The bytes that each of several GPUs has for arrays, and the most that are in use on one.
+def sizes(pools: Sequence[Pool], gpus: Sequence[GpuMemory]) -> Sizes:
+    """What several GPUs have for arrays, and what is in use.
 
-    They are those of JAX's pool. Some of its allocators keep no account; then the driver's figures
-    of the whole card count, with whatever else is on it.
+    The driver tells of the card, and JAX of its pool. Some of its allocators keep no account; then
+    the driver's figures of the whole card count, with whatever else is on it. If the driver tells
+    nothing, the pool is all there is.
 
     Args:
         pools, gpus: as for `describe`.
@@ -94,16 +104,19 @@ def sizes(pools: Sequence[Pool], gpus: Sequence[GpuMemory]) -> tuple[int, int]:
     Raises:
         ValueError: neither tells.
     """
+    known = len(gpus) == len(pools)
     if all(pool and "bytes_limit" in pool for pool in pools):
         found = [(pool["bytes_limit"], pool["bytes_in_use"]) for pool in pools if pool]
-    elif len(gpus) == len(pools):
+    elif known:
         found = [(gpu.total, gpu.total - gpu.free) for gpu in gpus]
     else:
         raise ValueError(
             "the KV cache cannot be sized, because neither JAX nor the driver tells how much "
             "memory the devices have: set num_kvcache_blocks"
         )
-    return min(limit for limit, _ in found), max(in_use for _, in_use in found)
+    pool = min(limit for limit, _ in found)
+    total = min(gpu.total for gpu in gpus) if known else pool
+    return Sizes(total, pool, max(in_use for _, in_use in found))
 
 
 def num_cache_blocks(budget: Budget, block_bytes: int, most: int | None = None) -> int:

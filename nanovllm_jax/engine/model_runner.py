@@ -359,9 +359,9 @@ class ModelRunner:
             budget = memory.cpu_budget(host.memory_bytes())
             most = config.max_num_seqs * self.programs.table_width
         else:
-            limit, in_use = memory.sizes(*self._memory())
+            sizes = memory.sizes(*self._memory())
             step = self.programs.step_bytes(self.weights) + self.programs.state_bytes
-            budget = memory.gpu_budget(limit, in_use, step, config.gpu_memory_utilization)
+            budget = memory.gpu_budget(sizes, step, config.gpu_memory_utilization)
             most = None
         blocks = memory.num_cache_blocks(budget, block_bytes, most)
         blocks = smallest(self.programs.addressable_blocks(blocks))  # of the processes'
