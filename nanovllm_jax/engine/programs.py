@@ -329,7 +329,8 @@ class Programs:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
         buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
         specs = [self.step_spec(bucket, PROBE_BLOCKS, weights) for bucket in buckets]
-        specs.append(self.sample_all_spec(self.most_rows, PROBE_BLOCKS, weights))
+        samples = self.sample_spec, self.sample_all_spec
+        specs += [spec(self.most_rows, PROBE_BLOCKS, weights) for spec in samples]
         largest = 0
         for step in self._compile(specs, weights):
             m = step.memory_analysis()
