@@ -37,6 +37,7 @@ from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models.checkpoint import STACKED, sources
 from nanovllm_jax.models.config import ModelConfig
 from nanovllm_jax.models.decoder import Decoder
+from nanovllm_jax.tools.shapes import as_json
 from scripts import demo_data, demo_evaluation, stories
 from scripts.demo_data import CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, TURN_END
 
@@ -387,7 +388,7 @@ def export(folder: Path, trainer: Trainer, tokenizer: Tokenizer) -> None:
     weights = save(checkpoint(config, trainer.params), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)  # save_file's would be its owner's alone
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "config.json", config.as_json())
+    write_json(folder / "config.json", as_json(config))
     write_json(
         folder / "generation_config.json",
         {"do_sample": False, "eos_token_id": [turn_end, text_end], "pad_token_id": text_end},

@@ -12,7 +12,7 @@ from helpers import config_json
 
 from nanovllm_jax import LLM
 from nanovllm_jax.models import ModelConfig
-from nanovllm_jax.tools.shapes import SHAPES, write_config
+from nanovllm_jax.tools.shapes import SHAPES, as_json, write_config
 
 # --- published files, with the keys that they are published with ---
 
@@ -479,7 +479,7 @@ def test_a_config_that_is_written_is_read_back(written, tmp_path_factory, shape,
     config = read(written(config_json(shape, eos_token_id=eos)))
     for again in (config, config.sharded(lambda axis: {"vocab": 4}.get(axis, 1))):
         path = tmp_path_factory.mktemp("again")
-        (path / "config.json").write_text(json.dumps(again.as_json()))
+        (path / "config.json").write_text(json.dumps(as_json(again)))
         assert read(path) == config
 
 

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models.config_file import read_settings
-from nanovllm_jax.models.families import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -127,46 +125,3 @@ class ModelConfig:
             ValueError: they ask for something that the engine does not compute, or are damaged.
         """
         return cls(**read_settings(path))
-
-    def as_json(self) -> dict[str, Any]:
-        """The config.json of this model, in the spelling that transformers 4 and 5 both read."""
-        eos, rope, family = list(self.eos_token_ids), self.rope, ARCHITECTURES[self.architecture]
-        switches = {
-            key: getattr(self, switch)
-            for switch, key in family.switches.items()
-            if isinstance(key, str)
-        }
-        if "no_rope_layers" in family.defaults:
-            switches["no_rope_layers"] = [
-                int(i not in self.layers_without_rope) for i in range(self.num_layers)
-            ]
-        if "num_experts" in family.defaults:
-            switches |= {
-                "num_experts": self.num_experts,
-                "num_experts_per_tok": self.experts_per_token,
-                "moe_intermediate_size": self.expert_size,
-                "decoder_sparse_step": 1,
-                "mlp_only_layers": list(self.dense_layers),
-            }
-        return switches | {
-            "architectures": [self.architecture],
-            "model_type": family.model_type,
-            "vocab_size": self.vocab_size - self.vocab_padding,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads // self.kv_head_copies,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": rope.theta,
-            "rope_scaling": (
-                None if rope.kind == "default" else {"rope_type": rope.kind, **dict(rope.numbers)}
-            ),
-            "sliding_window": self.sliding_window,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": self.dtype,
-            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        }

@@ -1,4 +1,4 @@
-"""The shapes of published models, for measurements with random weights."""
+"""The shapes of published models, for measurements with random weights, and their config.json."""
 
 import argparse
 import contextlib
@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nanovllm_jax.layers.rope import Rope
 from nanovllm_jax.models import ModelConfig
+from nanovllm_jax.models.families import ARCHITECTURES
 
 # Hidden size, width of the MLP, layers and query heads by size, and whether the head is tied.
 _SIZES = {
@@ -54,9 +56,53 @@ def full_name(size: str) -> str:
     return f"Qwen3-{size}" if SHAPES[size].architecture.startswith("Qwen3") else size
 
 
+def as_json(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model, in the spelling that transformers 4 and 5 both read."""
+    eos, rope, family = list(config.eos_token_ids), config.rope, ARCHITECTURES[config.architecture]
+    switches = {
+        key: getattr(config, switch)
+        for switch, key in family.switches.items()
+        if isinstance(key, str)
+    }
+    if "no_rope_layers" in family.defaults:
+        switches["no_rope_layers"] = [
+            int(i not in config.layers_without_rope) for i in range(config.num_layers)
+        ]
+    if "num_experts" in family.defaults:
+        switches |= {
+            "num_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.expert_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(config.dense_layers),
+        }
+    return switches | {
+        "architectures": [config.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size - config.vocab_padding,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads // config.kv_head_copies,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": (
+            None if rope.kind == "default" else {"rope_type": rope.kind, **dict(rope.numbers)}
+        ),
+        "sliding_window": config.sliding_window,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": config.dtype,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }
+
+
 def write_config(config: ModelConfig, directory: Path) -> None:
     """Write the config.json of a model into its directory."""
-    (directory / "config.json").write_text(json.dumps(config.as_json()))
+    (directory / "config.json").write_text(json.dumps(as_json(config)))
 
 
 @contextlib.contextmanager
