@@ -1,6 +1,5 @@
 """The sampling options that a model's makers recommend, in its generation_config.json."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,7 @@ def recommended_sampling(directory: Path) -> dict[str, Any]:
     settings = read_json(path)
     if settings.get("do_sample") is False:
         settings |= {"temperature": 0.0} | dict.fromkeys(("top_k", "top_p", "min_p"))
-    known = {field.name for field in fields(SamplingParams)}
-    found = {
-        name: settings[key]
-        for key, name in NAMES.items()
-        if settings.get(key) is not None and name in known
-    }
+    found = {name: settings[key] for key, name in NAMES.items() if settings.get(key) is not None}
     try:
         SamplingParams(**found)
     except (TypeError, ValueError) as error:

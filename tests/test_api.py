@@ -186,10 +186,12 @@ def test_the_models_own_sampling_options_are_there_to_pass(fake_engine, checkpoi
     path = shutil.copytree(checkpoint(tokenizer=True), tmp_path / "model")
     assert fake_engine(path).get_default_sampling_params() == SamplingParams()
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    settings |= {"repetition_penalty": 1.05, "max_new_tokens": 5}
     (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
     llm = fake_engine(path)
     params = llm.get_default_sampling_params()
-    assert params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    others = {"repetition_penalty": 1.05, "max_tokens": 5}
+    assert params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, **others)
     assert llm.generate(["a"], params, use_tqdm=False)
     (path / "generation_config.json").write_text(json.dumps(settings | {"top_p": 2}))
     with pytest.raises(
