@@ -16,11 +16,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.engine.prompts import encode
-from nanovllm_jax.outputs import RequestOutput
+from nanovllm_jax.outputs import Logprob, RequestOutput
 from nanovllm_jax.tools.options import (
     DEMO_MODEL,
     ENGINE_ERRORS,
@@ -46,8 +46,8 @@ from nanovllm_jax.tools.options import (
 
 logger = logging.getLogger("nanovllm_jax")
 
-# Tokens that are scored in one call of the engine. Their scores stay on the host until it returns,
-# about 0.4 kB a token, and a GPU is busy with them for seconds.
+# Tokens that are scored in one call of the engine. Their scores take the host 0.8 GB until it
+# returns, and keep a GPU busy for seconds, so that the pause between two calls does not count.
 ROUND_TOKENS = 2**20
 
 # A continuation's text with its context, and the tokens of both.
@@ -88,7 +88,7 @@ class NanoVLLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return self.tokenizer.eos_token_id
+        return self.tokenizer.eos_token_id  # pyright: ignore[reportReturnType]
 
     @property
     def prefix_token_id(self) -> int:
@@ -96,7 +96,7 @@ class NanoVLLM(TemplateLM):
         if self._prefix_token_id is not None:
             return self._prefix_token_id
         first = self.tokenizer.bos_token_id
-        return self.eot_token_id if first is None else first
+        return self.eot_token_id if first is None else first  # pyright: ignore[reportReturnType]
 
     @property
     def max_length(self) -> int:
@@ -147,8 +147,7 @@ class NanoVLLM(TemplateLM):
         windows: list[Scorable] = []
         documents: list[int] = []  # the document that each window is of
         for document, request in enumerate(requests):
-            [text] = request.args
-            token_ids = self.tok_encode(text)
+            token_ids = self.tok_encode(request.arguments[0])
             for window in get_rolling_token_windows(
                 token_ids, self.prefix_token_id, self.max_length, context_len=1
             ):
@@ -213,9 +212,8 @@ class NanoVLLM(TemplateLM):
         """
         prompts, params = [], []
         for request in requests:
-            context, options = request.args
-            prompts.append(self.tok_encode(context))
-            params.append(_sampling(options, self.max_gen_toks))
+            prompts.append(self.tok_encode(request.arguments[0]))
+            params.append(_sampling(request.arguments[1], self.max_gen_toks))
         outputs = self.llm.generate_outputs(prompts, params, use_tqdm=not disable_tqdm)
         return [_checked(output).outputs[0].text for output in outputs]
 
@@ -238,12 +236,11 @@ def _sampling(options: dict[str, Any], max_gen_toks: int) -> SamplingParams:
 
 def _score(output: RequestOutput, continuation: list[int]) -> tuple[float, bool]:
     """The log probability of the prompt's last tokens, and whether each was the likeliest."""
-    positions = _checked(output).prompt_logprobs
-    assert positions is not None
+    # A prompt's first token has None, but a continuation never has that token.
+    positions = cast(list[dict[int, Logprob]], _checked(output).prompt_logprobs)
     scores = [
         position[token]
         for token, position in zip(continuation, positions[-len(continuation) :], strict=True)
-        if position is not None  # it is for a prompt's first token, which no continuation has
     ]
     return sum(score.logprob for score in scores), all(score.rank == 1 for score in scores)
 
@@ -256,6 +253,8 @@ def _checked(output: RequestOutput) -> RequestOutput:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates the model on the tasks, prints their table, and writes the results."""
+    if args.no_think and not args.apply_chat_template:
+        raise UsageError("--no-think does nothing without --apply-chat-template")
     manager = TaskManager(include_path=args.include_path)
     tasks = args.tasks.split(",")
     for task in tasks:
@@ -267,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
         with refusals(ValueError):
             thinking = {"enable_thinking": False} if args.no_think else {}
             model = NanoVLLM(llm, chat_template_kwargs=thinking)
-        results = lm_eval.simple_evaluate(
+        results = simple_evaluate(
             model,
             tasks=tasks,
             num_fewshot=args.num_fewshot,
