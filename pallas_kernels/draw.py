@@ -178,15 +178,23 @@ def _kernel(
         """Return the highest score of this part, its column, and the second highest score."""
 
         def step(block, state):
-            best, second, block_of_best = state
             cols = block * _BLOCK + lanes
             logits = plgpu.load(logits_ref.at[b, cols], mask=cols < width, other=-jnp.inf)
-            scores = kept(logits) + temperature * noise(random_bits(words, first_id + cols))
-            if first_ref is not None or vocab_size < width:
-                scores = jnp.where(first_id + cols < vocab_size, scores, -jnp.inf)
-            block_of_best = jnp.where(scores > best, block, block_of_best)
-            second = jnp.maximum(second, jnp.minimum(best, scores))
-            return jnp.maximum(best, scores), second, block_of_best
+            logits = kept(logits)
+
+            def look():
+                best, second, block_of_best = state
+                scores = logits + temperature * noise(random_bits(words, first_id + cols))
+                if first_ref is not None or vocab_size < width:
+                    scores = jnp.where(first_id + cols < vocab_size, scores, -jnp.inf)
+                new_block = jnp.where(scores > best, block, block_of_best)
+                new_second = jnp.maximum(second, jnp.minimum(best, scores))
+                return jnp.maximum(best, scores), new_second, new_block
+
+            if thresholds_ref is None:
+                return look()
+            # Most blocks have nothing left, which is seen sooner than noise is made.
+            return lax.cond(logits.max() > -jnp.inf, look, lambda: state)
 
         start = part * blocks_per_part
         end = jnp.minimum(start + blocks_per_part, pl.cdiv(width, _BLOCK))
