@@ -131,7 +131,8 @@ def _choose(
     def too_unlikely(keys):
         return [weight(_float(key)) < min_p for key in keys]
 
-    floor = _largest(too_unlikely, bits=1) + 1  # the lowest that min_p keeps
+    # The lowest key that min_p keeps.
+    floor = _largest(too_unlikely, bits=1, digits=32 * (min_p > 0).astype(jnp.int32)) + 1
     counts, sums = (top_k > 0) & (top_k < width), top_p < 1
     everything = bound == _LOWEST  # lanes have kept all that there is
     bound = _key(bound)
@@ -140,20 +141,16 @@ def _choose(
         """Whether all entries from this key on are among the lanes' best."""
         return everything | (key > bound)
 
-    def search(above, mass_above, bits):
-        """Apply the filters, given the number or the mass of entries above some keys."""
-
-        def find(wanted, weighed):
-            return _largest(lambda keys: [s >= wanted for s in above(keys, weighed)], bits)
-
+    def search(find, mass_reaching):
+        """Apply the filters by a search from some key upwards for a number of entries or a mass."""
         threshold = lax.cond(
             counts,
-            lambda: jnp.maximum(floor, find(top_k.astype(jnp.float32), False)),
+            lambda: jnp.maximum(floor, find(top_k.astype(jnp.float32), False, floor)),
             lambda: floor,
         )
         return lax.cond(
             sums,
-            lambda: jnp.maximum(threshold, find(top_p * mass_above(threshold), True)),
+            lambda: jnp.maximum(threshold, find(top_p * mass_reaching(threshold), True, threshold)),
             lambda: threshold,
         )
 
@@ -161,16 +158,40 @@ def _choose(
     among = [(_key(x), weight(x)) for x in best]
     total = (plgpu.load(masses_ref.at[b, lanes]) * among[0][1]).sum()
 
-    def above_among(keys, weighed):
-        reaching = ([_reaching(entries, key, weighed) for entries in among] for key in keys)
-        return [functools.reduce(jnp.add, of_key).sum() for of_key in reaching]
+    def reaching_among(key, weighed):
+        reaching = [_reaching(entries, key, weighed) for entries in among]
+        return functools.reduce(jnp.add, reaching).sum()
 
     def mass_among(key):
         mass = jnp.where(counts | (min_p > 0), jnp.inf, total)  # not known: then none suffices
-        return jnp.where(known(key), above_among([key], True)[0], mass)
+        return jnp.where(known(key), reaching_among(key, True), mass)
+
+    def find_among(wanted, weighed, lower):
+        """Tell the key's bits, until one entry is left between what is enough and what is not."""
+
+        def is_open(state):
+            bit, _, reaching, beyond = state
+            return (bit > 0) & (reaching - beyond > 1)
+
+        def tell_bit(state):
+            bit, key, reaching, beyond = state
+            number = reaching_among(key | bit, False)
+            enough = (reaching_among(key | bit, True) if weighed else number) >= wanted
+            key = jnp.where(enough, key | bit, key)
+            reaching = jnp.where(enough, number, reaching)
+            return bit >> 1, key, reaching, jnp.where(enough, beyond, number)
+
+        upper = _key(highest)
+        differ = jnp.maximum(lower, bound) ^ upper
+        for shift in (1, 2, 4, 8, 16):
+            differ |= differ >> shift  # now ones from the first bit that differs
+        state = differ - (differ >> 1), upper & ~differ, jnp.float32(jnp.inf), jnp.float32(0)
+        key = lax.while_loop(is_open, tell_bit, state)[1]
+        reaching = (jnp.where(keys >= key, keys, upper) for keys, _ in among)
+        return functools.reduce(jnp.minimum, reaching).min()
 
     # Among all entries, as many passes as there are digits.
-    def above(keys, weighed):
+    def reaching_in_row(keys, weighed):
         def step(i, totals):
             cols = [(i * _AHEAD + j) * lanes.size + lanes for j in range(_AHEAD)]
             for x in [_load(logits_ref, b, c, width) for c in cols]:
@@ -183,16 +204,21 @@ def _choose(
         zeros = jnp.zeros(lanes.shape, jnp.float32)
         return [t.sum() for t in lax.fori_loop(0, steps, step, [zeros] * len(keys))]
 
-    threshold = search(above_among, mass_among, bits=1)
+    def find_in_row(wanted, weighed, _):
+        return _largest(
+            lambda keys: [s >= wanted for s in reaching_in_row(keys, weighed)], bits=4, digits=8
+        )
+
+    threshold = search(find_among, mass_among)
     threshold = lax.cond(
         known(threshold) | ~(counts | sums),
         lambda: threshold,
-        lambda: search(above, lambda key: above([key], True)[0], bits=4),
+        lambda: search(find_in_row, lambda key: reaching_in_row([key], True)[0]),
     )
     threshold_ref[b] = _float(jnp.maximum(threshold, jnp.uint32(_KEY_OF_MINUS_INFINITY)))
 
 
-def _largest(enough, bits: int):
+def _largest(enough, bits: int, digits):
     """Return the largest key that is enough, if all lower ones are; 0 is, whatever it says.
 
     It is found from its highest bits down, some at a time, like the digits of a long division.
@@ -207,7 +233,7 @@ def _largest(enough, bits: int):
         chosen = zip(enough(candidates), candidates, strict=True)
         return functools.reduce(jnp.maximum, [jnp.where(e, c, key) for e, c in chosen])
 
-    return lax.fori_loop(0, 32 // bits, find_digit, jnp.uint32(0))
+    return lax.fori_loop(0, digits, find_digit, jnp.uint32(0))
 
 
 def _reaching(entries, key, weighed: bool):
