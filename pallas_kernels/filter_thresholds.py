@@ -248,9 +248,8 @@ def _scale(temperature):
 
 
 def _load(logits_ref, b, cols, width: int):
-    """Load entries of a row. For -inf stands a finite number, whose differences are no NaNs."""
-    x = plgpu.load(logits_ref.at[b, cols], mask=cols < width, other=_LOWEST)
-    return jnp.maximum(x, _LOWEST)
+    """Load entries of a row. What lies beyond is finite, so that differences are no NaNs."""
+    return plgpu.load(logits_ref.at[b, cols], mask=cols < width, other=_LOWEST)
 
 
 def _key(x):
