@@ -15,8 +15,9 @@ from pallas_kernels._common import LOG2_E, cdiv, use_interpreter
 _PARTS = 4
 # Entries of a block. Each is the next one of a lane, which keeps its best.
 _LANES = 512
-# Best entries that a lane keeps. With 2,048 lanes, the 200 highest of a row are among them but for
-# one row in 100,000, the 400 highest but for one in 5,000, and the 800 highest but for one in 100.
+# Best entries that a lane keeps. The n highest of a row are surely among those of all 2,048 lanes
+# unless six of them share a lane, which has a probability of n^6 / (6! 2048^5): one in 400,000 for
+# 200, in 6,000 for 400, and in 100 for 800.
 _DEPTH = 6
 # Blocks that a program loads before it looks at any: memory is slow to answer.
 _AHEAD = 4

@@ -210,8 +210,8 @@ def draw_case(rows: int, scale: Namespace) -> Case:
     return Case(f"draw {rows} tokens", run, make, scale.calls, 4 * rows * width, "TB/s")
 
 
-# What the cases of filters ask for: the spread of the logits, then top_k, top_p and min_p. Of flat
-# rows top_p keeps half of the vocabulary.
+# What the cases of filters ask for: the spread of the logits, then top_k, top_p and min_p. Of
+# peaked rows top_p keeps some 40 tokens, of flat ones most of the vocabulary.
 FILTERS = {
     "k 20, p 0.95": (4.0, 20, 0.95, 0.0),
     "p 0.95, peaked": (4.0, 0, 0.95, 0.0),

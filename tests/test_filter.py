@@ -1,6 +1,7 @@
 """Thresholds of min_p, top_k and top_p by a kernel, against sorted rows in float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def check_filter(kinds, rows, width, *, vocab_size=None, seed=0, **fixed) -> int
 
 
 OFF = {"top_k": 0, "top_p": 1, "min_p": 0}
-OPTIONS = (
+OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"top_k": 20, "top_p": 0.95, "temperature": 0.6},
     OFF | {"top_p": 0.95, "temperature": 1},
