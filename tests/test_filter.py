@@ -52,7 +52,7 @@ def row_of(kind: str, width: int, rng: np.random.Generator) -> np.ndarray:
         lane = x[rng.integers(min(width, LANES)) :: LANES]
         lane[:] = 20 - rng.permutation(lane.size) * np.spacing(np.float32(19))
     elif kind == "edge":  # half of what top_k keeps is lost if -0.0 is less than 0.0
-        x = rng.choice(np.float32([0.0, -0.0]), width)
+        x = rng.choice(np.array([0.0, -0.0], np.float32), width)
         x[rng.integers(width)] = np.log(width / 1.5)
     elif kind == "negative":
         x -= 60
