@@ -220,12 +220,14 @@ def _choose(
 
 
 def _largest(enough, bits: int, digits):
-    """Return the largest key that is enough, if all lower ones are; 0 is, whatever it says.
+    """Return the largest key that is enough.
 
-    It is found from its highest bits down, some at a time, like the digits of a long division.
+    It is found from its highest bits down, like the digits of a long division.
 
     Args:
-        enough: tells whether each of some keys is.
+        enough: tells whether each of some keys is; if one is, all lower ones are. 0 always is.
+        bits: the size of a digit.
+        digits: how many to find; those after them are 0.
     """
 
     def find_digit(i, key):
