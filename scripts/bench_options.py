@@ -48,8 +48,15 @@ def run(llm: LLM, batch: int, tokens: int, options: dict[str, Any]) -> float:
     prompts = [
         [random.randrange(min(10_000, llm.vocab_size)) for _ in range(PROMPT)] for _ in range(batch)
     ]
-    common = {"temperature": 0.6, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
-    chosen = {name: tokens if value == ALL else value for name, value in options.items()}
+    common: dict[str, Any] = {
+        "temperature": 0.6,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    chosen: dict[str, Any] = {
+        name: tokens if value == ALL else value for name, value in options.items()
+    }
     start = time.perf_counter()
     results = llm.generate(prompts, SamplingParams(**(common | chosen)), use_tqdm=False)
     seconds = time.perf_counter() - start
@@ -68,7 +75,7 @@ def kernels(llm: LLM, batch: int, steps: int, options: dict[str, Any]) -> Counte
 
 def main() -> None:
     """Measure, and print a table for each batch."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What each option of a request costs.")
     parser.add_argument("model", metavar="MODEL_DIR", type=Path)
     parser.add_argument("--load-format", default="auto", choices=("auto", "dummy"))
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
