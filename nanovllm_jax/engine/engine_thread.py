@@ -91,6 +91,16 @@ class EngineThread:
             raise error
         return result  # pyright: ignore[reportReturnType]
 
+    def send(self, run: Callable[..., object], *args: object) -> None:
+        """Have the thread call `run` between two rounds, and return at once."""
+        self.check_usable()
+
+        def body() -> int:
+            run(*args)
+            return 0
+
+        self._put(body)
+
     def catch_up(self) -> None:
         """Wait until all that was asked for before has been done."""
         if not self._has_ended and threading.current_thread() is not self._thread:
@@ -113,7 +123,7 @@ class EngineThread:
 
         def body() -> int:
             self.core.add(requests, owner)
-            if isinstance(owner, Waiter):
+            if isinstance(owner, Waiter) and owner not in self._waiters:
                 self._waiters.append(owner)
             return 0
 
@@ -187,7 +197,7 @@ class EngineThread:
     def _tell(self, num_tokens: int) -> None:
         """Wake those who wait, and forget those whose requests have ended."""
         for waiter in self._waiters:
-            waiter.rounds.put(Round(num_tokens, time.perf_counter()))
+            waiter.tell(Round(num_tokens, time.perf_counter()))
         self._waiters = [waiter for waiter in self._waiters if waiter.under_way]
 
     def _close_at_exit(self) -> None:

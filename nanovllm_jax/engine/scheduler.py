@@ -113,6 +113,7 @@ class Scheduler:
         shards = range(len(pools))
         self.free_slots = [list(range(s, max_num_seqs, len(pools)))[::-1] for s in shards]
         self.failed: list[Sequence] = []  # ended with an error since the last postprocess
+        self.num_preemptions = 0
         self.decode_next = False
         self.quiet_rounds = 0  # for which decode steps are still taken one by one
 
@@ -189,6 +190,7 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; it waits to be computed again, first of those without any."""
+        self.num_preemptions += 1
         self._release(seq)
         seq.status = Status.WAITING
         partly_computed = itertools.takewhile(lambda other: other.block_table, self.waiting)

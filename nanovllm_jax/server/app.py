@@ -1,0 +1,272 @@
+"""The application: routes, errors, and what holds for every request."""
+
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from nanovllm_jax import LLM, __version__
+from nanovllm_jax.engine.prompts import encode, encode_chat
+from nanovllm_jax.recommended import recommended_sampling
+from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, QueueFull
+from nanovllm_jax.server.chat import ChatReply
+from nanovllm_jax.server.completions import TextReply
+from nanovllm_jax.server.metrics import Metrics
+from nanovllm_jax.server.protocol import ChatMessage, ChatRequest, CompletionRequest, RequestError
+from nanovllm_jax.server.replies import error_body, json_response, now
+from nanovllm_jax.server.service import Disconnected, RequestFailed, Service
+
+log = logging.getLogger("nanovllm_jax")
+
+# Paths that need no key: they tell of no request, and start none.
+OPEN = ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json")
+GONE = 499  # the status that servers log for a client that has gone away
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a server allows.
+
+    Attributes:
+        served_model_name: the name that clients send.
+        api_key: what they must send as a bearer's token; None: nothing.
+        max_waiting: completions that may wait beside those that run.
+        max_body: most bytes of a request's body.
+        timeout: seconds that a request may take; None: any time.
+    """
+
+    served_model_name: str
+    api_key: str | None = None
+    max_waiting: int = 1024
+    max_body: int = 32 << 20
+    timeout: float | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def make_app(
+    llm: LLM, options: ServerOptions, on_fault: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """The application around an engine, which the caller keeps and ends.
+
+    Args:
+        on_fault: is called if the engine fails; the server cannot go on then.
+    """
+    name = options.served_model_name
+    metrics = Metrics(llm, name)
+    service: Service
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        nonlocal service
+        engine = AsyncEngine(llm, options.max_waiting, on_fault)
+        defaults = recommended_sampling(Path(llm.config.model))
+        service = app.state.service = Service(engine, metrics, name, defaults, options.timeout)
+        yield
+        engine.close()
+
+    app = FastAPI(title="nanovllm_jax", version=__version__, lifespan=lifespan, redoc_url=None)
+    _tell_errors(app)
+    created = now()
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        """Continue texts."""
+        return await TextReply(service, body).respond(http, stream=body.stream)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
+        """Answer a conversation."""
+        return await ChatReply(service, body).respond(http, stream=body.stream)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The model that is served."""
+        model = {
+            "id": name, "object": "model", "created": created, "owned_by": "nanovllm_jax",
+            "root": str(llm.config.model), "parent": None,
+            "max_model_len": llm.config.max_model_len,
+        }  # fmt: skip
+        return json_response({"object": "list", "data": [model]})
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Status 200 while the engine works, 503 after it has failed."""
+        if fault := service.engine.fault:
+            return json_response(error_body(f"the engine has failed: {fault}", 503), 503)
+        return Response()
+
+    @app.get("/metrics")
+    async def metrics_text() -> Response:
+        """Counts and times, for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The server's version."""
+        return json_response({"version": __version__})
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The tokens of a text or of a conversation."""
+        token_ids = await service.engine.in_thread(_tokenized, llm, body)
+        reply: dict[str, Any] = {"count": len(token_ids), "tokens": token_ids}
+        reply["max_model_len"] = llm.config.max_model_len
+        if body.return_token_strs and llm.tokenizer is not None:
+            reply["token_strs"] = llm.tokenizer.convert_ids_to_tokens(token_ids)
+        return json_response(reply)
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of tokens."""
+        tokenizer = _tokenizer(llm)
+        if wrong := [t for t in body.tokens if not 0 <= t < llm.vocab_size]:
+            raise RequestError(f"token {wrong[0]} is not in the vocabulary", "tokens")
+        return json_response({"prompt": str(tokenizer.decode(body.tokens))})
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What the model's tokenizer is."""
+        tokenizer = _tokenizer(llm)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        info = {n: None if (t := getattr(tokenizer, n)) is None else str(t) for n in names}
+        info |= {"tokenizer_class": type(tokenizer).__name__}
+        return json_response(info | {"chat_template": tokenizer.chat_template})
+
+    @app.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> Response:
+        """Forget all cached prefixes."""
+        await service.engine.in_thread(llm.reset_prefix_cache)
+        return Response()
+
+    app.add_middleware(_Gate, options=options)  # pyright: ignore[reportArgumentType]
+    return app
+
+
+def _tokenizer(llm: LLM):
+    if llm.tokenizer is None:
+        raise RequestError("the model has no tokenizer", status=404)
+    return llm.tokenizer
+
+
+def _tokenized(llm: LLM, body: TokenizeRequest) -> list[int]:
+    tokenizer = _tokenizer(llm)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("send either prompt or messages", "prompt")
+    if body.prompt is not None:
+        if body.add_special_tokens:
+            return encode(tokenizer, body.prompt)
+        return tokenizer.encode(body.prompt, add_special_tokens=False)
+    conversation = ChatRequest(messages=body.messages or []).conversation()
+    try:
+        return encode_chat(
+            tokenizer, conversation, add_generation_prompt=body.add_generation_prompt
+        )
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error), "messages") from error
+
+
+def _tell_errors(app: FastAPI) -> None:
+    """Have every error told as OpenAI's clients read it."""
+
+    def tell(kind: type[Exception], make: Callable[[Any], Response]) -> None:
+        async def handler(_: HttpRequest, error: Exception) -> Response:
+            return make(error)
+
+        app.add_exception_handler(kind, handler)
+
+    def reply(status: int, error: Exception, param: str | None = None, **headers: str) -> Response:
+        return json_response(error_body(str(error), status, param), status, **headers)
+
+    def invalid(error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        return json_response(error_body(message, 400, place or None), 400)
+
+    tell(RequestValidationError, invalid)
+    tell(RequestError, lambda e: reply(e.status, e, e.param))
+    tell(
+        HTTPException,
+        lambda e: json_response(error_body(str(e.detail), e.status_code), e.status_code),
+    )
+    tell(QueueFull, lambda e: reply(429, e, **{"Retry-After": "1"}))
+    tell(EngineFault, lambda e: reply(500, e))
+    tell(RequestFailed, lambda e: reply(500, e))
+    tell(Disconnected, lambda e: Response(status_code=GONE))
+    tell(TimeoutError, lambda e: json_response(error_body("the request took too long", 504), 504))
+
+
+class _Gate:
+    """What comes before every route: the key, the size of the body, and the request's id."""
+
+    def __init__(self, app, options: ServerOptions):
+        self._app, self._options = app, options
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if refusal := self._refusal(scope["path"], headers):
+            await refusal(scope, receive, send)
+            return
+        request_id, received = headers.get(b"x-request-id"), 0
+
+        async def counted() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._options.max_body:
+                raise _too_large(self._options.max_body)
+            return message
+
+        async def identified(message) -> None:
+            if message["type"] == "http.response.start" and request_id:
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, counted, identified)
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
+        key = self._options.api_key
+        if key is not None and path not in OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, f"Bearer {key}".encode()):
+                what = "the key is wrong" if given else "send the key as Authorization: Bearer KEY"
+                return json_response(error_body(what, 401), 401, **{"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._options.max_body:
+            error = _too_large(self._options.max_body)
+            return json_response(error_body(error.detail, 413), 413)
+        return None
+
+
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than {most} bytes")

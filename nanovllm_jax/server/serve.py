@@ -1,0 +1,114 @@
+"""`nanovllm-jax serve`: an OpenAI-compatible server."""
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanovllm_jax.tools import options
+from nanovllm_jax.tools.options import UsageError, refusals
+
+# Requests that run at the same time on a CPU, which starts sooner with few and small programs.
+CPU_MAX_NUM_SEQS = 8
+
+log = logging.getLogger("nanovllm_jax")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until a signal ends it; the exit status is 1 if the engine has failed."""
+    args = parse(argv)
+    try:
+        import uvicorn
+
+        from nanovllm_jax.server.app import ServerOptions, make_app
+    except ImportError as error:
+        raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
+    with refusals(*options.ENGINE_ERRORS):
+        given = options.engine_options(args)
+        from nanovllm_jax import LLM
+        from nanovllm_jax.engine import cuda_driver
+
+        if not cuda_driver.total_memory():
+            given = options.small_steps(args.model, given, CPU_MAX_NUM_SEQS)
+        llm = LLM(str(args.model), **given)
+    log.setLevel(logging.INFO)
+    if args.api_key is None and not _is_loopback(args.host):
+        log.warning(
+            "%s is reachable from other machines, and there is no --api-key: whoever reaches it "
+            "can use it",
+            args.host,
+        )
+    server: uvicorn.Server
+
+    def stop() -> None:
+        server.should_exit = True
+
+    served = ServerOptions(
+        args.served_model_name or args.model.resolve().name, args.api_key, args.max_waiting,
+        args.max_body_mib << 20, args.timeout,
+    )  # fmt: skip
+    app = make_app(llm, served, on_fault=stop)
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=args.shutdown_timeout, timeout_keep_alive=75,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    # Its own handlers end the process by the signal, after everything has been done.
+    server.capture_signals = contextlib.nullcontext
+    with llm:
+        asyncio.run(_serve(server, args.host))
+        failed = not server.started or app.state.service.engine.fault is not None
+    return int(failed)
+
+
+async def _serve(server, host: str) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.handle_exit, number, None)
+    serving = asyncio.ensure_future(server.serve())
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    if server.started:
+        for bound in server.servers:
+            port = bound.sockets[0].getsockname()[1]
+            log.info("serving on http://%s:%d, with its API at /docs", host, port)
+    await serving
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; UsageError if it is wrong."""
+    parser = options.Parser(
+        prog="nanovllm-jax serve",
+        description="Serve a model to clients of OpenAI's API.",
+    )
+    add = parser.add_argument
+    model = "Hugging Face style model directory (default: the small demo model shipped here)"
+    add("--model", type=Path, default=options.DEMO_MODEL, metavar="DIR", help=model)
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes any that is free (default: %(default)s)")
+    add("--api-key", metavar="KEY", help="what clients must send; default: nothing")
+    name = "the model's name for clients (default: its directory's)"
+    add("--served-model-name", metavar="NAME", help=name)
+    waiting = "completions that may wait beside those that run; more get status 429"
+    add("--max-waiting", type=int, default=1024, metavar="N", help=f"{waiting} (%(default)s)")
+    body = "largest body of a request in MiB (%(default)s)"
+    add("--max-body-mib", type=int, default=32, metavar="N", help=body)
+    add("--timeout", type=float, metavar="SECONDS", help="that a request may take; default: any")
+    drain = "time for requests under way after SIGTERM (%(default)s)"
+    add("--shutdown-timeout", type=int, default=30, metavar="SECONDS", help=drain)
+    options.add_engine_options(parser)
+    args = parser.parse_args(argv)
+    options.check_positive(args, "max_body_mib", "timeout")
+    options.check_positive(args, "max_waiting", "shutdown_timeout", "port", at_least=0)
+    return args

@@ -1,0 +1,150 @@
+"""Service: what the routes share, and how a request of a client becomes requests of the engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine.prompts import Prompt
+from nanovllm_jax.engine.request import Request
+from nanovllm_jax.outputs import CompletionOutput
+from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, Group
+from nanovllm_jax.server.metrics import Metrics
+from nanovllm_jax.server.protocol import RequestError, SamplingFields
+from nanovllm_jax.server.replies import DONE, EventStream, error_body, event, json_response
+
+T = TypeVar("T")
+
+
+class Disconnected(Exception):
+    """The client has gone away; nobody reads the reply."""
+
+
+class RequestFailed(Exception):
+    """A request has ended with an error of the engine."""
+
+
+@dataclass
+class Service:
+    """The engine behind the routes.
+
+    Attributes:
+        model: the name under which the model is served.
+        defaults: sampling options that the model's makers recommend.
+        timeout: seconds that a request may take; None for any time.
+    """
+
+    engine: AsyncEngine
+    metrics: Metrics
+    model: str
+    defaults: dict[str, Any]
+    timeout: float | None = None
+
+    def check_model(self, fields: SamplingFields) -> None:
+        """Raise RequestError if another model is asked for."""
+        if fields.model not in (None, "", self.model):
+            raise RequestError(
+                f"the model {fields.model!r} does not exist; this server has {self.model!r}",
+                "model",
+                404,
+            )
+
+    async def start(
+        self, group: Group, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> list[Request]:
+        """Start a request for each prompt; RequestError if one of them could never run."""
+        requests = []
+        for i, prompt in enumerate(prompts):
+            try:
+                requests.append(await group.start(prompt, params))
+            except (TypeError, ValueError) as error:
+                where = f"prompt[{i}]: " if len(prompts) > 1 else ""
+                raise RequestError(f"{where}{error}", "prompt") from error
+        return requests
+
+    async def parts(self, group: Group) -> AsyncIterator[tuple[int, CompletionOutput]]:
+        """What the group's completions get as it comes, each with the number of its request.
+
+        Raises:
+            RequestFailed: one of them has ended with an error.
+            TimeoutError: they take longer than they may.
+        """
+        observed = [self.metrics.observing(request) for request in group.requests]
+        deadline = (
+            None if self.timeout is None else asyncio.get_running_loop().time() + self.timeout
+        )
+        while True:
+            async with asyncio.timeout_at(deadline):
+                news = await group.next()
+            if news is None:
+                return
+            observed[news.number].note(news.parts)
+            for part in news.parts:
+                if part.finish_reason == "error":
+                    error = group.requests[news.number].seqs[part.index].error
+                    raise RequestFailed(error or "the request has failed")
+                yield news.number, part
+
+
+class Reply:
+    """The reply to one request of a client; each kind of completion has one of its own."""
+
+    def __init__(self, service: Service, params: SamplingParams, num_prompts: int):
+        self.service, self.params, self.num_prompts = service, params, num_prompts
+
+    async def respond(self, http: HttpRequest, *, stream: bool) -> Response:
+        """The reply, whole or as a stream of events."""
+        with ExitStack() as stack:
+            size = self.params.n * self.num_prompts
+            group = stack.enter_context(self.service.engine.group(size))
+            await unless_disconnected(http, self.start(group))
+            if stream:
+                return EventStream(self._told(self.events(group)), stack.pop_all())
+            return json_response(await unless_disconnected(http, self.whole(group)))
+
+    async def start(self, group: Group) -> None:
+        """Start the engine's requests."""
+        raise NotImplementedError
+
+    async def whole(self, group: Group) -> dict[str, Any]:
+        """All of the reply."""
+        raise NotImplementedError
+
+    def events(self, group: Group) -> AsyncIterator[dict[str, Any]]:
+        """The reply's chunks."""
+        raise NotImplementedError
+
+    async def _told(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+        """The chunks as events. After the first byte an error can be told in an event only."""
+        try:
+            async for chunk in chunks:
+                yield event(chunk)
+        except (RequestFailed, EngineFault) as error:
+            yield event(error_body(str(error), 500))
+        except TimeoutError:
+            yield event(error_body(f"the request took longer than {self.service.timeout} s", 504))
+        yield DONE
+
+
+async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Return what `work` returns; end it, and raise Disconnected, if the client goes away."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Disconnected
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
