@@ -30,6 +30,7 @@ log = logging.getLogger("nanovllm_jax")
 
 # Paths that need no key: they tell of no request, and start none.
 OPEN = ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json")
+PAGE = Path(__file__).with_name("page.html")
 GONE = 499  # the status that servers log for a client that has gone away
 
 
@@ -104,6 +105,11 @@ def make_app(
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a conversation."""
         return await ChatReply(service, body).respond(http, stream=body.stream)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """A page to talk with the model."""
+        return Response(PAGE.read_bytes(), media_type="text/html")
 
     @app.get("/v1/models")
     async def models() -> Response:
