@@ -35,7 +35,8 @@ class ChatReply(Reply):
         if form := self._form_of_calls():
             if body.form():
                 raise RequestError("tool_choice and response_format are two forms", "tool_choice")
-            more["structured_outputs"] = {"json": form}
+            # Nobody reads spaces between the parts, and a small model may never stop writing them.
+            more["structured_outputs"] = {"json": form, "disable_any_whitespace": True}
         params = body.sampling_params(service.defaults, None, **more)
         super().__init__(service, params, 1)
         self._head = {
@@ -85,7 +86,8 @@ class ChatReply(Reply):
             }
             for name, schema in parameters.items()
         ]  # fmt: skip
-        return {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+        several = {} if self._body.parallel_tool_calls else {"maxItems": 1}
+        return {"type": "array", "minItems": 1, **several, "items": {"anyOf": calls}}
 
     async def start(self, group: Group) -> None:
         engine = self.service.engine
@@ -200,7 +202,8 @@ class Answer:
             self.logprobs["content"] += scores["content"]
         self._reasoning += parts.reasoning
         self._content += parts.content
-        calls = [self._new_call(call) for call in parts.calls]
+        most = None if body.parallel_tool_calls else max(0, 1 - len(self._calls))
+        calls = [self._new_call(call) for call in parts.calls[:most]]
         delta: dict[str, Any] = {"content": parts.content}
         if parts.reasoning:
             delta["reasoning_content"] = parts.reasoning

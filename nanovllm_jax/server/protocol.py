@@ -23,7 +23,7 @@ WITHOUT_EFFECT = (
 )
 # Values with which other fields ask for nothing, beside null, false, and empty ones.
 NEUTRAL: dict[str, Any] = {
-    "best_of": 1, "length_penalty": 1.0, "parallel_tool_calls": True, "modalities": ["text"],
+    "best_of": 1, "length_penalty": 1.0, "modalities": ["text"],
     "spaces_between_special_tokens": True, "guided_decoding_backend": "auto", "priority": 0,
     "reasoning_effort": None, "include_reasoning": True, "n": 1,
 }  # fmt: skip
@@ -105,14 +105,14 @@ class SamplingFields(BaseModel):
                 raise RequestError(f"the field {name!r} is not supported; leave it out", name)
 
     def sampling_params(
-        self, defaults: Mapping[str, Any], max_tokens: int | None, **more: Any
+        self, defaults: Mapping[str, Any], most: int | None, **more: Any
     ) -> SamplingParams:
         """The options of the engine.
 
         Args:
             defaults: what the model's makers recommend, for what the client leaves open.
-            max_tokens: its default.
-            more: further options.
+            most: the default of max_tokens.
+            more: further options, which count more.
 
         Raises:
             RequestError: an option is not possible.
@@ -129,7 +129,7 @@ class SamplingFields(BaseModel):
         )  # fmt: skip
         given |= {name: getattr(self, name) for name in same}
         given["stop"] = self.stop or None  # some clients send "" or []
-        given["max_tokens"] = max_tokens if self.max_tokens is None else self.max_tokens
+        given["max_tokens"] = most if self.max_tokens is None else self.max_tokens
         if self.logit_bias:
             given["logit_bias"] = _by_token(self.logit_bias)
         if (form := self.form()) is not None:
@@ -248,6 +248,7 @@ class ChatRequest(SamplingFields):
     prompt_logprobs: int | None = Field(default=None, ge=0)
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
