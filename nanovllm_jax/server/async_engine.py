@@ -5,6 +5,7 @@ requests. Nothing is polled, and no request has a thread or a task of its own.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -80,7 +81,8 @@ class AsyncEngine:
         """Have the loop look for news. (A flag that is set twice is as good as once: no lock.)"""
         if not self._has_rung:
             self._has_rung = True
-            self._loop.call_soon_threadsafe(self._deliver)
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
+                self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         """Tell each group what is new."""
