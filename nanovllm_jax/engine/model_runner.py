@@ -1,6 +1,7 @@
 """Runs batches on the devices: owns weights, KV cache and dispatch."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,8 +224,7 @@ class ModelRunner:
             if seq.has_options and self.slot_options.get(seq.slot) != seq.seq_id:
                 self.slot_options[seq.slot] = seq.seq_id
                 shards[seq.shard].append(seq)
-        for start in range(0, max(map(len, shards)), NUM_OPTIONS):
-            part = [seqs[start : start + NUM_OPTIONS] for seqs in shards]
+        for part in _in_calls(shards):
             self._put_options(self.packer.options(part, self.programs.num_words))
 
     def _put_options(self, packed: Int32[np.ndarray, " n"]) -> None:
@@ -237,8 +237,7 @@ class ModelRunner:
         for seq, yields in zip(batch.seqs, batch.yields_token, strict=True):
             if seq.matcher and yields and not seq.is_finished:
                 shards[seq.shard].append(seq)
-        for start in range(0, max(map(len, shards)), NUM_OPTIONS):
-            part = [seqs[start : start + NUM_OPTIONS] for seqs in shards]
+        for part in _in_calls(shards):
             self._put_masks(self.packer.masks(part, self.programs.num_words))
 
     def _put_masks(self, packed: Int32[np.ndarray, " n"]) -> None:
@@ -376,6 +375,12 @@ class ModelRunner:
         if jax.process_count() == 1 or isinstance(x, jax.Array):
             return x
         return place(x, self.programs.rows_sharding)
+
+
+def _in_calls(shards: list[list[Sequence]]) -> Iterator[list[list[Sequence]]]:
+    """Each shard's sequences in parts of NUM_OPTIONS, which is what one call writes."""
+    for start in range(0, max(map(len, shards)), NUM_OPTIONS):
+        yield [seqs[start : start + NUM_OPTIONS] for seqs in shards]
 
 
 def _delete(arrays: Any) -> None:
