@@ -24,7 +24,7 @@ class ChatReply(Reply):
     def __init__(self, service: Service, body: ChatRequest):
         service.check_model(body)
         self._body, self._conversation = body, body.conversation()
-        self._tools = self._tool_format(service)
+        self._tools: ToolFormat | None = self._tool_format(service)
         more: dict[str, Any] = {"prompt_logprobs": body.prompt_logprobs}
         if body.logprobs:
             more["logprobs"] = body.top_logprobs or 0

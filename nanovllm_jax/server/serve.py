@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     server = uvicorn.Server(config)
     # Its own handlers end the process by the signal, after everything has been done.
-    server.capture_signals = contextlib.nullcontext
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     with llm:
         asyncio.run(_serve(server, args.host))
         failed = not server.started or app.state.service.engine.fault is not None
