@@ -13,10 +13,11 @@ Every function of attention, `choose_experts` and `expert_mlp` take `implementat
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
 One function is a Mosaic kernel only: `gated_linear` is the first product of a gated MLP for many
-rows, with its gate. Seven are Triton kernels only: `fused_linear` is the linear layer of a single
+rows, with its gate. Eight are Triton kernels only: `fused_linear` is the linear layer of a single
 row and `expert_rows` the experts of a few, `draw` samples tokens, with noise that `gumbel`,
-`random_bits` and `stream_words` define, and `one_shot_all_reduce`, `one_shot_all_reduce_norm`,
-`one_shot_sum` and `one_shot_max` combine small arrays over the GPUs of a process.
+`random_bits` and `stream_words` define, from the logits that reach `filter_thresholds`, and
+`one_shot_all_reduce`, `one_shot_all_reduce_norm`, `one_shot_sum` and `one_shot_max` combine small
+arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
 `supports_expert_rows`, `supports_gated_linear`, `supports_one_shot`, `supports_one_shot_norm`,
@@ -39,6 +40,7 @@ from pallas_kernels.all_reduce import (
 from pallas_kernels.choose_experts import choose_experts
 from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.expert_rows import expert_rows, supports_expert_rows
+from pallas_kernels.filter_thresholds import filter_thresholds
 from pallas_kernels.fused_linear import fused_linear, supports_fused_linear
 from pallas_kernels.gated_linear import gated_linear, supports_gated_linear
 from pallas_kernels.grouped_linear import expert_mlp
@@ -55,6 +57,7 @@ __all__ = [
     "draw",
     "expert_mlp",
     "expert_rows",
+    "filter_thresholds",
     "fused_linear",
     "gated_linear",
     "gumbel",

@@ -100,6 +100,7 @@ def draw(
     seeds: UInt32[Array, "B 2"],
     positions: Int[Array, " B"],
     first_id: Int32[Array, ""] | None = None,
+    thresholds: Float[Array, " B"] | None = None,
     *,
     vocab_size: int,
     interpret: bool | None = None,
@@ -113,6 +114,7 @@ def draw(
         temperatures: from 0, which is greedy, to 1e30.
         seeds, positions: what the noise is made from, see `stream_words`.
         first_id: the vocabulary entry of the first column, if the vocabulary is sharded; else 0.
+        thresholds: lower logits of a row count as -inf.
         vocab_size: entries from here on are padding.
         interpret: run the kernel in Pallas's interpreter; None: if there is no GPU.
 
@@ -139,7 +141,7 @@ def draw(
         name="draw",
     )(
         logits, temperatures, seeds, positions,
-        *([] if first_id is None else [jnp.reshape(first_id, 1)]),
+        None if first_id is None else jnp.reshape(first_id, 1), thresholds,
     )  # fmt: skip
     none = jnp.float32(-jnp.inf), jnp.int32(jnp.iinfo(jnp.int32).max)
     score, token = lax.reduce((scores, tokens), none, _better, dimensions=(1,))
@@ -153,34 +155,46 @@ def _better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]):
 
 
 def _kernel(
-    logits_ref, temperatures_ref, seeds_ref, positions_ref, *refs,
-    blocks_per_part: int, vocab_size: int, interpret: bool,
+    logits_ref, temperatures_ref, seeds_ref, positions_ref, first_ref, thresholds_ref,
+    scores_ref, tokens_ref, *, blocks_per_part: int, vocab_size: int, interpret: bool,
 ):  # fmt: skip
     """Run one program per part of the vocabulary and row.
 
     The loop over the part's blocks keeps the best of each lane, and combines lanes only at its end.
     """
-    *first_ref, scores_ref, tokens_ref = refs
     part, b = pl.program_id(0), pl.program_id(1)
     width = logits_ref.shape[1]
-    first_id = first_ref[0][0] if first_ref else 0
+    first_id = 0 if first_ref is None else first_ref[0]
     temperature = temperatures_ref[b]
     words = stream_words(seeds_ref[b, 0], seeds_ref[b, 1], positions_ref[b])
     lanes = jnp.arange(_BLOCK)
+
+    def kept(logits):
+        if thresholds_ref is None:
+            return logits
+        return jnp.where(logits >= thresholds_ref[b], logits, -jnp.inf)
 
     def scan(noise, temperature):
         """Return the highest score of this part, its column, and the second highest score."""
 
         def step(block, state):
-            best, second, block_of_best = state
             cols = block * _BLOCK + lanes
             logits = plgpu.load(logits_ref.at[b, cols], mask=cols < width, other=-jnp.inf)
-            scores = logits + temperature * noise(random_bits(words, first_id + cols))
-            if first_ref or vocab_size < width:
-                scores = jnp.where(first_id + cols < vocab_size, scores, -jnp.inf)
-            block_of_best = jnp.where(scores > best, block, block_of_best)
-            second = jnp.maximum(second, jnp.minimum(best, scores))
-            return jnp.maximum(best, scores), second, block_of_best
+            logits = kept(logits)
+
+            def look():
+                best, second, block_of_best = state
+                scores = logits + temperature * noise(random_bits(words, first_id + cols))
+                if first_ref is not None or vocab_size < width:
+                    scores = jnp.where(first_id + cols < vocab_size, scores, -jnp.inf)
+                new_block = jnp.where(scores > best, block, block_of_best)
+                new_second = jnp.maximum(second, jnp.minimum(best, scores))
+                return jnp.maximum(best, scores), new_second, new_block
+
+            if thresholds_ref is None:
+                return look()
+            # Most blocks have nothing left, which is seen sooner than noise is made.
+            return lax.cond(logits.max() > -jnp.inf, look, lambda: state)
 
         start = part * blocks_per_part
         end = jnp.minimum(start + blocks_per_part, pl.cdiv(width, _BLOCK))
@@ -197,6 +211,6 @@ def _kernel(
     margin = temperature * _NOISE_MARGIN + jnp.abs(highest) * _SCORE_MARGIN
     col = lax.cond(highest - second <= margin, lambda: scan(gumbel, temperature)[1], lambda: col)
     token = first_id + col
-    score = logits_ref[b, col] + temperature * gumbel(random_bits(words, token))
+    score = kept(logits_ref[b, col]) + temperature * gumbel(random_bits(words, token))
     scores_ref[b, part] = jnp.where(token < vocab_size, score, -jnp.inf)
     tokens_ref[b, part] = token

@@ -22,10 +22,12 @@ import numpy as np
 from jax import lax
 
 from nanovllm_jax.layers.linear import product
+from nanovllm_jax.layers.sampler import filter_logits
 from nanovllm_jax.tools.roofline import HARDWARE, TB
 from pallas_kernels import (
     draw,
     expert_mlp,
+    filter_thresholds,
     fused_linear,
     gated_linear,
     norm_rope_write,
@@ -208,6 +210,43 @@ def draw_case(rows: int, scale: Namespace) -> Case:
     return Case(f"draw {rows} tokens", run, make, scale.calls, 4 * rows * width, "TB/s")
 
 
+# What the cases of filters ask for: the spread of the logits, then top_k, top_p and min_p. Of
+# peaked rows top_p keeps some 40 tokens, of flat ones most of the vocabulary.
+FILTERS = {
+    "k 20, p 0.95": (4.0, 20, 0.95, 0.0),
+    "p 0.95, peaked": (4.0, 0, 0.95, 0.0),
+    "p 0.95, flat": (0.5, 0, 0.95, 0.0),
+    "min_p 0.05": (4.0, 0, 1.0, 0.05),
+}
+
+
+def filter_case(rows: int, name: str, scale: Namespace) -> Case:
+    """Make a case of filters and sampling: its work is the bytes of the logits, read once."""
+    width = VOCAB // scale.widths_over
+    spread, *filters = FILTERS[name]
+
+    def run(k_cache, v_cache, logits, temperatures, filters, seeds, positions):
+        draw_here = functools.partial(draw, vocab_size=width)
+        for _ in range(scale.calls):
+            # Otherwise the filters, which the last draw changes nothing of, would run only once.
+            logits, positions = lax.optimization_barrier((logits, positions))
+            if scale.implementation == "xla":
+                kept = filter_logits(logits, temperatures, *filters, vocab_size=width)
+                _, positions = draw_here(kept, temperatures, seeds, positions)
+            else:
+                lowest = filter_thresholds(logits, temperatures, *filters, vocab_size=width)
+                _, positions = draw_here(logits, temperatures, seeds, positions, thresholds=lowest)
+        return k_cache, v_cache, positions
+
+    def make():
+        logits = normal(0, rows, width, dtype=jnp.float32) * spread
+        seeds = jax.random.bits(jax.random.key(1), (rows, 2))
+        options = tuple(jnp.full(rows, value) for value in filters)
+        return logits, jnp.full(rows, 0.6), options, seeds, jnp.arange(rows)
+
+    return Case(f"filter {rows} {name}", run, make, scale.calls, 4 * rows * width, "TB/s")
+
+
 def expert_case(tokens: int, scale: Namespace) -> Case:
     """Make a case of experts, evenly chosen: its work is the bytes of those chosen, or the FLOPs.
 
@@ -302,6 +341,7 @@ def main():
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.implementation}")
     print(f"{'model':6}{'case':36}{'us':>9}{'reached':>14}{'of ceiling':>12}")
     all_cases = [(m, case) for m in MODELS for case in cases(m, scale)]
+    all_cases += [("", filter_case(n, kind, scale)) for n in scale.batches for kind in FILTERS]
     all_cases += [("A3B", expert_case(tokens, scale)) for tokens in scale.expert_tokens]
     for model, case in all_cases:
         if options.only not in case.name:

@@ -221,11 +221,14 @@ def test_a_second_runner_loads_every_program_and_lowers_none(
     programs = len(p.steps) + len(p.decode_steps) + len(p.samples) + len(p.samples_all) + 3
     assert len(traced) == programs == len(list(tmp_path.iterdir()))
     want = tokens(first, prompts, params)
+    scored = SamplingParams(temperature=1.0, max_tokens=3, seed=3, logprobs=2, prompt_logprobs=1)
+    want_scores = first.generate(prompts[:2], scored, use_tqdm=False)
 
     traced.clear()
     second = new_engine(checkpoint(), **small)
     assert traced == []
     assert tokens(second, prompts, params) == want
+    assert second.generate(prompts[:2], scored, use_tqdm=False) == want_scores
     assert tokens(first, prompts, params) == want  # each with a state of its own
 
     buckets = second.runner.programs.steps

@@ -24,6 +24,7 @@ from nanovllm_jax.engine.program_cache import ProgramCache
 from nanovllm_jax.engine.step import ROWS_AT_ONCE, DeviceState, StepFunctions
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.kv_cache import KVCache
+from nanovllm_jax.layers.scores import Scores
 from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding, place
 from nanovllm_jax.weights import Weight, abstract_weights
@@ -258,7 +259,7 @@ class Programs:
             self.functions.sample_all,
             (self._shapes(weights), state, self._integers(rows)),
             1,
-            (_layout(state), self.sharding.named(), self.sharding.named()),
+            (_layout(state), self.sharding.named(), self._scores_layout),
         )
 
     def score_prompt_spec(self, num_blocks: int, weights: list[Weight] | None = None) -> Spec:
@@ -269,8 +270,13 @@ class Programs:
             self.functions.score_prompt,
             (self._shapes(weights), state, self._integers(size)),
             1,
-            (_layout(state), self.sharding.named()),
+            (_layout(state), self._scores_layout),
         )
+
+    @property
+    def _scores_layout(self) -> Scores:
+        """Every device has all the scores."""
+        return Scores(*(self.sharding.named() for _ in Scores._fields))
 
     def put_options_spec(self, num_blocks: int) -> Spec:
         """The program that writes the options of slots."""

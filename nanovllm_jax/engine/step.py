@@ -36,7 +36,7 @@ from nanovllm_jax.layers.backend import GpuBackend, XlaBackend
 from nanovllm_jax.layers.collectives import AXIS, Collectives
 from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.layers.logit_edits import edit_logits
-from nanovllm_jax.layers.sampler import filter_logits, sample
+from nanovllm_jax.layers.sampler import filter_and_sample, sample
 from nanovllm_jax.layers.scores import Scores, score
 from nanovllm_jax.models import Decoder
 from nanovllm_jax.sharding import Sharding
@@ -394,15 +394,13 @@ class StepFunctions:
     ) -> Int32[Array, " B"]:
         """Draw tokens under `shard_map`, on a device's shard of the vocabulary."""
         axis, (largest_key, total) = self._vocab_axis, self._exchange(collectives)
+        options = {"vocab_size": self.vocab_size, "axis": axis, "largest_key": largest_key}
         if filtered:
-            logits = filter_logits(
+            return filter_and_sample(
                 logits, sampling.temperatures, sampling.top_k, sampling.top_p, sampling.min_p,
-                vocab_size=self.vocab_size, axis=axis, largest_key=largest_key, total=total,
+                sampling.seeds, positions, total=total, **options,
             )  # fmt: skip
-        return sample(
-            logits, sampling.temperatures, sampling.seeds, positions,
-            vocab_size=self.vocab_size, axis=axis, largest_key=largest_key,
-        )  # fmt: skip
+        return sample(logits, sampling.temperatures, sampling.seeds, positions, **options)
 
     def _score_here(self, logits, tokens, collectives) -> Scores:
         """Score tokens under `shard_map`, on a device's shard of the vocabulary."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from pallas_kernels import draw, gumbel, random_bits, stream_words
+from pallas_kernels import draw, filter_thresholds, gumbel, random_bits, stream_words
 
 
 def gumbel_noise(
@@ -83,6 +83,47 @@ def sample(
     shards, tokens = jax.lax.all_gather((score, token), axis)  # [shards, B] each
     winner = jnp.argmax(shards, axis=0)  # the first of equals: the lowest token id
     return jnp.take_along_axis(tokens, winner[None, :], axis=0)[0]
+
+
+def filter_and_sample(
+    logits: Float[Array, "B V"],
+    temperatures: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
+    seeds: UInt32[Array, "B 2"],
+    positions: Int[Array, " B"],
+    *,
+    vocab_size: int,
+    axis: tuple[str, ...] = (),
+    total: Callable[[Float[Array, "B N"]], Float[Array, "B N"]] | None = None,
+    largest_key: Callable[[Int32[Array, "B 2"]], Int32[Array, "B 2"]] | None = None,
+) -> Int[Array, " B"]:
+    """One token a row of those that the filters keep: `filter_logits`, then `sample`.
+
+    A GPU that has the whole vocabulary does not write the logits that are left, but finds the
+    lowest of them and draws from those that reach it.
+    """
+
+    def on_gpu(logits, temperatures, top_k, top_p, min_p, seeds, positions):
+        options = {"vocab_size": vocab_size, "interpret": False}
+        lowest = filter_thresholds(logits, temperatures, top_k, top_p, min_p, **options)
+        return draw(logits, temperatures, seeds, positions, thresholds=lowest, **options)[1]
+
+    def anywhere(logits, temperatures, top_k, top_p, min_p, seeds, positions):
+        logits = filter_logits(
+            logits, temperatures, top_k, top_p, min_p,
+            vocab_size=vocab_size, axis=axis, total=total, largest_key=largest_key,
+        )  # fmt: skip
+        return sample(
+            logits, temperatures, seeds, positions,
+            vocab_size=vocab_size, axis=axis, largest_key=largest_key,
+        )  # fmt: skip
+
+    args = logits, temperatures, top_k, top_p, min_p, seeds, positions
+    if axis:
+        return anywhere(*args)
+    return jax.lax.platform_dependent(*args, cuda=on_gpu, default=anywhere)
 
 
 def filter_logits(
