@@ -218,7 +218,7 @@ def test_a_second_runner_loads_every_program_and_lowers_none(
     params[1] = SamplingParams(temperature=1.0, top_k=5, max_tokens=9, seed=3)
     first = new_engine(checkpoint(), **small)
     p = first.runner.programs
-    programs = len(p.steps) + len(p.decode_steps) + len(p.samples) + len(p.samples_all) + 3
+    programs = len(p.steps) + len(p.decode_steps) + len(p.samples) + 2 * len(p.samples_all) + 2
     assert len(traced) == programs == len(list(tmp_path.iterdir()))
     want = tokens(first, prompts, params)
     scored = SamplingParams(temperature=1.0, max_tokens=3, seed=3, logprobs=2, prompt_logprobs=1)

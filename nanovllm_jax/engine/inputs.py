@@ -86,9 +86,11 @@ class Packer:
                     row[1 + 4 * MOST_EDITS :] = _bits(allowed, num_words)
         return options.ravel()
 
-    def masks(self, shards: list[list[Sequence]], num_words: int) -> Int32[np.ndarray, " n"]:
-        """Write which tokens may come next, for at most NUM_OPTIONS sequences of each shard."""
-        packed = np.zeros((len(shards), NUM_OPTIONS, 1 + num_words), np.int32)
+    def masks(
+        self, shards: list[list[Sequence]], num_rows: int, num_words: int
+    ) -> Int32[np.ndarray, " n"]:
+        """Write which tokens may come next, for at most `num_rows` sequences of each shard."""
+        packed = np.zeros((len(shards), num_rows, 1 + num_words), np.int32)
         packed[:, :, 0] = self.padding_slot
         for rows, seqs in zip(packed, shards, strict=True):
             for row, seq in zip(rows, seqs, strict=False):

@@ -1,7 +1,6 @@
 """Runs batches on the devices: owns weights, KV cache and dispatch."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from nanovllm_jax.engine.multihost import check_same_options, smallest
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.engine.token_scores import ScoreArrays, StepScores, TokenScores
+from nanovllm_jax.engine.token_scores import ScoreLists, StepScores, TokenScores
 from nanovllm_jax.layers.collectives import Collectives
 from nanovllm_jax.layers.kv_cache import balance_keys_and_values
 from nanovllm_jax.layers.scores import Scores
@@ -66,7 +65,7 @@ class TokenFuture:
         """Wait for the scores; None if there are none."""
         if self._scores is None and self._prompts is None:
             return None
-        rows = self._scores and ScoreArrays(*(np.asarray(x) for x in self._scores))
+        rows = self._scores and ScoreLists.of(self._scores)
         prompts = self._prompts.by_row() if self._prompts else {}
         return CallScores(rows, self._order, prompts)
 
@@ -75,7 +74,7 @@ class TokenFuture:
 class CallScores:
     """What a call has scored; see `StepScores`."""
 
-    rows: ScoreArrays | None
+    rows: ScoreLists | None
     order: list[int]  # see `TokenFuture`
     prompts: dict[int, list[tuple[int, TokenScores]]]
 
@@ -105,7 +104,7 @@ class PromptScores(NamedTuple):
 
     def by_row(self) -> dict[int, list[tuple[int, TokenScores]]]:
         """Wait for them: for each row of the batch, the position and scores of its tokens."""
-        calls = [ScoreArrays(*(np.asarray(x) for x in call)) for call in self.calls]
+        calls = [ScoreLists.of(call) for call in self.calls]
         found: dict[int, list[tuple[int, TokenScores]]] = {}
         for number, shard in enumerate(self.shards):
             for i, token in enumerate(shard):
@@ -209,7 +208,7 @@ class ModelRunner:
             program may have more rows than the step.
         """
         num_rows, shards = inputs.bucket.num_rows, self.programs.batch_shards
-        size = min(size for size in self.programs.samples_all if size >= num_rows)
+        size = self._sample_all_size(num_rows)
         slots = np.full((shards, size), self.packer.padding_slot, np.int32)
         slots[:, :num_rows] = inputs.slots.reshape(shards, num_rows)
         sample = self.programs.samples_all[size]
@@ -224,10 +223,11 @@ class ModelRunner:
             if seq.has_options and self.slot_options.get(seq.slot) != seq.seq_id:
                 self.slot_options[seq.slot] = seq.seq_id
                 shards[seq.shard].append(seq)
-        for part in _in_calls(shards):
-            self._put_options(self.packer.options(part, self.programs.num_words))
+        for start in range(0, max(map(len, shards)), NUM_OPTIONS):
+            self._put_options([seqs[start : start + NUM_OPTIONS] for seqs in shards])
 
-    def _put_options(self, packed: Int32[np.ndarray, " n"]) -> None:
+    def _put_options(self, shards: list[list[Sequence]]) -> None:
+        packed = self.packer.options(shards, self.programs.num_words)
         assert self.programs.put_options
         self.state = self.programs.put_options(self.state, self._place(packed))
 
@@ -237,12 +237,16 @@ class ModelRunner:
         for seq, yields in zip(batch.seqs, batch.yields_token, strict=True):
             if seq.matcher and yields and not seq.is_finished:
                 shards[seq.shard].append(seq)
-        for part in _in_calls(shards):
-            self._put_masks(self.packer.masks(part, self.programs.num_words))
+        if most := max(map(len, shards)):
+            self._put_masks(shards, self._sample_all_size(most))
 
-    def _put_masks(self, packed: Int32[np.ndarray, " n"]) -> None:
-        assert self.programs.put_masks
-        self.state = self.programs.put_masks(self.state, self._place(packed))
+    def _put_masks(self, shards: list[list[Sequence]], num_rows: int) -> None:
+        packed = self.packer.masks(shards, num_rows, self.programs.num_words)
+        self.state = self.programs.put_masks[num_rows](self.state, self._place(packed))
+
+    def _sample_all_size(self, num_rows: int) -> int:
+        """The fewest rows that `sample_all` and `put_masks` are compiled for and that suffice."""
+        return min(size for size in self.programs.samples_all if size >= num_rows)
 
     def score_prompts(self, batch: Batch) -> PromptScores:
         """Score the prompts' tokens that follow those of the last prefill, where wanted."""
@@ -282,7 +286,7 @@ class ModelRunner:
         Kernels are loaded at a program's first run, and its CUDA graph is made at the second.
         """
         smallest(0)  # several processes begin together, so that none waits for another's compiler
-        shards, num_words = range(self.programs.batch_shards), self.programs.num_words
+        nobody: list[list[Sequence]] = [[] for _ in range(self.programs.batch_shards)]
         for bucket in 2 * list(self.programs.steps):
             inputs = self.packer.padding(bucket, self.programs.batch_shards)
 
@@ -291,10 +295,10 @@ class ModelRunner:
                     if inputs.bucket in self.programs.decode_steps:
                         self.run_steps(inputs)
                     self.run(inputs)
-                    self._put_options(self.packer.options([[] for _ in shards], num_words))
-                    self._put_masks(self.packer.masks([[] for _ in shards], num_words))
+                    self._put_options(nobody)
+                    self._put_masks(nobody, self._sample_all_size(inputs.bucket.num_rows))
                     self.sample_all(inputs)
-                    for packed in self.packer.score_requests([[(0, 0)] for _ in shards]):
+                    for packed in self.packer.score_requests([[(0, 0)] for _ in nobody]):
                         self._score_prompt(packed)
                     self.sample(inputs).block_until_ready()
 
@@ -318,7 +322,7 @@ class ModelRunner:
         programs = self.programs
         programs.steps, programs.decode_steps = {}, {}
         programs.samples, programs.samples_all = {}, {}
-        programs.score_prompt = programs.put_options = programs.put_masks = None
+        programs.put_masks, programs.score_prompt, programs.put_options = {}, None, None
 
     def describe_memory(self) -> str:
         """The devices' memory in words."""
@@ -375,12 +379,6 @@ class ModelRunner:
         if jax.process_count() == 1 or isinstance(x, jax.Array):
             return x
         return place(x, self.programs.rows_sharding)
-
-
-def _in_calls(shards: list[list[Sequence]]) -> Iterator[list[list[Sequence]]]:
-    """Each shard's sequences in parts of NUM_OPTIONS, which is what one call writes."""
-    for start in range(0, max(map(len, shards)), NUM_OPTIONS):
-        yield [seqs[start : start + NUM_OPTIONS] for seqs in shards]
 
 
 def _delete(arrays: Any) -> None:

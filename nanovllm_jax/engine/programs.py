@@ -60,9 +60,9 @@ class Programs:
     """Owns the buckets, and lowers and compiles the engine's steps; allocates nothing.
 
     `steps` (by bucket), `decode_steps` (by decode bucket; empty if a call takes one step only),
-    `samples` (by rows of a shard), `samples_all` (by fewer of these), `score_prompt`,
-    `put_options` and `put_masks` are there once `compile` has run. They are called as methods of
-    `StepFunctions` are.
+    `samples` (by rows of a shard), `samples_all` and `put_masks` (by fewer of these),
+    `score_prompt` and `put_options` are there once `compile` has run. They are called as methods
+    of `StepFunctions` are.
     """
 
     def __init__(self, config: EngineConfig, sharding: Sharding):
@@ -95,7 +95,7 @@ class Programs:
         self.samples_all: dict[int, Callable] = {}
         self.score_prompt: Callable | None = None
         self.put_options: Callable | None = None
-        self.put_masks: Callable | None = None
+        self.put_masks: dict[int, Callable] = {}
 
     # --- what the programs work on ---
 
@@ -276,21 +276,21 @@ class Programs:
     @property
     def _scores_layout(self) -> Scores:
         """Every device has all the scores."""
-        return Scores(*(self.sharding.named() for _ in Scores._fields))
+        return Scores._make([self.sharding.named()] * len(Scores._fields))
 
     def put_options_spec(self, num_blocks: int) -> Spec:
         """The program that writes the options of slots."""
-        width = option_width(self.num_words)
-        return self._put_spec(self.functions.put_options, width, num_blocks)
+        size = NUM_OPTIONS * option_width(self.num_words)
+        return self._put_spec("put-options", self.functions.put_options, size, num_blocks)
 
-    def put_masks_spec(self, num_blocks: int) -> Spec:
+    def put_masks_spec(self, num_rows: int, num_blocks: int) -> Spec:
         """The program that writes the allowed tokens of slots."""
-        return self._put_spec(self.functions.put_masks, 1 + self.num_words, num_blocks)
+        size = num_rows * (1 + self.num_words)
+        return self._put_spec(f"put-masks-{num_rows}", self.functions.put_masks, size, num_blocks)
 
-    def _put_spec(self, run: Callable, width: int, num_blocks: int) -> Spec:
-        state, size = self.abstract_state(num_blocks), self.batch_shards * NUM_OPTIONS * width
-        name = f"{run.__name__.replace('_', '-')}-{num_blocks}"
-        return Spec(name, run, (state, self._integers(size)), 0, _layout(state))
+    def _put_spec(self, name: str, run: Callable, size: int, num_blocks: int) -> Spec:
+        state, packed = self.abstract_state(num_blocks), self._integers(self.batch_shards * size)
+        return Spec(f"{name}-{num_blocks}", run, (state, packed), 0, _layout(state))
 
     def lower_step(self, bucket: Bucket, num_blocks: int) -> jax.stages.Lowered:
         """Lower the step of a bucket."""
@@ -309,12 +309,11 @@ class Programs:
         if self.config.enforce_eager:
             self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
             self.samples = dict.fromkeys(row_counts, self.functions.sample)
-            self.samples_all = dict.fromkeys(
-                sample_all_sizes(row_counts), self.functions.sample_all
-            )
+            sizes = sample_all_sizes(row_counts)
+            self.samples_all = dict.fromkeys(sizes, self.functions.sample_all)
+            self.put_masks = dict.fromkeys(sizes, self.functions.put_masks)
             self.score_prompt = self.functions.score_prompt
             self.put_options = self.functions.put_options
-            self.put_masks = self.functions.put_masks
             return
         loops = self.decode_buckets if self.config.num_scheduler_steps > 1 else []
         specs = [self.step_spec(bucket, num_blocks, weights) for bucket in buckets]
@@ -322,14 +321,15 @@ class Programs:
         specs += [self.sample_spec(n, num_blocks, weights) for n in row_counts]
         sizes = sample_all_sizes(row_counts)
         specs += [self.sample_all_spec(n, num_blocks, weights) for n in sizes]
+        specs += [self.put_masks_spec(n, num_blocks) for n in sizes]
         specs += [self.score_prompt_spec(num_blocks, weights), self.put_options_spec(num_blocks)]
-        specs += [self.put_masks_spec(num_blocks)]
         programs = iter(self._compile(specs, weights))
         self.steps = {bucket: next(programs) for bucket in buckets}
         self.decode_steps = {bucket: next(programs) for bucket in loops}
         self.samples = {num_rows: next(programs) for num_rows in row_counts}
         self.samples_all = {num_rows: next(programs) for num_rows in sizes}
-        self.score_prompt, self.put_options, self.put_masks = programs
+        self.put_masks = {num_rows: next(programs) for num_rows in sizes}
+        self.score_prompt, self.put_options = programs
 
     def step_bytes(self, weights: list[Weight]) -> int:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""

@@ -1,9 +1,10 @@
 """Scores of tokens on the host, as a sequence keeps them."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from jaxtyping import Float, Int
-from numpy import ndarray
+import numpy as np
+from numpy.typing import ArrayLike
 
 
 class TokenScores(NamedTuple):
@@ -26,19 +27,24 @@ class StepScores(Protocol):
         ...
 
 
-class ScoreArrays(NamedTuple):
-    """The arrays of `layers.scores.Scores`."""
+class ScoreLists(NamedTuple):
+    """The numbers of `layers.scores.Scores` as lists: Python takes an array's apart one by one."""
 
-    logprobs: Float[ndarray, " B"]
-    ranks: Int[ndarray, " B"]
-    top_ids: Int[ndarray, "B K"]
-    top_logprobs: Float[ndarray, "B K"]
+    logprobs: list[float]
+    ranks: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+    @classmethod
+    def of(cls, scores: Iterable[ArrayLike]) -> "ScoreLists":
+        """The arrays of `Scores`, once they are there."""
+        return cls._make([np.asarray(array).tolist() for array in scores])
 
     def at(self, row: int, token_id: int, count: int) -> TokenScores:
         """The scores of a row's token and of the `count` likeliest."""
-        ids, logprobs = self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist()
+        ids, logprobs = self.top_ids[row][:count], self.top_logprobs[row][:count]
         return TokenScores(
             [token_id, *ids],
-            [float(self.logprobs[row]), *logprobs],
-            [int(self.ranks[row]), *range(1, len(ids) + 1)],
+            [self.logprobs[row], *logprobs],
+            [self.ranks[row], *range(1, len(ids) + 1)],
         )
