@@ -184,6 +184,30 @@ def test_chunked_prefill(poisoned, expected, reference, monkeypatch):
     assert sum(start > 0 for _, start, _ in chunks) >= 3, "hardly a prompt was cut"
 
 
+def arrive(llm, prompts, params, every: int) -> list[list[int]]:
+    """Enter requests one by one, `every` rounds apart, and return what they give."""
+    ids, results, rounds = [], {}, 0
+    while len(results) < len(prompts):
+        if rounds % every == 0 and len(ids) < len(prompts):
+            ids.append(llm.add_request(prompts[len(ids)], params))
+        results |= llm.step()[0]
+        rounds += 1
+    return [results[i] for i in ids]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_small_chunks_beside_sequences_that_decode(poisoned, reference, monkeypatch, ahead):
+    prompts = [prompt(n, seed=4) for n in (20, 300, 500, 257, 64)]
+    want = reference(prompts, greedy(40))
+    llm = poisoned(chunked_prefill_size=64, async_scheduling=ahead)
+    spy = Spy(llm, monkeypatch)
+    assert arrive(llm, prompts, greedy(40), every=3) == want
+    sizes = [sum(n for _, _, n in rows) for is_prefill, rows in spy.batches if is_prefill]
+    assert max(sizes) == 64 and len(sizes) >= 1000 // 64
+    kinds = "".join("dp"[is_prefill] for is_prefill, _ in spy.batches)
+    assert "pp" not in kinds, "sequences that decode wait for two prefills"
+
+
 def test_preemption(poisoned, expected, monkeypatch):
     llm = poisoned(**TINY_POOL)
     spy = Spy(llm, monkeypatch)

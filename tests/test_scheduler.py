@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.scheduler import QUIET_ROUNDS, Batch, Scheduler
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.sampling_params import SamplingParams
@@ -26,12 +27,15 @@ EOS = 0
 BLOCK = 4
 
 
-def make_scheduler(num_blocks=8, *, max_num_seqs=4, max_tokens=32, max_prefill_seqs=4, eos=(EOS,)):
+def make_scheduler(
+    num_blocks=8, *, max_num_seqs=4, max_tokens=32, max_prefill_seqs=4, chunk=None, eos=(EOS,)
+):
     return Scheduler(
         [BlockManager(num_blocks, BLOCK)],
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         max_prefill_seqs=max_prefill_seqs,
+        chunk=chunk,
         eos_token_ids=eos,
     )
 
@@ -107,6 +111,30 @@ def test_prefill_and_decode_alternate_while_both_wait():
         add(scheduler, i, 4, max_tokens=16)
     kinds = [step(scheduler)[0].is_prefill for _ in range(14)]
     assert kinds == [True, False] * 7
+
+
+def test_prefills_are_smaller_while_sequences_decode():
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=9, max_tokens=16, chunk=Bucket(3, 2))
+    runs = add(scheduler, 0, 4, max_tokens=5)
+    for i, n in enumerate((20, 1, 1, 1), start=1):
+        add(scheduler, i, n, max_tokens=1)
+    batches = [step(scheduler)[0] for _ in range(8)]
+    assert [rows(batch) for batch in batches[::2]] == [
+        [(0, 0, 4), (1, 0, 12)],  # nobody decodes yet
+        [(1, 12, 3)],
+        [(1, 15, 3)],
+        [(1, 18, 2), (2, 0, 1)],
+    ]
+    assert all(batch.seqs == [runs] for batch in batches[1::2]) and runs.is_finished
+    add(scheduler, 5, 20, max_tokens=1)
+    assert rows(step(scheduler)[0]) == [(3, 0, 1), (4, 0, 1), (5, 0, 14)]  # nobody does any more
+
+
+def test_a_sequence_whose_last_token_is_in_flight_keeps_no_prefill_small():
+    scheduler = make_scheduler(num_blocks=40, max_tokens=16, chunk=Bucket(3, 2))
+    for i in range(2):
+        add(scheduler, i, 16, max_tokens=1)
+    assert [rows(scheduler.schedule()) for _ in range(2)] == [[(0, 0, 16)], [(1, 0, 16)]]
 
 
 def test_decode_is_not_starved_by_arriving_prompts():
@@ -364,14 +392,16 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         max_tokens=st.integers(5, 24),
         max_prefill_seqs=st.integers(1, 4),
+        chunk=st.none() | st.builds(Bucket, st.integers(1, 6), st.integers(1, 3)),
         vocab=st.sampled_from([2, 3, 20]),
     )
-    def start(self, num_blocks, max_num_seqs, max_tokens, max_prefill_seqs, vocab):
+    def start(self, num_blocks, max_num_seqs, max_tokens, max_prefill_seqs, chunk, vocab):
         self.scheduler = make_scheduler(
             num_blocks,
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
             max_prefill_seqs=max_prefill_seqs,
+            chunk=chunk,
         )
         self.books = self.scheduler.pools[0]
         self.max_num_seqs, self.vocab = max_num_seqs, vocab
@@ -434,7 +464,8 @@ class EngineMachine(RuleBasedStateMachine):
         if half_done and not self.after_prefill:
             assert batch.is_prefill, "prefill starves"
         self.after_prefill = batch.is_prefill
-        self.check_limits(batch)
+        decodes = [s for s in decodable if s not in self.preempted and not s.is_finished]
+        self.check_limits(batch, scheduler.chunk if decodes else None)
         if batch.num_steps > 1:
             assert not waiting and quiet <= 1 and batch.num_steps == num_steps
             assert batch.lengths == wanted and max(wanted) == num_steps and not self.preempted
@@ -587,12 +618,12 @@ class EngineMachine(RuleBasedStateMachine):
 
         return list(array("i", [prefix[-1] for prefix in held]).tobytes())
 
-    def check_limits(self, batch):
+    def check_limits(self, batch, chunk):
         assert batch.seqs and all(n > 0 for n in batch.lengths)
         assert len({id(seq) for seq in batch.seqs}) == len(batch.seqs)
         if batch.is_prefill:
-            assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
-            assert len(batch.seqs) <= self.scheduler.max_prefill_seqs
+            room = chunk or self.scheduler.largest
+            assert batch.num_tokens <= room.num_tokens and len(batch.seqs) <= room.num_rows
         else:
             assert all(n <= batch.num_steps for n in batch.lengths) and all(batch.yields_token)
         slots = [seq.slot for seq in self.seqs if seq.slot != NO_SLOT]

@@ -31,12 +31,15 @@ class EngineCore:
             BlockManager(self.runner.num_blocks, config.kvcache_block_size)
             for _ in range(programs.batch_shards)
         ]
-        largest = programs.prefill_buckets[-1]
+        largest, chunk = programs.prefill_buckets[-1], None
+        if config.chunked_prefill_size is not None:
+            chunk = programs.chunk(config.chunked_prefill_size)
         self.scheduler = Scheduler(
             self.pools,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=largest.num_tokens,
             max_prefill_seqs=largest.num_rows,
+            chunk=chunk,
             eos_token_ids=eos_token_ids,
         )
         self.processes = multihost.Processes()  # does nothing if there is only one

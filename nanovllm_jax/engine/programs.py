@@ -97,6 +97,12 @@ class Programs:
         self.put_options: Callable | None = None
         self.put_masks: Callable | None = None
 
+    def chunk(self, num_tokens: int) -> Bucket:
+        """The room of a prefill that takes at most this many tokens, in each shard."""
+        num_tokens = -(-num_tokens // self.batch_shards)
+        bucket = next(b for b in self.prefill_buckets if b.num_tokens >= num_tokens)
+        return bucket._replace(num_tokens=num_tokens)
+
     # --- what the programs work on ---
 
     def addressable_blocks(self, num_blocks: int) -> int:

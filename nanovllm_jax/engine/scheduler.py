@@ -2,7 +2,8 @@
 
 Each round runs either a prefill batch (chunks of prompts, packed up to a token budget) or a decode
 batch (one token of every running sequence). While both kinds of work are there the rounds
-alternate, so that neither arriving prompts nor running sequences starve.
+alternate, so that neither arriving prompts nor running sequences starve; and a prefill may then be
+held to a smaller budget, because every running sequence waits for it.
 
 The batch may be sharded: a sequence then lives in one shard, with the blocks of that shard's pool,
 from its admission until it ends or is preempted. Each shard has its part of the slots and of the
@@ -19,6 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.engine.token_scores import StepScores
 from nanovllm_jax.outputs import FinishReason
@@ -92,6 +94,8 @@ class Scheduler:
         max_num_seqs: sequences admitted at once; each holds one slot of the runner's tables.
         max_num_batched_tokens: tokens of one prefill batch at most, in each shard.
         max_prefill_seqs: most sequences in one prefill batch, in each shard.
+        chunk: tokens and sequences of one prefill batch while others decode, in each shard; None:
+            no other limits than these.
         eos_token_ids: tokens that end a sequence unless it ignores them.
     """
 
@@ -102,11 +106,12 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_seqs: int,
+        chunk: Bucket | None = None,
         eos_token_ids: Collection[int] = (),
     ):
         self.pools = pools
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_prefill_seqs = max_prefill_seqs
+        self.largest = Bucket(max_num_batched_tokens, max_prefill_seqs)
+        self.chunk = chunk
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()  # at most one a shard is partly computed; first
         self.running: list[Sequence] = []  # in the order of admission
@@ -207,8 +212,11 @@ class Scheduler:
 
     def _schedule_prefill(self) -> Batch | None:
         batch = Batch.empty(is_prefill=True)
-        tokens_left = [self.max_num_batched_tokens] * len(self.pools)
-        rows_left = [self.max_prefill_seqs] * len(self.pools)
+        room = self.largest
+        if self.chunk and any(seq.num_wanted for seq in self.running):
+            room = self.chunk
+        tokens_left = [room.num_tokens] * len(self.pools)
+        rows_left = [room.num_rows] * len(self.pools)
         for seq in list(itertools.islice(self.waiting, sum(rows_left))):
             open_shards = [s for s, n in enumerate(tokens_left) if n > 0 and rows_left[s] > 0]
             if not open_shards:

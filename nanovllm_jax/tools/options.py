@@ -20,6 +20,7 @@ ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "max_model_len": (int, "longest prompt plus output, in tokens"),
     "max_num_seqs": (int, "most requests that run at the same time"),
     "max_num_batched_tokens": (int, "most tokens that one step processes"),
+    "chunked_prefill_size": (int, "the same for prompts while other requests decode"),
     "gpu_memory_utilization": (float, "share of the device's memory to use, in (0, 1]"),
     "tensor_parallel_size": (int, "number of devices to split the model over"),
     "num_scheduler_steps": (int, "most decode steps of one call of the device (default: 4)"),
