@@ -62,6 +62,7 @@ class EngineOptions(TypedDict, total=False):
 
     max_num_batched_tokens: int
     chunked_prefill_size: int | None
+    enable_mixed_chunk: bool
     max_num_seqs: int
     max_model_len: int
     num_scheduler_steps: int
@@ -94,6 +95,7 @@ class EngineConfig:
     sharding_rules: Mapping[str, Rule]
     max_num_batched_tokens: int = 16384
     chunked_prefill_size: int | None = None
+    enable_mixed_chunk: bool = False
     max_num_seqs: int = 512
     max_model_len: int = 4096
     num_scheduler_steps: int = 4

@@ -27,6 +27,9 @@ class LLM(LLMEngine):
             wait for it: a smaller number makes their tokens come more evenly, and those of
             newcomers later. A power of two fits the compiled steps best. None, the default, is
             max_num_batched_tokens, for the highest throughput.
+        enable_mixed_chunk: compute such prompt tokens and the next tokens of those other requests
+            in one step, of chunked_prefill_size tokens together, instead of in turns; takes more
+            programs, and so a longer start.
         max_num_seqs: most sequences in flight at once (default 512).
         max_model_len: longest sequence, prompt and completion (default 4096); capped to the model's
             max_position_embeddings.
