@@ -1,11 +1,12 @@
 """How evenly tokens come while requests arrive, at the same rate under several settings.
 
-    python -m scripts.bench_arrivals --random-weights 0.6B --rates 20 40 --chunks 0 2048 512
+    python -m scripts.bench_arrivals --random-weights 0.6B --rates 20 40 --chunks 0 2048 512 --mixed 512
 
 Requests arrive at random moments (a Poisson process) whether or not the ones before them have
-ended, from this process, and are told of their tokens as a server's would be. Every setting of
---chunks (`chunked_prefill_size`; 0: no limit) gets the same requests at the same moments. The
-settings take turns, --repeats times, so that a change of the clock meets all of them.
+ended, from this process, and are told of their tokens as a server's would be. Every setting gets the
+same requests at the same moments: those of --chunks (`chunked_prefill_size`; 0: no limit), and those
+of --mixed, which are the same with `enable_mixed_chunk`. They take turns, --repeats times, so that a
+change of the clock meets all of them.
 
 The columns: time to first token (TTFT) counts from the moment of arrival; inter-token latency (ITL)
 is between two tokens of a request, as its reader sees them; stalls are the share of these that are
@@ -124,6 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--random-weights", choices=SHAPES, metavar="SIZE", help=f"instead: {', '.join(SHAPES)}")
     add("--rates", type=float, nargs="+", default=[10.0], help="requests a second")
     add("--chunks", type=int, nargs="+", default=[0, 2048, 512], help="chunked_prefill_size, or 0")
+    add("--mixed", type=int, nargs="*", default=[], help="the same, with enable_mixed_chunk")
     add("--seconds", type=float, default=20.0, help="of arrivals in a run (default: 20)")
     add("--warm", type=float, default=5.0, help="seconds that do not count (default: 5)")
     add("--prompt", type=int, nargs=2, default=[100, 3000], metavar=("LEAST", "MOST"))
@@ -142,26 +144,34 @@ def main() -> int:
     """Measure, and print a table."""
     args = parse(sys.argv[1:])
     given: dict[str, Any] = {"max_model_len": 4096} | options.engine_options(args)
+    if args.mixed:  # an engine that has all the programs; which of them run is up to its scheduler
+        given |= {"enable_mixed_chunk": True}
+        given |= {"chunked_prefill_size": None if 0 in args.mixed else max(args.mixed)}
     with model_directory(args) as path:
         llm = LLM(str(path), **given)
     with llm:
         assert llm.runner
+        programs = llm.runner.programs
         settings = {
-            str(size or "none"): llm.runner.programs.chunk(size) if size else None
-            for size in args.chunks
+            f"{'mixed' if is_mixed else ''} {size or 'none'}": (
+                programs.chunk(size) if size else None,
+                programs.mixed_rooms(size or None) if is_mixed else [],
+            )
+            for is_mixed, sizes in ((False, args.chunks), (True, args.mixed))
+            for size in sizes
         }
         warm = list(arrivals(args, args.rates[0], llm.vocab_size))
         run(llm, warm[: 1 + len(warm) // 4])
         for rate in args.rates:
             for repeat in range(args.repeats):
-                for name, chunk in settings.items():
+                for name, (chunk, mixed) in settings.items():
                     llm.reset_prefix_cache()
-                    llm.scheduler.chunk = chunk
+                    llm.scheduler.chunk, llm.scheduler.mixed = chunk, mixed
                     row = report(*run(llm, list(arrivals(args, rate, llm.vocab_size))), args)
                     if name == next(iter(settings)):
                         titles = "".join(f"{title:>10}" for title in row)
-                        print(f"\nrate {rate:g}/s, turn {repeat + 1}\n{'chunk':>8}{titles}")
-                    print(f"{name:>8}" + "".join(f"{x:10.1f}" for x in row.values()), flush=True)
+                        print(f"\nrate {rate:g}/s, turn {repeat + 1}\n{'chunk':>11}{titles}")
+                    print(f"{name:>11}" + "".join(f"{x:10.1f}" for x in row.values()), flush=True)
     return 0
 
 

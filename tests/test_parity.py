@@ -227,7 +227,7 @@ def test_mixed_steps(poisoned, reference, monkeypatch, options):
 def test_mixed_steps_in_every_bucket(new_engine, checkpoint, reference, monkeypatch):
     prompts = [prompt(n, seed=5) for n in (20, 300, 3, 630, 64, 1)]
     want = reference(prompts, greedy(20))
-    llm = new_engine(checkpoint(), every_bucket=True, **(MIXED | {"max_num_seqs": 5}))
+    llm = new_engine(checkpoint(), every_bucket=True, enable_mixed_chunk=True)
     poison(llm)
     buckets, prepare = set(), llm.runner.packer.prepare
 
