@@ -1,11 +1,11 @@
 """How evenly tokens come while requests arrive, at the same rate under several settings.
 
-    python -m scripts.bench_arrivals --random-weights 0.6B --rates 20 40 --chunks 0 2048 512 --mixed 512
+    python -m scripts.bench_arrivals --random-weights 0.6B --rates 20 40 --chunks 0 512 --mixed 512
 
 Requests arrive at random moments (a Poisson process) whether or not the ones before them have
-ended, from this process, and are told of their tokens as a server's would be. Every setting gets the
-same requests at the same moments: those of --chunks (`chunked_prefill_size`; 0: no limit), and those
-of --mixed, which are the same with `enable_mixed_chunk`. They take turns, --repeats times, so that a
+ended, from this process, and are told of their tokens as a server's would be. Every setting gets
+the same requests at the same moments: those of --chunks (`chunked_prefill_size`; 0: no limit), and
+those of --mixed, the same with `enable_mixed_chunk`. They take turns, --repeats times, so that a
 change of the clock meets all of them.
 
 The columns: time to first token (TTFT) counts from the moment of arrival; inter-token latency (ITL)
