@@ -22,6 +22,7 @@ from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, QueueFull
 from nanovllm_jax.server.chat import ChatReply
 from nanovllm_jax.server.completions import TextReply
 from nanovllm_jax.server.metrics import Metrics
+from nanovllm_jax.server.page import page_response
 from nanovllm_jax.server.protocol import ChatMessage, ChatRequest, CompletionRequest, RequestError
 from nanovllm_jax.server.replies import error_body, json_response, now
 from nanovllm_jax.server.service import Disconnected, RequestFailed, Service
@@ -30,7 +31,6 @@ log = logging.getLogger("nanovllm_jax")
 
 # Paths that need no key: they tell of no request, and start none.
 OPEN = ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json")
-PAGE = Path(__file__).with_name("page.html")
 GONE = 499  # the status that servers log for a client that has gone away
 
 
@@ -109,7 +109,7 @@ def make_app(
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         """A page to talk with the model."""
-        return Response(PAGE.read_bytes(), media_type="text/html")
+        return page_response()
 
     @app.get("/v1/models")
     async def models() -> Response:
