@@ -8,9 +8,13 @@ import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
+
+if TYPE_CHECKING:
+    from nanovllm_jax.server.app import ServerOptions
 
 # Requests that run at the same time on a CPU, which starts sooner with few and small programs.
 CPU_MAX_NUM_SEQS = 8
@@ -24,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import uvicorn
 
-        from nanovllm_jax.server.app import ServerOptions, make_app
+        from nanovllm_jax.server.app import make_app
     except ImportError as error:
         raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
     with refusals(*options.ENGINE_ERRORS):
@@ -36,22 +40,13 @@ def main(argv: Sequence[str]) -> int:
             given = options.small_steps(args.model, given, CPU_MAX_NUM_SEQS)
         llm = LLM(str(args.model), **given)
     log.setLevel(logging.INFO)
-    if args.api_key is None and not _is_loopback(args.host):
-        log.warning(
-            "%s is reachable from other machines, and there is no --api-key: whoever reaches it "
-            "can use it",
-            args.host,
-        )
+    warn_of_strangers(args)
     server: uvicorn.Server
 
     def stop() -> None:
         server.should_exit = True
 
-    served = ServerOptions(
-        args.served_model_name or args.model.resolve().name, args.api_key, args.max_waiting,
-        args.max_body_mib << 20, args.timeout,
-    )  # fmt: skip
-    app = make_app(llm, served, on_fault=stop)
+    app = make_app(llm, server_options(args), on_fault=stop)
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=args.shutdown_timeout, timeout_keep_alive=75,
@@ -79,6 +74,16 @@ async def _serve(server, host: str) -> None:
     await serving
 
 
+def warn_of_strangers(args: argparse.Namespace) -> None:
+    """Log a warning if other machines reach the server and need no key."""
+    if args.api_key is None and not _is_loopback(args.host):
+        log.warning(
+            "%s is reachable from other machines, and there is no --api-key: whoever reaches it "
+            "can use it",
+            args.host,
+        )
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -88,10 +93,16 @@ def _is_loopback(host: str) -> bool:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; UsageError if it is wrong."""
-    parser = options.Parser(
-        prog="nanovllm-jax serve",
-        description="Serve a model to clients of OpenAI's API.",
-    )
+    description = "Serve a model to clients of OpenAI's API."
+    parser = options.Parser(prog="nanovllm-jax serve", description=description)
+    add_server_options(parser)
+    args = parser.parse_args(argv)
+    check_server_options(args)
+    return args
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options of a server and of its engine."""
     add = parser.add_argument
     model = "Hugging Face style model directory (default: the small demo model shipped here)"
     add("--model", type=Path, default=options.DEMO_MODEL, metavar="DIR", help=model)
@@ -108,7 +119,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     drain = "time for requests under way after SIGTERM (%(default)s)"
     add("--shutdown-timeout", type=int, default=30, metavar="SECONDS", help=drain)
     options.add_engine_options(parser)
-    args = parser.parse_args(argv)
+
+
+def check_server_options(args: argparse.Namespace) -> None:
+    """Raise UsageError if an option of the server is wrong."""
     options.check_positive(args, "max_body_mib", "timeout")
     options.check_positive(args, "max_waiting", "shutdown_timeout", "port", at_least=0)
-    return args
+
+
+def server_options(args: argparse.Namespace) -> "ServerOptions":
+    """What the server allows, as the command line says."""
+    from nanovllm_jax.server.app import ServerOptions
+
+    return ServerOptions(
+        args.served_model_name or args.model.resolve().name, args.api_key, args.max_waiting,
+        args.max_body_mib << 20, args.timeout,
+    )  # fmt: skip
