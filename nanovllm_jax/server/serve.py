@@ -3,9 +3,11 @@
 import argparse
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # Requests that run at the same time on a CPU, which starts sooner with few and small programs.
 CPU_MAX_NUM_SEQS = 8
+SWITCH_INTERVAL = 0.0005  # Seconds that a thread of Python keeps another waiting; 0.005 is usual.
 
 log = logging.getLogger("nanovllm_jax")
 
@@ -54,10 +57,23 @@ def main(argv: Sequence[str]) -> int:
     server = uvicorn.Server(config)
     # Its own handlers end the process by the signal, after everything has been done.
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
+    _keep_threads_short_of_waiting()
     with llm:
         asyncio.run(_serve(server, args.host))
         failed = not server.started or app.state.service.engine.fault is not None
     return int(failed)
+
+
+def _keep_threads_short_of_waiting() -> None:
+    """Set Python up for an engine's thread beside a busy event loop; for the whole process.
+
+    A full garbage collection looks at every object that JAX and the model's files have left, which
+    holds all streams up for half a second; frozen ones are looked at no more. And a thread that
+    wants Python back after a call of the device waits for the other one's switch interval.
+    """
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL)
 
 
 async def _serve(server, host: str) -> None:
