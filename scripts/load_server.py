@@ -71,9 +71,7 @@ def draw_asks(rng: random.Random, token_ids: Sequence[Sequence[int]]) -> list[As
     a, b = rng.randrange(1000), rng.randrange(1000)
     hero, thing = rng.choice(["fox", "hare", "owl"]), rng.choice(["lantern", "boat", "key"])
     text = f"Once upon a time there was a {hero} with a {thing} and {a} coins."
-    question = rng.choice(
-        [f"What is {a} + {b}?", f"Tell me a story about a {hero} and a {thing}."]
-    )
+    question = rng.choice([f"What is {a} + {b}?", f"Tell me a story about a {hero} and a {thing}."])
     chat: Json = {"messages": [{"role": "user", "content": question}]}
     greedy = {"temperature": 0, "max_tokens": rng.randrange(1, 60)}
     seeded = {"temperature": rng.uniform(0.3, 1.5), "top_p": 0.9, "seed": a, "max_tokens": 30}
@@ -287,9 +285,7 @@ class Load:
         ask = self.asks[i]
         if rng.random() < vanishing:
             sends_all = rng.random() < 0.8
-            await self.client.vanish(
-                ask, rng.uniform(0, 1.5), stream=stream, sends_all=sends_all
-            )
+            await self.client.vanish(ask, rng.uniform(0, 1.5), stream=stream, sends_all=sends_all)
             self.counts["clients that go away"] += 1
             return
         answer = await self.client.ask(ask, stream=stream)
@@ -341,9 +337,7 @@ def served(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
                 break
         assert url, "the server did not start"
         # A pipe that nobody reads would stop the server once it is full.
-        copied = threading.Thread(
-            target=sys.stderr.writelines, args=(process.stderr,), daemon=True
-        )
+        copied = threading.Thread(target=sys.stderr.writelines, args=(process.stderr,), daemon=True)
         copied.start()
         yield process, url
     finally:
@@ -392,7 +386,9 @@ async def run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         process, url = None, args.url
         if url is None:
-            process, url = stack.enter_context(served("--dtype", "float32"))
+            process, url = stack.enter_context(
+                served("--dtype", "float32", "--trust-request-chat-template")
+            )
         load = Load(Client(url), random.Random(args.seed), process and process.pid)
         await load.prepare(args.num_each)
         start = time.perf_counter()
