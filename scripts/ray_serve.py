@@ -27,6 +27,7 @@ from nanovllm_jax.server.serve import (
     CPU_MAX_NUM_SEQS,
     add_server_options,
     check_server_options,
+    keep_threads_short_of_waiting,
     server_options,
     warn_of_strangers,
 )
@@ -142,6 +143,7 @@ class Engine:
         self.app = make_app(self.llm, server)
         self.lifespan = self.app.router.lifespan_context(self.app)
         await self.lifespan.__aenter__()
+        keep_threads_short_of_waiting()
         print(f"process {os.getpid()}: engine {own_id()} is ready", flush=True)
 
     async def stream(

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CPU_MAX_NUM_SEQS = 8
 SWITCH_INTERVAL = 0.0005  # Seconds that a thread of Python keeps another waiting; 0.005 is usual.
 
+# Seconds that clients have to take the errors of requests that were cut off at the server's end.
+FAREWELL = 2
+
 log = logging.getLogger("nanovllm_jax")
 
 
@@ -52,19 +55,19 @@ def main(argv: Sequence[str]) -> int:
     app = make_app(llm, server_options(args), on_fault=stop)
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=args.shutdown_timeout, timeout_keep_alive=75,
+        timeout_graceful_shutdown=args.shutdown_timeout + FAREWELL, timeout_keep_alive=75,
     )  # fmt: skip
     server = uvicorn.Server(config)
     # Its own handlers end the process by the signal, after everything has been done.
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
-    _keep_threads_short_of_waiting()
+    keep_threads_short_of_waiting()
     with llm:
-        asyncio.run(_serve(server, args.host))
+        asyncio.run(_serve(server, args.host, args.shutdown_timeout))
         failed = not server.started or app.state.service.engine.fault is not None
     return int(failed)
 
 
-def _keep_threads_short_of_waiting() -> None:
+def keep_threads_short_of_waiting() -> None:
     """Set Python up for an engine's thread beside a busy event loop; for the whole process.
 
     A full garbage collection looks at every object that JAX and the model's files have left, which
@@ -76,10 +79,15 @@ def _keep_threads_short_of_waiting() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
 
 
-async def _serve(server, host: str) -> None:
+async def _serve(server, host: str, drain: float) -> None:
     loop = asyncio.get_running_loop()
+
+    def end(number: int) -> None:
+        server.handle_exit(number, None)
+        loop.call_later(drain, lambda: server.config.app.state.service.engine.stop())
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.handle_exit, number, None)
+        loop.add_signal_handler(number, end, number)
     serving = asyncio.ensure_future(server.serve())
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
@@ -132,6 +140,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     body = "largest body of a request in MiB (%(default)s)"
     add("--max-body-mib", type=int, default=32, metavar="N", help=body)
     add("--timeout", type=float, metavar="SECONDS", help="that a request may take; default: any")
+    trust = "let clients send chat_template: a program, which may take all time and memory"
+    add("--trust-request-chat-template", action="store_true", help=trust)
     drain = "time for requests under way after SIGTERM (%(default)s)"
     add("--shutdown-timeout", type=int, default=30, metavar="SECONDS", help=drain)
     options.add_engine_options(parser)
@@ -149,5 +159,5 @@ def server_options(args: argparse.Namespace) -> "ServerOptions":
 
     return ServerOptions(
         args.served_model_name or args.model.resolve().name, args.api_key, args.max_waiting,
-        args.max_body_mib << 20, args.timeout,
+        args.max_body_mib << 20, args.timeout, args.trust_request_chat_template,
     )  # fmt: skip
