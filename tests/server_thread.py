@@ -1,4 +1,4 @@
-"""A server in a thread of the test's process, around an engine that the test can look into."""
+"""Servers in a thread of the test's process, so that the test can look into what they serve."""
 
 import asyncio
 import contextlib
@@ -10,9 +10,8 @@ from nanovllm_jax.server.app import ServerOptions, make_app
 
 
 @contextlib.contextmanager
-def serving(llm, **options):
-    """Serve an engine; yields the server's address."""
-    app = make_app(llm, ServerOptions("demo", **options))
+def running(app):
+    """Run an ASGI application; yields its address."""
     config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # those are the main thread's
@@ -27,3 +26,8 @@ def serving(llm, **options):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def serving(llm, **options):
+    """Serve an engine; yields the server's address."""
+    return running(make_app(llm, ServerOptions("demo", **options)))

@@ -29,7 +29,7 @@ def llm():
 
 @pytest.fixture(scope="module")
 def url(llm):
-    with serving(llm) as url:
+    with serving(llm, trust_request_chat_template=True) as url:
         yield url
 
 

@@ -156,7 +156,7 @@ class AnswerReader:
 def _loaded(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -177,7 +177,7 @@ def _llama_calls(text: str) -> list[Call]:
     while text:
         try:
             value, end = decoder.raw_decode(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         call = _call(value, "parameters")
         if call is None:

@@ -3,7 +3,7 @@
 import contextlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from nanovllm_jax import LLM, __version__
 from nanovllm_jax.engine.prompts import encode, encode_chat
@@ -22,7 +22,15 @@ from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, QueueFull
 from nanovllm_jax.server.chat import ChatReply
 from nanovllm_jax.server.completions import TextReply
 from nanovllm_jax.server.metrics import Metrics
-from nanovllm_jax.server.protocol import ChatMessage, ChatRequest, CompletionRequest, RequestError
+from nanovllm_jax.server.page import page_response
+from nanovllm_jax.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RequestError,
+    TokenizeRequest,
+    conversation,
+)
 from nanovllm_jax.server.replies import error_body, json_response, now
 from nanovllm_jax.server.service import Disconnected, RequestFailed, Service
 
@@ -30,7 +38,6 @@ log = logging.getLogger("nanovllm_jax")
 
 # Paths that need no key: they tell of no request, and start none.
 OPEN = ("/", "/health", "/metrics", "/version", "/docs", "/openapi.json")
-PAGE = Path(__file__).with_name("page.html")
 GONE = 499  # the status that servers log for a client that has gone away
 
 
@@ -44,6 +51,7 @@ class ServerOptions:
         max_waiting: completions that may wait beside those that run.
         max_body: most bytes of a request's body.
         timeout: seconds that a request may take; None: any time.
+        trust_request_chat_template: whether clients may send chat templates, which are programs.
     """
 
     served_model_name: str
@@ -51,24 +59,22 @@ class ServerOptions:
     max_waiting: int = 1024
     max_body: int = 32 << 20
     timeout: float | None = None
+    trust_request_chat_template: bool = False
 
 
-class TokenizeRequest(BaseModel):
-    """POST /tokenize: a text, or a conversation."""
+class ErrorDetail(BaseModel):
+    """What is wrong."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    message: str
+    type: str
+    param: str | None
+    code: int
 
 
-class DetokenizeRequest(BaseModel):
-    """POST /detokenize."""
+class ErrorReply(BaseModel):
+    """Every reply that is an error."""
 
-    model: str | None = None
-    tokens: list[int]
+    error: ErrorDetail
 
 
 def make_app(
@@ -88,20 +94,30 @@ def make_app(
         nonlocal service
         engine = AsyncEngine(llm, options.max_waiting, on_fault)
         defaults = recommended_sampling(Path(llm.config.model))
-        service = app.state.service = Service(engine, metrics, name, defaults, options.timeout)
+        service = app.state.service = Service(
+            engine, metrics, name, defaults, options.timeout, options.trust_request_chat_template
+        )
         yield
         engine.close()
 
-    app = FastAPI(title="nanovllm_jax", version=__version__, lifespan=lifespan, redoc_url=None)
+    errors: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorReply, "description": "The request is wrong, or there are too many"},
+        "5XX": {"model": ErrorReply, "description": "The server or its engine has failed"},
+    }
+    app = FastAPI(
+        title="nanovllm_jax", version=__version__, lifespan=lifespan, redoc_url=None,
+        responses=errors,
+    )  # fmt: skip
+    events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
     _tell_errors(app)
     created = now()
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=events)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue texts."""
         return await TextReply(service, body).respond(http, stream=body.stream)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=events)
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         """Answer a conversation."""
         return await ChatReply(service, body).respond(http, stream=body.stream)
@@ -109,7 +125,7 @@ def make_app(
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         """A page to talk with the model."""
-        return Response(PAGE.read_bytes(), media_type="text/html")
+        return page_response()
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -121,14 +137,14 @@ def make_app(
         }  # fmt: skip
         return json_response({"object": "list", "data": [model]})
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """Status 200 while the engine works, 503 after it has failed."""
         if fault := service.engine.fault:
             return json_response(error_body(f"the engine has failed: {fault}", 503), 503)
         return Response()
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics_text() -> Response:
         """Counts and times, for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -141,6 +157,7 @@ def make_app(
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
         """The tokens of a text or of a conversation."""
+        body.check_other_fields()
         token_ids = await service.engine.in_thread(_tokenized, llm, body)
         reply: dict[str, Any] = {"count": len(token_ids), "tokens": token_ids}
         reply["max_model_len"] = llm.config.max_model_len
@@ -151,10 +168,12 @@ def make_app(
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of tokens."""
+        body.check_other_fields()
         tokenizer = _tokenizer(llm)
         if wrong := [t for t in body.tokens if not 0 <= t < llm.vocab_size]:
             raise RequestError(f"token {wrong[0]} is not in the vocabulary", "tokens")
-        return json_response({"prompt": str(tokenizer.decode(body.tokens))})
+        text = await service.engine.in_thread(tokenizer.decode, body.tokens)
+        return json_response({"prompt": str(text)})
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
@@ -165,7 +184,7 @@ def make_app(
         info |= {"tokenizer_class": type(tokenizer).__name__}
         return json_response(info | {"chat_template": tokenizer.chat_template})
 
-    @app.post("/reset_prefix_cache")
+    @app.post("/reset_prefix_cache", response_class=Response)
     async def reset_prefix_cache() -> Response:
         """Forget all cached prefixes."""
         await service.engine.in_thread(llm.reset_prefix_cache)
@@ -185,17 +204,16 @@ def _tokenized(llm: LLM, body: TokenizeRequest) -> list[int]:
     tokenizer = _tokenizer(llm)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("send either prompt or messages", "prompt")
-    if body.prompt is not None:
-        if body.add_special_tokens:
-            return encode(tokenizer, body.prompt)
-        return tokenizer.encode(body.prompt, add_special_tokens=False)
-    conversation = ChatRequest(messages=body.messages or []).conversation()
+    field = "messages" if body.prompt is None else "prompt"
     try:
+        if body.prompt is not None:
+            return encode(tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
         return encode_chat(
-            tokenizer, conversation, add_generation_prompt=body.add_generation_prompt
-        )
+            tokenizer, conversation(body.messages or ()),
+            add_generation_prompt=body.add_generation_prompt,
+        )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise RequestError(str(error), "messages") from error
+        raise RequestError(str(error), field) from error
 
 
 def _tell_errors(app: FastAPI) -> None:
@@ -207,26 +225,29 @@ def _tell_errors(app: FastAPI) -> None:
 
         app.add_exception_handler(kind, handler)
 
-    def reply(status: int, error: Exception, param: str | None = None, **headers: str) -> Response:
-        return json_response(error_body(str(error), status, param), status, **headers)
+    def reply(
+        status: int,
+        error: object,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        return json_response(error_body(str(error), status, param), status, **(headers or {}))
 
     def invalid(error: RequestValidationError) -> Response:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{place}: {first['msg']}" if place else first["msg"]
-        return json_response(error_body(message, 400, place or None), 400)
+        return reply(400, message, place or None)
 
     tell(RequestValidationError, invalid)
     tell(RequestError, lambda e: reply(e.status, e, e.param))
-    tell(
-        HTTPException,
-        lambda e: json_response(error_body(str(e.detail), e.status_code), e.status_code),
-    )
-    tell(QueueFull, lambda e: reply(429, e, **{"Retry-After": "1"}))
-    tell(EngineFault, lambda e: reply(500, e))
+    tell(HTTPException, lambda e: reply(e.status_code, e.detail, headers=e.headers))
+    tell(QueueFull, lambda e: reply(429, e, headers={"Retry-After": "1"}))
+    tell(EngineFault, lambda e: reply(e.status, e))
     tell(RequestFailed, lambda e: reply(500, e))
     tell(Disconnected, lambda e: Response(status_code=GONE))
-    tell(TimeoutError, lambda e: json_response(error_body("the request took too long", 504), 504))
+    tell(TimeoutError, lambda e: reply(504, "the request took too long"))
+    tell(Exception, lambda e: reply(500, "the server has failed; its log says why"))
 
 
 class _Gate:

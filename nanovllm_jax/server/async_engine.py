@@ -20,6 +20,8 @@ from nanovllm_jax.outputs import CompletionOutput
 # long prompts do not hold up the event loop.
 TOKENIZER_THREADS = 2
 
+ENDS = "the server ends"
+
 T = TypeVar("T")
 
 
@@ -29,6 +31,14 @@ class QueueFull(Exception):
 
 class EngineFault(Exception):
     """The engine has failed, and with it all requests under way."""
+
+    status = 500
+
+
+class Stopped(EngineFault):
+    """The server ends before the request has ended."""
+
+    status = 503
 
 
 class News(NamedTuple):
@@ -51,6 +61,7 @@ class AsyncEngine:
         self.most = llm.config.max_num_seqs + max_waiting
         self.fault: BaseException | None = None  # what ended the engine's work
         self.groups: set[Group] = set()
+        self._has_stopped = False
         self._loop = asyncio.get_running_loop()
         self._listener = Listener(self._ring)
         self._has_rung = False
@@ -65,10 +76,12 @@ class AsyncEngine:
 
         Raises:
             QueueFull: with them there would be more than may be.
-            EngineFault: the engine works no more.
+            EngineFault: the engine works no more, or the server ends.
         """
         if self.fault:
             raise EngineFault(str(self.fault))
+        if self._has_stopped:
+            raise Stopped(ENDS)
         taken = sum(group.size for group in self.groups)
         if taken and taken + size > self.most:
             raise QueueFull(f"{taken} completions are under way or wait already")
@@ -93,6 +106,12 @@ class AsyncEngine:
             self._on_fault()
         for group in self.groups:
             group.look(self.fault)
+
+    def stop(self) -> None:
+        """Have all requests under way fail at once, and take no more."""
+        self._has_stopped = True
+        for group in self.groups:
+            group.fail(Stopped(ENDS))
 
     def close(self) -> None:
         """End the threads."""
@@ -139,7 +158,7 @@ class Group:
         """What comes next; None when all completions have ended.
 
         Raises:
-            EngineFault: the engine has failed.
+            EngineFault: the engine has failed, or the server ends.
         """
         if not self._num_left:
             return None
@@ -152,11 +171,15 @@ class Group:
     def look(self, fault: BaseException | None) -> None:
         """Take in what is new."""
         if fault:
-            self._news.put_nowait(EngineFault(str(fault)))
+            self.fail(EngineFault(str(fault)))
             return
         for number, request in enumerate(self.requests):
             if parts := request.news():
                 self._news.put_nowait(News(number, parts))
+
+    def fail(self, fault: EngineFault) -> None:
+        """Have the reader get an exception, after what has come before."""
+        self._news.put_nowait(fault)
 
     def close(self) -> None:
         """End the requests that have not ended."""

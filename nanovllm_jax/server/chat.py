@@ -9,7 +9,7 @@ from nanovllm_jax.outputs import CompletionOutput
 from nanovllm_jax.server import replies
 from nanovllm_jax.server.answers import THINK, AnswerReader, Call, Parts, ToolFormat, tool_format
 from nanovllm_jax.server.async_engine import Group
-from nanovllm_jax.server.protocol import ChatRequest, NamedTool, RequestError
+from nanovllm_jax.server.protocol import ChatRequest, NamedTool, RequestError, conversation
 from nanovllm_jax.server.replies import Usage
 from nanovllm_jax.server.service import Reply, Service
 
@@ -23,7 +23,9 @@ class ChatReply(Reply):
 
     def __init__(self, service: Service, body: ChatRequest):
         service.check_model(body)
-        self._body, self._conversation = body, body.conversation()
+        if not service.trusts_templates:
+            _check_no_template(body)
+        self._body, self._conversation = body, conversation(body.messages)
         self._tools: ToolFormat | None = self._tool_format(service)
         more: dict[str, Any] = {"prompt_logprobs": body.prompt_logprobs}
         if body.logprobs:
@@ -235,6 +237,16 @@ class Answer:
         }  # fmt: skip
         self._calls.append(new)
         return new
+
+
+def _check_no_template(body: ChatRequest) -> None:
+    """Raise RequestError if the client sends a template: a program that may never end."""
+    if body.chat_template or (body.chat_template_kwargs or {}).get("chat_template"):
+        raise RequestError(
+            "chat_template is not allowed: this server was started without "
+            "--trust-request-chat-template",
+            "chat_template",
+        )
 
 
 def _forced_calls(text: str, body: ChatRequest) -> list[Call]:

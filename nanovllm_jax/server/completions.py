@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from nanovllm_jax.engine.prompts import Prompt
+from nanovllm_jax.engine.prompts import Prompt, encode
 from nanovllm_jax.outputs import CompletionOutput
 from nanovllm_jax.server import replies
 from nanovllm_jax.server.async_engine import Group
@@ -44,15 +44,23 @@ class TextReply(Reply):
         self._scores: dict[int, TextScores] = {}  # of the choices that have begun
 
     async def start(self, group: Group) -> None:
-        prompts: list[Prompt] = [self._without_special_tokens(prompt) for prompt in self._prompts]
+        prompts: list[Prompt] = [*self._prompts]
+        if not self._body.add_special_tokens:
+            prompts = await self.service.engine.in_thread(self._without_special_tokens)
         await self.service.start(group, prompts, self.params)
         self._usage = Usage(group.requests)
 
-    def _without_special_tokens(self, prompt: str | list[int]) -> str | list[int]:
+    def _without_special_tokens(self) -> list[Prompt]:
         tokenizer = self.service.engine.llm.tokenizer
-        if self._body.add_special_tokens or isinstance(prompt, list) or tokenizer is None:
-            return prompt
-        return tokenizer.encode(prompt, add_special_tokens=False)
+        try:
+            return [
+                encode(tokenizer, prompt, add_special_tokens=False)
+                if isinstance(prompt, str) and tokenizer
+                else prompt
+                for prompt in self._prompts
+            ]
+        except ValueError as error:
+            raise RequestError(str(error), "prompt") from error
 
     async def whole(self, group: Group) -> dict[str, Any]:
         choices: dict[int, dict[str, Any]] = {}

@@ -5,7 +5,9 @@ and is refused by its name if it asks for something: silence would be a wrong an
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,6 +43,26 @@ class RequestError(Exception):
         self.param, self.status = param, status
 
 
+def field_of(message: str) -> str | None:
+    """The option that an error of the engine's is about: the one that its message begins with."""
+    found = re.match(r"\w+", message)
+    names = {field.name for field in fields(SamplingParams)}
+    return found[0] if found and found[0] in names else None
+
+
+class Fields(BaseModel):
+    """A body that may have fields which are not known."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def check_other_fields(self) -> None:
+        """Raise RequestError if a field that is not known asks for something."""
+        for name, value in (self.model_extra or {}).items():
+            nothing = value is None or value is False or value in ("", [], {})
+            if not nothing and name not in WITHOUT_EFFECT and NEUTRAL.get(name) != value:
+                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
+
+
 class StreamOptions(BaseModel):
     """What a stream tells besides text."""
 
@@ -66,10 +88,8 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Fields):
     """The fields that both kinds of completion have."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     stream: bool = False
@@ -96,13 +116,6 @@ class SamplingFields(BaseModel):
     truncate_prompt_tokens: int | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
-
-    def check_other_fields(self) -> None:
-        """Raise RequestError if a field that is not known asks for something."""
-        for name, value in (self.model_extra or {}).items():
-            nothing = value is None or value is False or value in ("", [], {})
-            if not nothing and name not in WITHOUT_EFFECT and NEUTRAL.get(name) != value:
-                raise RequestError(f"the field {name!r} is not supported; leave it out", name)
 
     def sampling_params(
         self, defaults: Mapping[str, Any], most: int | None, **more: Any
@@ -137,7 +150,7 @@ class SamplingFields(BaseModel):
         try:
             return SamplingParams(**{**defaults, **given, **more})
         except (TypeError, ValueError) as error:
-            raise RequestError(str(error), str(error).split(maxsplit=1)[0].strip("=:")) from error
+            raise RequestError(str(error), field_of(str(error))) from error
 
     def form(self) -> dict[str, Any] | None:
         """What the output must be, as `structured_outputs`."""
@@ -254,32 +267,52 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages as chat templates take them: contents are texts, arguments are objects.
 
-        Raises:
-            RequestError: a part of a message is no text.
-        """
-        return [self._message(i, message) for i, message in enumerate(self.messages)]
+class TokenizeRequest(Fields):
+    """POST /tokenize: a text, or a conversation."""
 
-    def _message(self, number: int, message: ChatMessage) -> dict[str, Any]:
-        written = message.model_dump(exclude_none=True)
-        content = message.content
-        if isinstance(content, list):
-            texts = []
-            for part in content:
-                if part.get("type") not in ("text", "input_text") or "text" not in part:
-                    what = part.get("type")
-                    raise RequestError(
-                        f"messages[{number}]: content of type {what!r} is not supported, only text",
-                        f"messages[{number}].content",
-                    )
-                texts.append(str(part["text"]))
-            content = "\n".join(texts)
-        written["content"] = "" if content is None else content
-        for call in written.get("tool_calls", ()):
-            call["function"]["arguments"] = _object(call["function"]["arguments"])
-        return written
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Fields):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def conversation(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them: contents are texts, arguments are objects.
+
+    Raises:
+        RequestError: a part of a message is no text.
+    """
+    return [_message(i, message) for i, message in enumerate(messages)]
+
+
+def _message(number: int, message: ChatMessage) -> dict[str, Any]:
+    written = message.model_dump(exclude_none=True)
+    content = message.content
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            if part.get("type") not in ("text", "input_text") or "text" not in part:
+                what = part.get("type")
+                raise RequestError(
+                    f"messages[{number}]: content of type {what!r} is not supported, only text",
+                    f"messages[{number}].content",
+                )
+            texts.append(str(part["text"]))
+        content = "\n".join(texts)
+    written["content"] = "" if content is None else content
+    for call in written.get("tool_calls", ()):
+        call["function"]["arguments"] = _object(call["function"]["arguments"])
+    return written
 
 
 def _object(arguments: str | dict[str, Any]) -> Any:
@@ -288,7 +321,7 @@ def _object(arguments: str | dict[str, Any]) -> Any:
         return arguments
     try:
         return json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

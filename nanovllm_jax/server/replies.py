@@ -16,9 +16,8 @@ from nanovllm_jax.outputs import Logprob
 DONE = b"data: [DONE]\n\n"
 # Kinds of errors by HTTP status; OpenAI's clients make exceptions of the status.
 KINDS = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-    413: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable_error",
-    504: "timeout_error",
+    401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",
+    503: "service_unavailable_error", 504: "timeout_error",
 }  # fmt: skip
 
 
@@ -39,7 +38,8 @@ def json_response(value: Any, status: int = 200, **headers: str) -> Response:
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """An error as clients read it."""
-    kind = KINDS.get(status, "internal_server_error")
+    other = "invalid_request_error" if status < 500 else "internal_server_error"
+    kind = KINDS.get(status, other)
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 

@@ -10,13 +10,20 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
 
+if TYPE_CHECKING:
+    from nanovllm_jax.server.app import ServerOptions
+
 # Requests that run at the same time on a CPU, which starts sooner with few and small programs.
 CPU_MAX_NUM_SEQS = 8
 SWITCH_INTERVAL = 0.0005  # Seconds that a thread of Python keeps another waiting; 0.005 is usual.
+
+# Seconds that clients have to take the errors of requests that were cut off at the server's end.
+FAREWELL = 2
 
 log = logging.getLogger("nanovllm_jax")
 
@@ -27,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         import uvicorn
 
-        from nanovllm_jax.server.app import ServerOptions, make_app
+        from nanovllm_jax.server.app import make_app
     except ImportError as error:
         raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
     with refusals(*options.ENGINE_ERRORS):
@@ -39,37 +46,28 @@ def main(argv: Sequence[str]) -> int:
             given = options.small_steps(args.model, given, CPU_MAX_NUM_SEQS)
         llm = LLM(str(args.model), **given)
     log.setLevel(logging.INFO)
-    if args.api_key is None and not _is_loopback(args.host):
-        log.warning(
-            "%s is reachable from other machines, and there is no --api-key: whoever reaches it "
-            "can use it",
-            args.host,
-        )
+    warn_of_strangers(args)
     server: uvicorn.Server
 
     def stop() -> None:
         server.should_exit = True
 
-    served = ServerOptions(
-        args.served_model_name or args.model.resolve().name, args.api_key, args.max_waiting,
-        args.max_body_mib << 20, args.timeout,
-    )  # fmt: skip
-    app = make_app(llm, served, on_fault=stop)
+    app = make_app(llm, server_options(args), on_fault=stop)
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=args.shutdown_timeout, timeout_keep_alive=75,
+        timeout_graceful_shutdown=args.shutdown_timeout + FAREWELL, timeout_keep_alive=75,
     )  # fmt: skip
     server = uvicorn.Server(config)
     # Its own handlers end the process by the signal, after everything has been done.
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
-    _keep_threads_short_of_waiting()
+    keep_threads_short_of_waiting()
     with llm:
-        asyncio.run(_serve(server, args.host))
+        asyncio.run(_serve(server, args.host, args.shutdown_timeout))
         failed = not server.started or app.state.service.engine.fault is not None
     return int(failed)
 
 
-def _keep_threads_short_of_waiting() -> None:
+def keep_threads_short_of_waiting() -> None:
     """Set Python up for an engine's thread beside a busy event loop; for the whole process.
 
     A full garbage collection looks at every object that JAX and the model's files have left, which
@@ -81,10 +79,15 @@ def _keep_threads_short_of_waiting() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
 
 
-async def _serve(server, host: str) -> None:
+async def _serve(server, host: str, drain: float) -> None:
     loop = asyncio.get_running_loop()
+
+    def end(number: int) -> None:
+        server.handle_exit(number, None)
+        loop.call_later(drain, lambda: server.config.app.state.service.engine.stop())
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.handle_exit, number, None)
+        loop.add_signal_handler(number, end, number)
     serving = asyncio.ensure_future(server.serve())
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
@@ -93,6 +96,16 @@ async def _serve(server, host: str) -> None:
             port = bound.sockets[0].getsockname()[1]
             log.info("serving on http://%s:%d, with its API at /docs", host, port)
     await serving
+
+
+def warn_of_strangers(args: argparse.Namespace) -> None:
+    """Log a warning if other machines reach the server and need no key."""
+    if args.api_key is None and not _is_loopback(args.host):
+        log.warning(
+            "%s is reachable from other machines, and there is no --api-key: whoever reaches it "
+            "can use it",
+            args.host,
+        )
 
 
 def _is_loopback(host: str) -> bool:
@@ -104,10 +117,16 @@ def _is_loopback(host: str) -> bool:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; UsageError if it is wrong."""
-    parser = options.Parser(
-        prog="nanovllm-jax serve",
-        description="Serve a model to clients of OpenAI's API.",
-    )
+    description = "Serve a model to clients of OpenAI's API."
+    parser = options.Parser(prog="nanovllm-jax serve", description=description)
+    add_server_options(parser)
+    args = parser.parse_args(argv)
+    check_server_options(args)
+    return args
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options of a server and of its engine."""
     add = parser.add_argument
     model = "Hugging Face style model directory (default: the small demo model shipped here)"
     add("--model", type=Path, default=options.DEMO_MODEL, metavar="DIR", help=model)
@@ -121,10 +140,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     body = "largest body of a request in MiB (%(default)s)"
     add("--max-body-mib", type=int, default=32, metavar="N", help=body)
     add("--timeout", type=float, metavar="SECONDS", help="that a request may take; default: any")
+    trust = "let clients send chat_template: a program, which may take all time and memory"
+    add("--trust-request-chat-template", action="store_true", help=trust)
     drain = "time for requests under way after SIGTERM (%(default)s)"
     add("--shutdown-timeout", type=int, default=30, metavar="SECONDS", help=drain)
     options.add_engine_options(parser)
-    args = parser.parse_args(argv)
+
+
+def check_server_options(args: argparse.Namespace) -> None:
+    """Raise UsageError if an option of the server is wrong."""
     options.check_positive(args, "max_body_mib", "timeout")
     options.check_positive(args, "max_waiting", "shutdown_timeout", "port", at_least=0)
-    return args
+
+
+def server_options(args: argparse.Namespace) -> "ServerOptions":
+    """What the server allows, as the command line says."""
+    from nanovllm_jax.server.app import ServerOptions
+
+    return ServerOptions(
+        args.served_model_name or args.model.resolve().name, args.api_key, args.max_waiting,
+        args.max_body_mib << 20, args.timeout, args.trust_request_chat_template,
+    )  # fmt: skip

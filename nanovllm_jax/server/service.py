@@ -1,6 +1,7 @@
 """Service: what the routes share, and how a request of a client becomes requests of the engine."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from nanovllm_jax.engine.request import Request
 from nanovllm_jax.outputs import CompletionOutput
 from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, Group
 from nanovllm_jax.server.metrics import Metrics
-from nanovllm_jax.server.protocol import RequestError, SamplingFields
+from nanovllm_jax.server.protocol import RequestError, SamplingFields, field_of
 from nanovllm_jax.server.replies import DONE, EventStream, error_body, event, json_response
+
+log = logging.getLogger("nanovllm_jax")
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ class Service:
         model: the name under which the model is served.
         defaults: sampling options that the model's makers recommend.
         timeout: seconds that a request may take; None for any time.
+        trusts_templates: whether clients may send chat templates.
     """
 
     engine: AsyncEngine
@@ -44,6 +48,7 @@ class Service:
     model: str
     defaults: dict[str, Any]
     timeout: float | None = None
+    trusts_templates: bool = False
 
     def check_model(self, fields: SamplingFields) -> None:
         """Raise RequestError if another model is asked for."""
@@ -64,14 +69,16 @@ class Service:
                 requests.append(await group.start(prompt, params))
             except (TypeError, ValueError) as error:
                 where = f"prompt[{i}]: " if len(prompts) > 1 else ""
-                raise RequestError(f"{where}{error}", "prompt") from error
+                field = field_of(str(error)) or "prompt"
+                raise RequestError(f"{where}{error}", field) from error
         return requests
 
     async def parts(self, group: Group) -> AsyncIterator[tuple[int, CompletionOutput]]:
         """What the group's completions get as it comes, each with the number of its request.
 
         Raises:
-            RequestFailed: one of them has ended with an error.
+            RequestFailed: one of them has ended with an error of the engine.
+            RequestError: one of them has, which an option has led to.
             TimeoutError: they take longer than they may.
         """
         observed = [self.metrics.observing(request) for request in group.requests]
@@ -86,8 +93,10 @@ class Service:
             observed[news.number].note(news.parts)
             for part in news.parts:
                 if part.finish_reason == "error":
-                    error = group.requests[news.number].seqs[part.index].error
-                    raise RequestFailed(error or "the request has failed")
+                    error = group.requests[news.number].seqs[part.index].error or "it has failed"
+                    if field := field_of(error):  # a form can be too complex to be followed
+                        raise RequestError(error, field)
+                    raise RequestFailed(error)
                 yield news.number, part
 
 
@@ -124,10 +133,16 @@ class Reply:
         try:
             async for chunk in chunks:
                 yield event(chunk)
-        except (RequestFailed, EngineFault) as error:
-            yield event(error_body(str(error), 500))
+        except RequestError as error:
+            yield event(error_body(str(error), error.status, error.param))
+        except EngineFault as error:
+            yield event(error_body(str(error), error.status))
         except TimeoutError:
             yield event(error_body(f"the request took longer than {self.service.timeout} s", 504))
+        except Exception as error:
+            if not isinstance(error, RequestFailed):
+                log.exception("a stream has failed")
+            yield event(error_body(str(error), 500))
         yield DONE
 
 
