@@ -23,8 +23,7 @@ from nanovllm_jax.tools.compare.serving.load import Request
 from nanovllm_jax.tools.compare.serving.messages import Answer, ClientJob, ClientResult
 
 UNFINISHED = "not finished in time"
-# Seconds between two looks at how late the event loop is.
-BEAT_S = 0.01
+BEAT_S = 0.01  # seconds between two looks at how late the event loop is
 
 
 def body(request: Request, fields: dict[str, Any]) -> bytes:

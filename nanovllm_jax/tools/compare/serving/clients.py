@@ -8,7 +8,7 @@ from typing import IO
 
 from nanovllm_jax.tools.compare.serving.messages import ClientJob, ClientResult
 
-LEAD_S = 0.5  # seconds from the clients' being ready to the load's beginning
+LEAD_S = 0.2  # seconds from the clients' being ready to the load's beginning
 
 
 class ClientError(Exception):

@@ -89,12 +89,14 @@ def is_saturated(point: Point, min_share: float, max_ttft_ms: float) -> bool:
     It does not if its queue grows, so that in the second half of the arrivals' time fewer than
     `min_share` of the requests that arrive are completed. The number under way varies by itself,
     about like a Poisson variable: two standard deviations of it are not counted as growth. Nor
-    does it if the 99th percentile of the time to the first token is above `max_ttft_ms`.
+    does it if fewer than `min_share` of all requests succeed, or if the 99th percentile of the time
+    to the first token is above `max_ttft_ms`.
     """
     before, after = point.queued
     chance = CHANCE * math.sqrt(before + 1)
     grows = after - before > (1 - min_share) * point.arrived + chance
-    fails = sum(point.failures.values()) > (1 - min_share) * len(point.ttft_ms)
+    count = len(point.ttft_ms)
+    fails = count - sum(point.failures.values()) < min_share * count
     ttft = percentile(point.ttft_ms, 99)
     return grows or fails or ttft is None or ttft > max_ttft_ms
 

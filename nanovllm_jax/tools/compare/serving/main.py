@@ -28,10 +28,7 @@ from nanovllm_jax.tools.compare.serving.servers import KNOWN, Server
 from nanovllm_jax.tools.compare.serving.sweep import Sweeper
 from nanovllm_jax.tools.options import DEMO_MODEL, Parser, UsageError, check_positive, refusals
 
-SEED, WARM_UP_SEED = 0, 12345
-WARM_UP = 64  # requests, all at once
-WARM_UP_S = 300.0  # seconds that they may take: a server may compile
-LEAD_S = 0.5  # seconds from the clients' being ready to the load's beginning
+SEED = 0  # of the measured loads
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -156,19 +156,29 @@ def _late(point: Point) -> float:
 
 
 def _notes(started: Started, points: list[Point]) -> list[str]:
-    """What a reader has to know of some rates."""
-    notes = []
-    for p in points:
-        notes += [f"{p.rate:g} req/s: {n} failed: {reason}" for reason, n in p.failures.items()]
-        if p.tokens_a_chunk > 1.01:
-            each = f"{p.tokens_a_chunk:.2f} tokens a chunk"
-            notes.append(f"{p.rate:g} req/s: {each}, so ITL is a time between chunks")
-        if (late := _late(p)) > LATE_MS:
-            cpu = f"its processor {p.cpu_share:.0%} busy"
-            notes.append(f"{p.rate:g} req/s: the client was late by {late:.1f} ms (p99), {cpu}")
-    if not started.takes_ids:
-        mean = points[0].prompt_tokens if points else 0.0
-        notes.append(f"prompts were texts (mean {mean:g} tokens), and answers end at their end")
+    """What a reader has to know of a server's figures."""
+    notes = [
+        f"{p.rate:g} req/s: {count} failed: {reason}"
+        for p in points
+        for reason, count in p.failures.items()
+    ]
+    sizes = [p.tokens_a_chunk for p in points]
+    if sizes and max(sizes) > 1.01:
+        notes.append(
+            f"chunks have {min(sizes):.2f} to {max(sizes):.2f} tokens on average: ITL is the time "
+            "between chunks, TPOT the time a token"
+        )
+    if late := [p for p in points if _late(p) > LATE_MS]:
+        rates = ", ".join(f"{p.rate:g}" for p in late)
+        notes.append(
+            f"the client itself was late by up to {max(map(_late, late)):.1f} ms (p99) at {rates} "
+            f"req/s, its processor at most {max(p.cpu_share for p in late):.0%} busy"
+        )
+    if not started.takes_ids and points:
+        notes.append(
+            f"prompts were texts (mean {points[0].prompt_tokens:g} tokens), and an answer may end "
+            "before its length"
+        )
     return ["", *(f"- {note}" for note in notes)] if notes else []
 
 
@@ -180,8 +190,8 @@ def figure(sweep: Sweep, slo: Slo) -> Any:
     times = {"Time to the first token": "ttft_ms", "Time per output token": "tpot_ms",
              "Inter-token latency": "itl_ms", "End to end": "e2e_ms"}  # fmt: skip
     totals = {
-        "Throughput, output tok/s": lambda point: point.output_tok_s,
-        f"Goodput, req/s ({slo})": lambda point: goodput(point, slo, sweep.settings.seconds),
+        ("Throughput", "output tok/s"): lambda point: point.output_tok_s,
+        ("Goodput", "req/s within limits"): lambda p: goodput(p, slo, sweep.settings.seconds),
     }
     colors = {name: servers.color(name, i) for i, name in enumerate(sweep.points)}
     styles = {99: "-", 50: ":"}
@@ -191,24 +201,25 @@ def figure(sweep: Sweep, slo: Slo) -> Any:
                 found = {p.rate: _percentile(getattr(p, attribute), percent) for p in points}
                 known = {rate: value for rate, value in found.items() if value}  # not infinite
                 ax.plot([*known], [*known.values()], f"o{style}", ms=3.5, color=colors[name])
-        ax.set(title=title, yscale="log", ylabel="ms (less is better)")
+        ax.set(title=title, yscale="log", ylabel="ms")
         plots.logarithmic(ax.yaxis)
-    for ax, (title, value) in zip(axes[len(times) :], totals.items(), strict=True):
+    for ax, ((title, unit), value) in zip(axes[len(times) :], totals.items(), strict=True):
         for name, points in sweep.points.items():
             rates = [point.rate for point in points]
             ax.plot(rates, [*map(value, points)], "o-", ms=3.5, color=colors[name])
-        ax.set(title=title, ylabel="more is better", ylim=(0, None))
+        ax.set(title=title, ylabel=unit, ylim=(0, None))
     for ax in axes:
         rates = sweep.settings.rates
         ax.set(xscale="log", xlabel="requests a second")
         ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        ax.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
-        ax.grid(which="both")
+        ax.xaxis.set_minor_locator(plt.NullLocator())
+        ax.grid()
     line = partial(plt.Line2D, [], [])
     handles = [line(color=color, marker="o", label=label(name)) for name, color in colors.items()]
     handles += [line(color="#444444", ls=ls, label=f"p{percent}") for percent, ls in styles.items()]
     drawn.legend(handles=handles, frameon=False, ncols=len(handles), loc="outside lower center")
-    drawn.suptitle(sweep.title(), fontsize=11, x=0.01, ha="left")
+    title = f"{sweep.title()}; limits of goodput: {slo}"
+    drawn.suptitle(title, fontsize=11, x=0.01, ha="left")
     return drawn
 
 
