@@ -382,6 +382,13 @@ def test_a_command_is_filled_in_word_by_word():
     assert servers.filled("run {load_format} a", values | {"load_format": ""}) == ["run", "a"]
 
 
+def test_modules_are_also_looked_for_in_a_servers_own_folder(tmp_path):
+    (tmp_path / "no_such_engine").mkdir()
+    needs = ("json", "no_such_engine")
+    assert servers.missing_modules(needs, None) == ["no_such_engine"]
+    assert servers.missing_modules(needs, str(tmp_path)) == []
+
+
 def start(command, tmp_path, **options):
     values = {"python": sys.executable}
     return servers.running(Server("a", command), values, tmp_path / "a.log", **options)

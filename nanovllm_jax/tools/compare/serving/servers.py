@@ -1,7 +1,7 @@
 """Start, await and stop the servers under test, one at a time."""
 
 import contextlib
-import importlib.machinery
+import importlib.util
 import json
 import os
 import shlex
@@ -95,9 +95,12 @@ KNOWN = {
 
 def missing_modules(needs: Sequence[str], python_path: str | None) -> list[str]:
     """Those of the modules that are not there, also looked for in a folder of the server's own."""
-    path = [python_path, *sys.path] if python_path else sys.path
-    find = importlib.machinery.PathFinder.find_spec
-    return [name for name in needs if find(name, path) is None]
+    own = Path(python_path) if python_path else None
+
+    def is_there(name: str) -> bool:
+        return bool(own and (own / name).is_dir()) or importlib.util.find_spec(name) is not None
+
+    return [name for name in needs if not is_there(name)]
 
 
 def color(name: str, number: int) -> str:
