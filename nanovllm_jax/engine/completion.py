@@ -38,9 +38,10 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """The completion, as far as it has come."""
-        token_ids, reason, stop_reason = self._advance()
+        _, reason, stop_reason = self._advance()
+        token_ids = self.seq.completion_token_ids[: self._num_reported]
         text = self._text.so_far() if self._text else ""
-        cumulative, logprobs = self.scores.completion(len(token_ids))
+        cumulative, logprobs = self.scores.completion(0, len(token_ids))
         return CompletionOutput(
             self.seq.index, text, token_ids, cumulative, logprobs, reason, stop_reason
         )
@@ -56,27 +57,26 @@ class Completion:
         token_ids, reason, stop_reason = self._advance()
         text = self._text.new() if self._text else ""
         self._has_reported_end = reason is not None
-        if not (token_ids[start:] or reason):
+        if not (token_ids or reason):
             return None
-        cumulative, logprobs = self.scores.completion(len(token_ids))
+        cumulative, logprobs = self.scores.completion(start, self._num_reported)
         return CompletionOutput(
-            self.seq.index, text, token_ids[start:], cumulative,
-            None if logprobs is None else logprobs[start:], reason, stop_reason,
-        )  # fmt: skip
+            self.seq.index, text, token_ids, cumulative, logprobs, reason, stop_reason
+        )
 
     def _advance(self) -> tuple[list[int], FinishReason | None, int | str | None]:
-        """Take in the tokens that have come; returns all of them, and how the completion ended."""
+        """Take in the tokens that have come; returns them, and how the completion ended."""
         seq = self.seq
         is_finished = seq.is_finished  # before its tokens: the engine may be adding some
-        token_ids = seq.completion_token_ids
+        token_ids = seq.token_ids[seq.num_prompt_tokens + self._num_reported :]
         if seq.finish_reason and not is_finished:  # it is ending: its last token may have no text
-            token_ids = token_ids[: max(self._num_reported, len(token_ids) - 1)]
+            token_ids = token_ids[:-1]
         reason = seq.finish_reason if is_finished else None
         if not seq.find_stop_string:
-            self._add(token_ids[self._num_reported :], reason)
+            self._add(token_ids, reason)
         elif is_finished:
             self._add([], reason)  # the engine adds no more: it may have been aborted
-        self._num_reported = len(token_ids)
+        self._num_reported += len(token_ids)
         return token_ids, reason, seq.stop_reason if is_finished else None
 
     def _add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:

@@ -130,7 +130,8 @@ class Group:
         self.size = size
         self.requests: list[Request] = []
         self._engine, self._num_left = engine, 0
-        self._news: asyncio.Queue[News | EngineFault] = asyncio.Queue()
+        self._news: asyncio.Queue[News | Exception] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> "Group":
         self._engine.groups.add(self)
@@ -159,11 +160,12 @@ class Group:
 
         Raises:
             EngineFault: the engine has failed, or the server ends.
+            TimeoutError: see `end_after`.
         """
         if not self._num_left:
             return None
         news = await self._news.get()
-        if isinstance(news, EngineFault):
+        if isinstance(news, Exception):
             raise news
         self._num_left -= sum(part.finish_reason is not None for part in news.parts)
         return news
@@ -177,13 +179,19 @@ class Group:
             if parts := request.news():
                 self._news.put_nowait(News(number, parts))
 
-    def fail(self, fault: EngineFault) -> None:
+    def end_after(self, seconds: float) -> None:
+        """Have the reader get a TimeoutError then, if there is still something to come."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, TimeoutError())
+
+    def fail(self, fault: Exception) -> None:
         """Have the reader get an exception, after what has come before."""
         self._news.put_nowait(fault)
 
     def close(self) -> None:
         """End the requests that have not ended."""
         self._engine.groups.discard(self)
+        if self._timer:
+            self._timer.cancel()
         if self.requests and self._num_left and not self._engine.fault:
             self._engine.llm.end([request.request_id for request in self.requests])
 

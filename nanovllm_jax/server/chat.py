@@ -11,7 +11,7 @@ from nanovllm_jax.server.answers import THINK, AnswerReader, Call, Parts, ToolFo
 from nanovllm_jax.server.async_engine import Group
 from nanovllm_jax.server.protocol import ChatRequest, NamedTool, RequestError, conversation
 from nanovllm_jax.server.replies import Usage
-from nanovllm_jax.server.service import Reply, Service
+from nanovllm_jax.server.service import Reply, Service, token_by_token
 
 
 class ChatReply(Reply):
@@ -143,7 +143,7 @@ class ChatReply(Reply):
             reply["prompt_logprobs"] = [by_token and _by_id(by_token) for by_token in scores]
         return reply
 
-    async def events(self, group: Group) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, group: Group) -> AsyncIterator[list[dict[str, Any]]]:
         options, head = self._body.stream_options, self._head | {"object": "chat.completion.chunk"}
 
         def chunk(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -153,18 +153,21 @@ class ChatReply(Reply):
                 found["usage"] = self._usage.as_json()
             return found
 
-        for index in range(self.params.n):
-            yield chunk(index, {"role": "assistant", "content": ""})
-        async for _, part in self.service.parts(group):
+        def chunk_of(part: CompletionOutput) -> dict[str, Any]:
             self._usage.completion_tokens += len(part.token_ids)
             answer = self._answers[part.index]
             delta, logprobs = answer.add(part, self._body)
             ends = {}
             if part.finish_reason:
                 ends = {"finish_reason": answer.finish_reason, "stop_reason": part.stop_reason}
-            yield chunk(part.index, delta, logprobs=logprobs, **ends)
+            return chunk(part.index, delta, logprobs=logprobs, **ends)
+
+        for index in range(self.params.n):
+            yield [chunk(index, {"role": "assistant", "content": ""})]
+        async for _, part in self.service.parts(group):
+            yield [chunk_of(token) for token in token_by_token(part)]
         if options and options.include_usage:
-            yield head | {"choices": [], "usage": self._usage.as_json()}
+            yield [head | {"choices": [], "usage": self._usage.as_json()}]
 
 
 class Answer:

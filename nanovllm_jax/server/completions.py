@@ -9,7 +9,7 @@ from nanovllm_jax.server import replies
 from nanovllm_jax.server.async_engine import Group
 from nanovllm_jax.server.protocol import CompletionRequest, RequestError
 from nanovllm_jax.server.replies import TextScores, Usage
-from nanovllm_jax.server.service import Reply, Service
+from nanovllm_jax.server.service import Reply, Service, token_by_token
 
 MAX_TOKENS = 16  # The default of `max_tokens`, as in OpenAI's API.
 
@@ -75,15 +75,19 @@ class TextReply(Reply):
         found = [choices[index] for index in sorted(choices)]
         return self._head | {"choices": found, "usage": self._usage.as_json()}
 
-    async def events(self, group: Group) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, group: Group) -> AsyncIterator[list[dict[str, Any]]]:
         options = self._body.stream_options
-        async for number, part in self.service.parts(group):
-            chunk = self._head | {"choices": [self._choice(group, number, part)]}
+
+        def chunk(number: int, part: CompletionOutput) -> dict[str, Any]:
+            found = self._head | {"choices": [self._choice(group, number, part)]}
             if options and options.continuous_usage_stats:
-                chunk["usage"] = self._usage.as_json()
-            yield chunk
+                found["usage"] = self._usage.as_json()
+            return found
+
+        async for number, part in self.service.parts(group):
+            yield [chunk(number, token) for token in token_by_token(part)]
         if options and options.include_usage:
-            yield self._head | {"choices": [], "usage": self._usage.as_json()}
+            yield [self._head | {"choices": [], "usage": self._usage.as_json()}]
 
     def _choice(self, group: Group, number: int, part: CompletionOutput) -> dict[str, Any]:
         """What is new of a completion; with `echo`, its first part has the prompt before it."""

@@ -1,12 +1,19 @@
 """Metrics for Prometheus, under the names that vLLM gives them, so that its dashboards fit."""
 
+import bisect
+import itertools
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from nanovllm_jax import LLM
 from nanovllm_jax.engine.request import Request
@@ -39,17 +46,15 @@ class Metrics:
 
         self._prompt = make(Counter, "prompt_tokens", "Tokens of prompts.")
         self._generated = make(Counter, "generation_tokens", "Tokens that were generated.")
-        self._first = make(
-            Histogram, "time_to_first_token_seconds", "Time to a request's first token.",
-            buckets=FIRST_TOKEN,
-        )  # fmt: skip
-        self._each = make(
-            Histogram, "inter_token_latency_seconds", "Time between tokens.", buckets=EACH_TOKEN
-        )
-        self._whole = make(
-            Histogram, "e2e_request_latency_seconds", "Time from a request to its end.",
-            buckets=WHOLE,
-        )  # fmt: skip
+
+        def times(name: str, text: str, bounds: tuple[float, ...]) -> Times:
+            metric = Times(f"vllm:{name}_seconds", text, bounds, model)
+            self._registry.register(metric)
+            return metric
+
+        self._first = times("time_to_first_token", "Time to a request's first token.", FIRST_TOKEN)
+        self._each = times("inter_token_latency", "Time between tokens.", EACH_TOKEN)
+        self._whole = times("e2e_request_latency", "Time from a request to its end.", WHOLE)
         self._success: Any = Counter(
             "vllm:request_success", "Requests that have ended.", ["model_name", "finished_reason"],
             registry=self._registry,
@@ -64,6 +69,33 @@ class Metrics:
     def text(self) -> bytes:
         """All values in Prometheus' format."""
         return generate_latest(self._registry)
+
+
+class Times(Collector):
+    """A histogram for the event loop alone, without the locks of prometheus_client's own.
+
+    Every chunk of every stream passes here.
+
+    Args:
+        bounds: upper bounds of the buckets, in seconds, ascending.
+    """
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...], model: str):
+        self._name, self._text, self._bounds, self._model = name, text, bounds, model
+        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, seconds: float, count: int = 1) -> None:
+        """Note a time that was seen `count` times."""
+        self._counts[bisect.bisect_left(self._bounds, seconds)] += count
+        self._sum += seconds * count
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        """The histogram, for the registry."""
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        totals = itertools.accumulate(self._counts)
+        family.add_metric([self._model], list(zip(bounds, totals, strict=True)), self._sum)
+        yield family
 
 
 class Observed:
@@ -86,8 +118,7 @@ class Observed:
         if count:
             m._generated.inc(count)
             if self._has_begun:
-                for _ in range(most):
-                    m._each.observe((now - self._last) / most)
+                m._each.observe((now - self._last) / most, most)
             else:
                 m._first.observe(now - self._start)
             self._has_begun, self._last = True, now

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -82,14 +82,9 @@ class Service:
             TimeoutError: they take longer than they may.
         """
         observed = [self.metrics.observing(request) for request in group.requests]
-        deadline = (
-            None if self.timeout is None else asyncio.get_running_loop().time() + self.timeout
-        )
-        while True:
-            async with asyncio.timeout_at(deadline):
-                news = await group.next()
-            if news is None:
-                return
+        if self.timeout is not None:
+            group.end_after(self.timeout)
+        while news := await group.next():
             observed[news.number].note(news.parts)
             for part in news.parts:
                 if part.finish_reason == "error":
@@ -124,15 +119,15 @@ class Reply:
         """All of the reply."""
         raise NotImplementedError
 
-    def events(self, group: Group) -> AsyncIterator[dict[str, Any]]:
-        """The reply's chunks."""
+    def events(self, group: Group) -> AsyncIterator[list[dict[str, Any]]]:
+        """The reply's chunks; those that are there at once come, and are sent, together."""
         raise NotImplementedError
 
-    async def _told(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    async def _told(self, events: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
         """The chunks as events. After the first byte an error can be told in an event only."""
         try:
-            async for chunk in chunks:
-                yield event(chunk)
+            async for chunks in events:
+                yield b"".join(map(event, chunks))
         except RequestError as error:
             yield event(error_body(str(error), error.status, error.param))
         except EngineFault as error:
@@ -144,6 +139,20 @@ class Reply:
                 log.exception("a stream has failed")
             yield event(error_body(str(error), 500))
         yield DONE
+
+
+def token_by_token(part: CompletionOutput) -> list[CompletionOutput]:
+    """A part for each token, because clients count chunks. The last one has all of the text.
+
+    There are several if a call of the device takes several steps. A part with scores, which say to
+    what token they belong, stays whole.
+    """
+    if part.logprobs is not None or len(part.token_ids) < 2:
+        return [part]
+    *before, last = part.token_ids
+    return [CompletionOutput(part.index, "", [t]) for t in before] + [
+        replace(part, token_ids=[last])
+    ]
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
