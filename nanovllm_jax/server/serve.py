@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import signal
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
         from nanovllm_jax.server.app import ServerOptions, make_app
     except ImportError as error:
         raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
+    _check_free(args.host, args.port)
     with refusals(*options.ENGINE_ERRORS):
         given = options.engine_options(args)
         from nanovllm_jax import LLM
@@ -85,6 +87,15 @@ async def _serve(server, host: str, drain: float) -> None:
             port = bound.sockets[0].getsockname()[1]
             log.info("serving on http://%s:%d, with its API at /docs", host, port)
     await serving
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise UsageError if nothing can listen there: sooner than after the model has been loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _is_loopback(host: str) -> bool:
