@@ -37,6 +37,7 @@ Outcome = Literal["answered", "refused", "failed", "cut off"]
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 WARM_UP = 500  # Requests after which the server's memory is measured for the first time.
 GROWTH = 0.05  # Share by which the server's memory may grow from then on.
+START = 300.0  # Seconds that a server may take to start.
 PATIENCE = 120.0  # Seconds after which a request counts as lost.
 # A chat template that knows tools, unlike the demo model's.
 TEMPLATE = "{% for t in tools %}<tool_call>{{ t }}{% endfor %}{{ messages[0].content }}"
@@ -321,12 +322,21 @@ class Load:
 
 
 @contextlib.contextmanager
-def served(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Serve the demo model in another process; give it and its address, and kill it in the end."""
-    command = [sys.executable, "-m", "nanovllm_jax", "serve", "--port", "0", *options]
+def served(
+    *options: str, program: Sequence[str] = ("-m", "nanovllm_jax", "serve")
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Serve the demo model in another process; give it and its address, and kill it in the end.
+
+    Args:
+        options: of the command line.
+        program: what Python runs.
+    """
+    command = [sys.executable, *program, "--port", "0", *options]
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root)}
     process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+    late = threading.Timer(START, process.kill)
+    late.start()
     try:
         assert process.stderr
         url = None
@@ -335,12 +345,14 @@ def served(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
             if found := re.search(r"serving on (http://\S+),", line):
                 url = found[1]
                 break
+        late.cancel()
         assert url, "the server did not start"
         # A pipe that nobody reads would stop the server once it is full.
         copied = threading.Thread(target=sys.stderr.writelines, args=(process.stderr,), daemon=True)
         copied.start()
         yield process, url
     finally:
+        late.cancel()
         process.kill()
         process.wait()
 

@@ -44,7 +44,7 @@ def post(url, path="/v1/completions", **body):
 
 def idle(llm):
     """Wait until nothing runs; the free blocks are then all."""
-    for _ in range(500):
+    for _ in range(6000):
         if not (llm.stats().running or llm.stats().waiting) and llm.stats().cache_usage == 0:
             return True
         time.sleep(0.01)
@@ -281,6 +281,65 @@ def test_what_cannot_be_is_refused_by_name(url, llm, body, status, param, words)
     assert idle(llm)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+        ("/tokenize", {"prompt": "\ud800", "add_special_tokens": False}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a", "tools": [1]}, "tools"),
+        ("/detokenize", {"tokens": ["0"]}, "tokens.0"),
+        ("/v1/completions", {"prompt": "\ud800", "add_special_tokens": False}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "bad_words": ["\ud800"]}, None),
+        (
+            "/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "("}},
+            "structured_outputs",
+        ),
+        (
+            "/v1/chat/completions", {"messages": QUESTION, "chat_template": "{{ 1 / 0 }}"},
+            "messages",
+        ),
+        (
+            "/v1/chat/completions", {"messages": QUESTION, "prompt_logprobs": 1, "stream": True},
+            "prompt_logprobs",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_client_should_send_is_refused_too(url, path, body, param):
+    answer = httpx.post(
+        url + path, content=json.dumps(body), headers={"content-type": "application/json"},
+        timeout=60,
+    )  # fmt: skip
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_form_too_complex_to_follow_is_the_clients_error(url):
+    """The second time, too, although the form's grammar is known then."""
+    body = {"prompt": "a", "structured_outputs": {"regex": "a{1000000}"}}
+    answer = post(url, **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "structured_outputs"
+    answer = post(url, **body, stream=True)
+    assert '"code":400' in answer.text and answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_arguments_of_a_call_may_be_anything(url):
+    call = {"function": {"name": "f", "arguments": "[" * 50_000}}
+    messages = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, *QUESTION]
+    answer = post(url, "/v1/chat/completions", messages=messages, max_tokens=1)
+    assert answer.status_code == 200
+
+
+def test_templates_of_clients_are_refused_unless_they_are_trusted(llm):
+    """A template is a program, which may take all memory: {{ 'a' * 10**9 }}."""
+    with serving(llm) as url:
+        for body in ({"chat_template": "a"}, {"chat_template_kwargs": {"chat_template": "a"}}):
+            answer = post(url, "/v1/chat/completions", messages=QUESTION, **body)
+            assert answer.status_code == 400
+            assert "--trust-request-chat-template" in answer.json()["error"]["message"]
+
+
 def test_fields_that_ask_for_nothing_pass(url):
     neutral = {"best_of": 1, "suffix": None, "user": "me", "logprobs": None, "stop": None, "x": []}
     assert post(url, prompt="a", max_tokens=1, **neutral).status_code == 200
@@ -295,7 +354,9 @@ def test_what_is_no_request_is_refused_as_clients_read_it(url):
         httpx.get(f"{url}/v1/nothing"),
     ):
         assert answer.status_code in (400, 404, 405)
-        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"} and error["param"] is None
+        assert answer.headers.get("allow") == ("POST" if answer.status_code == 405 else None)
 
 
 def test_the_key(llm):
@@ -427,3 +488,23 @@ def test_an_engine_that_fails_is_told_of(monkeypatch):
             answer = post(url, prompt="a")
             assert answer.status_code == 500 and "no such device" in answer.text
         assert httpx.get(f"{url}/health").status_code == 503
+
+
+def test_an_engine_whose_thread_has_ended_is_told_of():
+    """Between two rounds nobody waits who could be told; /health finds out, and later requests."""
+    options = {"max_num_seqs": 2, "max_model_len": 256, "enforce_eager": True}
+
+    def fail():
+        raise RuntimeError("the books do not balance")
+
+    with (
+        quick_start(),
+        pytest.raises(RuntimeError, match="the books do not balance"),  # as the engine is closed
+        LLM(DEMO_MODEL, **options) as llm,
+        serving(llm) as url,
+    ):
+        assert httpx.get(f"{url}/health").status_code == 200
+        llm._thread.send(fail)
+        llm._thread._thread.join(10)
+        assert httpx.get(f"{url}/health").status_code == 503
+        assert post(url, prompt="a").status_code == 500

@@ -62,6 +62,11 @@ class EngineThread:
         assert self._core
         return self._core
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread calls nothing any more, after `close` or a failure."""
+        return self._has_ended
+
     def call(self, run: Callable[..., T], *args: object) -> T:
         """Have the thread call `run` between two rounds, and return what it returns.
 

@@ -160,6 +160,11 @@ class LLMEngine:
         self._thread.catch_up()
         return not (self._core.requests or self._owner.ended)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine takes no more requests, after `exit` or a failure of its thread."""
+        return self._thread.has_ended
+
     def stats(self) -> EngineStats:
         """How much the engine has to do, and has done; a glance from any thread."""
         scheduler = self._core.scheduler

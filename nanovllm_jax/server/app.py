@@ -110,7 +110,6 @@ def make_app(
     )  # fmt: skip
     events: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
     _tell_errors(app)
-    created = now()
 
     @app.post("/v1/completions", responses=events)
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
@@ -127,20 +126,27 @@ def make_app(
         """A page to talk with the model."""
         return page_response()
 
+    served = {
+        "id": name, "object": "model", "created": now(), "owned_by": "nanovllm_jax",
+        "root": str(llm.config.model), "parent": None,
+        "max_model_len": llm.config.max_model_len,
+    }  # fmt: skip
+
     @app.get("/v1/models")
     async def models() -> Response:
+        """The model that is served, in a list."""
+        return json_response({"object": "list", "data": [served]})
+
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> Response:
         """The model that is served."""
-        model = {
-            "id": name, "object": "model", "created": created, "owned_by": "nanovllm_jax",
-            "root": str(llm.config.model), "parent": None,
-            "max_model_len": llm.config.max_model_len,
-        }  # fmt: skip
-        return json_response({"object": "list", "data": [model]})
+        service.check_model(model)
+        return json_response(served)
 
     @app.get("/health", response_class=Response)
     async def health() -> Response:
         """Status 200 while the engine works, 503 after it has failed."""
-        if fault := service.engine.fault:
+        if fault := service.engine.failure():
             return json_response(error_body(f"the engine has failed: {fault}", 503), 503)
         return Response()
 
@@ -235,6 +241,8 @@ def _tell_errors(app: FastAPI) -> None:
 
     def invalid(error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return reply(400, f"the body is not JSON: {first['ctx']['error']}")
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{place}: {first['msg']}" if place else first["msg"]
         return reply(400, message, place or None)

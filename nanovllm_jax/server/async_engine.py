@@ -6,6 +6,7 @@ requests. Nothing is polled, and no request has a thread or a task of its own.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -19,6 +20,8 @@ from nanovllm_jax.outputs import CompletionOutput
 # Threads that check and tokenize prompts. The tokenizers' library works without the GIL, so that
 # long prompts do not hold up the event loop.
 TOKENIZER_THREADS = 2
+
+log = logging.getLogger("nanovllm_jax")
 
 ENDS = "the server ends"
 
@@ -71,6 +74,12 @@ class AsyncEngine:
         """Call a function in one of the tokenizers' threads."""
         return await self._loop.run_in_executor(self._tokenizers, work, *args)
 
+    def failure(self) -> BaseException | None:
+        """What has ended the engine's work, if anything has."""
+        if not self.fault and self.llm.has_ended:  # between two rounds, where no listener is told
+            self._fail(RuntimeError("the engine's thread has ended"))
+        return self.fault
+
     def group(self, size: int) -> "Group":
         """A place for the requests that one reader waits for, with `size` completions in all.
 
@@ -78,8 +87,8 @@ class AsyncEngine:
             QueueFull: with them there would be more than may be.
             EngineFault: the engine works no more, or the server ends.
         """
-        if self.fault:
-            raise EngineFault(str(self.fault))
+        if fault := self.failure():
+            raise EngineFault(str(fault))
         if self._has_stopped:
             raise Stopped(ENDS)
         taken = sum(group.size for group in self.groups)
@@ -102,10 +111,14 @@ class AsyncEngine:
         self._has_rung = False  # first: what comes from here on rings again
         self._listener.ended.clear()  # the groups have them
         if self._listener.failure and not self.fault:
-            self.fault = self._listener.failure
-            self._on_fault()
+            self._fail(self._listener.failure)
         for group in self.groups:
             group.look(self.fault)
+
+    def _fail(self, fault: BaseException) -> None:
+        self.fault = fault
+        log.error("the engine has failed: %s", fault)
+        self._on_fault()
 
     def stop(self) -> None:
         """Have all requests under way fail at once, and take no more."""
@@ -192,7 +205,7 @@ class Group:
         self._engine.groups.discard(self)
         if self._timer:
             self._timer.cancel()
-        if self.requests and self._num_left and not self._engine.fault:
+        if self.requests and self._num_left and not self._engine.failure():
             self._engine.llm.end([request.request_id for request in self.requests])
 
     def _end_started(self, starting: "asyncio.Future[Request]") -> None:

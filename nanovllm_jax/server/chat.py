@@ -22,12 +22,14 @@ class ChatReply(Reply):
     """
 
     def __init__(self, service: Service, body: ChatRequest):
-        service.check_model(body)
+        service.check_model(body.model)
         if not service.trusts_templates:
             _check_no_template(body)
         self._body, self._conversation = body, conversation(body.messages)
         self._tools: ToolFormat | None = self._tool_format(service)
         more: dict[str, Any] = {"prompt_logprobs": body.prompt_logprobs}
+        if body.stream and body.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs comes without stream only", "prompt_logprobs")
         if body.logprobs:
             more["logprobs"] = body.top_logprobs or 0
         elif body.top_logprobs:

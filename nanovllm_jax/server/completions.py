@@ -22,7 +22,7 @@ class TextReply(Reply):
     """
 
     def __init__(self, service: Service, body: CompletionRequest):
-        service.check_model(body)
+        service.check_model(body.model)
         self._body, self._prompts = body, body.prompts()
         if body.suffix:
             raise RequestError("suffix is not supported: the model goes on at the end", "suffix")

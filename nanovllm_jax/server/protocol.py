@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from nanovllm_jax import SamplingParams
 
@@ -174,7 +174,7 @@ class SamplingFields(Fields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0)
     suffix: str | None = None
@@ -283,7 +283,7 @@ class DetokenizeRequest(Fields):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[StrictInt]
 
 
 def conversation(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import gc
 import ipaddress
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         from nanovllm_jax.server.app import make_app
     except ImportError as error:
         raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
+    _check_free(args.host, args.port)
     with refusals(*options.ENGINE_ERRORS):
         given = options.engine_options(args)
         from nanovllm_jax import LLM
@@ -106,6 +108,15 @@ def warn_of_strangers(args: argparse.Namespace) -> None:
             "can use it",
             args.host,
         )
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise UsageError if nothing can listen there: sooner than after the model has been loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _is_loopback(host: str) -> bool:

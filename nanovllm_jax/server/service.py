@@ -16,7 +16,7 @@ from nanovllm_jax.engine.request import Request
 from nanovllm_jax.outputs import CompletionOutput
 from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, Group
 from nanovllm_jax.server.metrics import Metrics
-from nanovllm_jax.server.protocol import RequestError, SamplingFields, field_of
+from nanovllm_jax.server.protocol import RequestError, field_of
 from nanovllm_jax.server.replies import DONE, EventStream, error_body, event, json_response
 
 log = logging.getLogger("nanovllm_jax")
@@ -50,13 +50,11 @@ class Service:
     timeout: float | None = None
     trusts_templates: bool = False
 
-    def check_model(self, fields: SamplingFields) -> None:
+    def check_model(self, model: str | None) -> None:
         """Raise RequestError if another model is asked for."""
-        if fields.model not in (None, "", self.model):
+        if model not in (None, "", self.model):
             raise RequestError(
-                f"the model {fields.model!r} does not exist; this server has {self.model!r}",
-                "model",
-                404,
+                f"the model {model!r} does not exist; this server has {self.model!r}", "model", 404
             )
 
     async def start(
