@@ -25,8 +25,8 @@ from scripts import ray_serve
 
 ROOT = Path(__file__).parents[1]
 ENGINE = {"max_num_seqs": 4, "max_model_len": 256, "max_num_batched_tokens": 256}
-PROMPTS = [f"Tell me a story about {i} foxes and a lantern." for i in range(20)]
-GREEDY = {"temperature": 0, "max_tokens": 150, "ignore_eos": True}
+PROMPTS = [f"Tell me a story about {i} foxes and a lantern." for i in range(16)]
+GREEDY = {"temperature": 0, "max_tokens": 100, "ignore_eos": True}
 
 
 # --- which engine ---
@@ -90,7 +90,8 @@ class Server:
         argv = [ROOT / "scripts" / "ray_serve.py", f"--port={self.port}", *engine, *options]
         self.url, self.text = f"http://127.0.0.1:{self.port}", ""
         self.process = subprocess.Popen(
-            [sys.executable, *argv], env=os.environ | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, *argv],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -173,7 +174,7 @@ def test_a_killed_engine_loses_no_request_without_an_error():
     requests = [(prompt, i % 3 > 0) for i in range(3) for prompt in PROMPTS]
 
     with Server("--replicas=2") as server:
-        server.until(lambda: "serving on" in server.text)
+        server.until(lambda: "serving on" in server.text and len(server.engines()) == 2)
         first, second = server.engines()
         answers, started = [], threading.Event()
         load = threading.Thread(
@@ -194,7 +195,7 @@ def test_a_killed_engine_loses_no_request_without_an_error():
         server.until(lambda: len(server.engines()) == 3)  # it has come back
         [third] = set(server.engines()) - {first, second}
         server.until(lambda: set(server.values("num_requests_running")) == {second, third})
-        answers = asyncio.run(ask_all(server.url, requests[:24], started))
+        answers = asyncio.run(ask_all(server.url, requests[:16], started))
         assert all(text == expected[prompt] for prompt, _, text in answers)
         assert all(count > 0 for count in server.values("generation_tokens_total").values())
 
