@@ -49,6 +49,7 @@ FAKE = f"{{python}} {fake_server.__file__} {{port}}"
         (["--server", "a"], "'a' is not NAME=..."),
         (["--server", "a=x", "--url", "a=http://h"], "two servers have the name 'a'"),
         (["--server", "a=x", "--python-path", "b=/tmp"], "there is no server 'b'"),
+        (["--python-path", "vllm=/no/such/folder"], "there is no such folder"),
         (["--rates", "1,x"], "'1,x' is no list of numbers"),
         (["--rates", "0,1"], "--rates must be positive, got 0"),
         (["--seconds", "0"], "--seconds must be positive"),
@@ -297,16 +298,16 @@ def test_a_stream_that_is_not_whole_is_an_error(stream, error):
     assert read(stream).error.startswith(error)
 
 
-def offered(way, requests, wait_s=5.0, **options):
+def offered(way, requests, wait_s=5.0, behind_s=0.0):
     """The client's result with a fake server in the same process."""
 
     async def run():
         fake = fake_server.FakeServer(way)
         server = await asyncio.start_server(fake.handle, "127.0.0.1", 0)
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        job = ClientJob(address, requests, {"model": "fake"}, wait_s, **options)
+        job = ClientJob(address, requests, {"model": "fake"}, wait_s)
         bodies = [client.body(request, job.fields) for request in requests]
-        result = await client.run(job, bodies, time.monotonic() + 0.02)
+        result = await client.run(job, bodies, time.monotonic() + 0.02 - behind_s)
         server.close()
         return result
 
@@ -322,8 +323,13 @@ def test_every_request_is_sent_at_its_time_and_its_tokens_are_timed():
     assert [a.error for a in result.answers] == [None] * 12
     assert all(len(a.times) == a.completion_tokens == 4 for a in result.answers)
     assert all(0 <= a.late_s <= a.times[0] <= a.times[-1] <= a.ended_s for a in result.answers)
-    assert figures.percentile([a.late_s for a in result.answers], 50) < 0.01
+    assert min(a.late_s for a in result.answers) < 0.1  # by a timer, on a machine that may be busy
     assert len(result.beats_s) > 5
+
+
+def test_a_late_client_says_so_and_its_lateness_is_part_of_every_time():
+    [answer] = offered("", requests(count=1), behind_s=1.0).answers
+    assert 0.9 < answer.late_s < answer.times[0]
 
 
 @pytest.mark.parametrize(
@@ -332,22 +338,23 @@ def test_every_request_is_sent_at_its_time_and_its_tokens_are_timed():
         ("refuses", "HTTP 429: the queue is full"),
         ("breaks", "ClientPayloadError"),
         ("complains", "error in the stream: the engine has failed"),
-        ("stalls", client.UNFINISHED),
     ],
 )
 def test_a_request_that_fails_says_why_and_fails_alone(way, reason):
-    result = offered(way, requests(), wait_s=0.6)
+    result = offered(way, requests())
     found = [a.error for a in result.answers]
     assert sum(error is None for error in found) == 9, found
     assert sum(bool(error) and error.startswith(reason) for error in found) == 3, found
 
 
-def test_a_stalling_server_is_sent_as_much_as_any():
-    result = offered("stalls", requests(count=40), wait_s=0.7)
-    unfinished = [a for a in result.answers if a.error == client.UNFINISHED]
-    assert len(unfinished) == 10
+def test_a_stalling_server_is_sent_as_much_as_any_and_given_up_in_time():
+    begin = time.monotonic()
+    answers = offered("stalls", requests(count=40), wait_s=2.0).answers
+    assert 2.0 <= time.monotonic() - begin < 10
+    unfinished = [a for a in answers if a.error]
+    assert [a.error for a in unfinished] == [client.UNFINISHED] * 10
     assert all(len(a.times) == 2 for a in unfinished)  # what came before counts
-    assert figures.percentile([a.late_s for a in result.answers], 50) < 0.02
+    assert max(a.late_s for a in answers) < 1  # none waits for those that stall
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -414,11 +421,19 @@ def test_a_program_that_is_not_there_is_an_error(tmp_path):
 def test_a_server_that_never_answers_is_ended(tmp_path):
     begin = time.monotonic()
     with (
-        pytest.raises(ServerError, match="no answer from"),
+        pytest.raises(ServerError, match=r"(?s)no model from .* after 0 s .*refused"),
         start("{python} -c 'import time; time.sleep(60)'", tmp_path, start_limit=0.5),
     ):
         pass
     assert time.monotonic() - begin < 20
+
+
+def test_an_address_without_a_server_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "URL_S", 0.1)
+    server = Server("a", url="http://127.0.0.1:9/v1")
+    there = servers.running(server, {}, tmp_path / "a.log")
+    with pytest.raises(ServerError, match=r"no model from http://127.0.0.1:9/v1/.*refused"), there:
+        pass
 
 
 def is_running(pid):

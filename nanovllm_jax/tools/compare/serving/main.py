@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="only make FILE.md and FILE.png of it, with the limits of --slo")
     # fmt: on
     args = parser.parse_args(argv)
-    args.python_path = dict(args.python_path)
+    args.python_path = {name: str(Path(path).resolve()) for name, path in args.python_path}
     args.servers = _servers(args)
     if args.source and not args.source.is_file():
         raise UsageError(f"--from {args.source} is not there: give a file of results")
@@ -109,8 +109,11 @@ def _servers(args: argparse.Namespace) -> list[Server]:
     names = [server.name for server in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two servers have the name {twice[0]!r}: give them different ones")
-    if wrong := [name for name in args.python_path if name not in names]:
-        raise UsageError(f"--python-path: there is no server {wrong[0]!r}")
+    for name, folder in args.python_path.items():
+        if name not in (*names, *KNOWN):
+            raise UsageError(f"--python-path: there is no server {name!r}")
+        if not Path(folder).is_dir():
+            raise UsageError(f"--python-path {name}={folder}: there is no such folder")
     return found
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 from nanovllm_jax.tools.compare.adapters import ENGINES
 
 POLL_S = 0.2  # seconds between two looks at whether a server answers
+URL_S = 5.0  # seconds that a server that should run already has to answer
 STOP_S = 30.0  # seconds that a server has to stop by itself before it is killed
 TAIL = 15  # lines of a log that an error shows
 
@@ -163,7 +164,7 @@ def running(
     if server.command is None:
         assert server.url
         address = server.url.rstrip("/").removesuffix("/v1")
-        yield _await(address, None, None, POLL_S, api_key)
+        yield _await(address, None, None, URL_S, api_key)
         return
     port = _free_port()
     # An installation's own environment comes first; a GPU that is hidden stays hidden.
@@ -207,31 +208,33 @@ def _await(
     api_key: str | None,
 ) -> Running:
     """Wait until the server tells which model it has."""
-    start, found = time.monotonic(), None
-    while not (found := _get(f"{address}/v1/models", api_key)):
-        Running(address, "", None, None, process, log).check()
-        if time.monotonic() - start > limit:
-            told = f"; {_tail(log)}" if log else ""
-            raise ServerError(f"no answer from {address}/v1/models after {limit:.0f} s{told}")
+    start = time.monotonic()
+    while True:
+        try:
+            found = _get(f"{address}/v1/models", api_key)
+            break
+        except (OSError, ValueError) as error:  # HTTP errors are OSErrors
+            Running(address, "", None, None, process, log).check()
+            if time.monotonic() - start > limit:
+                text = f"no model from {address}/v1/models after {limit:.0f} s ({error})"
+                raise ServerError(f"{text}; {_tail(log)}" if log else text) from None
         time.sleep(POLL_S)
     try:
         model = str(found["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
         raise ServerError(f"{address}/v1/models names no model: {found}") from None
-    version = (_get(f"{address}/version", api_key) or {}).get("version")
-    start_s = round(time.monotonic() - start, 1) if process else None
+    start_s, version = round(time.monotonic() - start, 1) if process else None, None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        version = _get(f"{address}/version", api_key).get("version")
     return Running(address, model, start_s, version, process, log)
 
 
 def _get(url: str, api_key: str | None) -> Any:
-    """The JSON behind an address; None if there is none."""
+    """The JSON behind an address; raises OSError or ValueError if there is none."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
-            return json.load(reply)
-    except (OSError, ValueError):  # HTTP errors are OSErrors
-        return None
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+        return json.load(reply)
 
 
 def _stop(process: subprocess.Popen) -> None:
