@@ -51,6 +51,7 @@ FAKE = f"{{python}} {fake_server.__file__} {{port}}"
         (["--server", "a=x", "--python-path", "b=/tmp"], "there is no server 'b'"),
         (["--python-path", "vllm=/no/such/folder"], "there is no such folder"),
         (["--rates", "1,x"], "'1,x' is no list of numbers"),
+        (["--rates", "1,inf"], "'1,inf' is no list of numbers"),
         (["--rates", "0,1"], "--rates must be positive, got 0"),
         (["--seconds", "0"], "--seconds must be positive"),
         (["--prompt-tokens", "9:3"], "'9:3' has its larger number first"),
@@ -72,6 +73,8 @@ def test_bad_usage_is_one_line_and_names_the_value(argv, message, capsys, monkey
 
 def test_servers_of_ones_own_replace_the_known_ones():
     assert [s.name for s in main.parse([]).servers] == [*servers.KNOWN]
+    dummy = main.parse(["--random-weights", "8B"])
+    assert [s.name for s in dummy.servers] == ["nanovllm_jax", "vllm"]
     argv = ["--server", "a=run {port}", "--url", "b=http://localhost:1/v1"]
     assert [s.name for s in main.parse(argv).servers] == ["a", "b"]
     assert [s.name for s in main.parse([*argv, "--engines", "vllm"]).servers] == ["vllm", "a", "b"]

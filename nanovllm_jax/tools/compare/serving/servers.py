@@ -58,6 +58,11 @@ class Known:
     needs: tuple[str, ...]
     install: str
 
+    @property
+    def makes_weights(self) -> bool:
+        """Whether it can make up weights for a config.json."""
+        return "{load_format}" in (self.server.command or "")
+
 
 LIMITS = "--max-model-len {max_model_len} --max-num-seqs {max_num_seqs}"
 KNOWN = {
