@@ -21,11 +21,23 @@ from nanovllm_jax.tools.compare.adapters import ENGINES
 POLL_S = 0.2  # seconds between two looks at whether a server answers
 URL_S = 5.0  # seconds that a server that should run already has to answer
 STOP_S = 30.0  # seconds that a server has to stop by itself before it is killed
-TAIL = 15  # lines of a log that an error shows
+TAIL = 15  # lines of a log that are shown after an error
 
 
 class ServerError(Exception):
-    """A server did not start, died, or answers wrongly; the message is for the user."""
+    """A server did not start, died, or answers wrongly; the message is one line for the user.
+
+    Args:
+        log: what the server has printed; its last line is part of the message.
+
+    Attributes:
+        tail: the end of the log.
+    """
+
+    def __init__(self, reason: str, log: Path | None = None):
+        lines = log.read_text(errors="replace").splitlines() if log else []
+        self.tail = [line for line in lines if line.strip()][-TAIL:]
+        super().__init__(": ".join([reason, *self.tail[-1:]]))
 
 
 @dataclass(frozen=True)
@@ -135,14 +147,9 @@ class Running:
     log: Path | None = None
 
     def check(self) -> None:
-        """Raise ServerError, with the end of its log, if the server has died."""
+        """Raise ServerError if the server has died."""
         if self.process and (code := self.process.poll()) is not None:
-            raise ServerError(f"the server ended with {code}; {_tail(self.log)}")
-
-
-def _tail(log: Path | None) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log else []
-    return "\n    ".join([f"the end of {log}:", *lines])
+            raise ServerError(f"the server ended with {code}", self.log)
 
 
 @contextlib.contextmanager
@@ -222,7 +229,7 @@ def _await(
             Running(address, "", None, None, process, log).check()
             if time.monotonic() - start > limit:
                 text = f"no model from {address}/v1/models after {limit:.0f} s ({error})"
-                raise ServerError(f"{text}; {_tail(log)}" if log else text) from None
+                raise ServerError(text, log) from None
         time.sleep(POLL_S)
     try:
         model = str(found["data"][0]["id"])
