@@ -49,7 +49,9 @@ FAKE = f"{{python}} {fake_server.__file__} {{port}}"
         (["--server", "a"], "'a' is not NAME=..."),
         (["--server", "a=x", "--url", "a=http://h"], "two servers have the name 'a'"),
         (["--server", "a=x", "--python-path", "b=/tmp"], "there is no server 'b'"),
+        (["--python-path", "vllm=/no/such/folder"], "there is no such folder"),
         (["--rates", "1,x"], "'1,x' is no list of numbers"),
+        (["--rates", "1,inf"], "'1,inf' is no list of numbers"),
         (["--rates", "0,1"], "--rates must be positive, got 0"),
         (["--seconds", "0"], "--seconds must be positive"),
         (["--prompt-tokens", "9:3"], "'9:3' has its larger number first"),
@@ -71,6 +73,8 @@ def test_bad_usage_is_one_line_and_names_the_value(argv, message, capsys, monkey
 
 def test_servers_of_ones_own_replace_the_known_ones():
     assert [s.name for s in main.parse([]).servers] == [*servers.KNOWN]
+    dummy = main.parse(["--random-weights", "8B"])
+    assert [s.name for s in dummy.servers] == ["nanovllm_jax", "vllm"]
     argv = ["--server", "a=run {port}", "--url", "b=http://localhost:1/v1"]
     assert [s.name for s in main.parse(argv).servers] == ["a", "b"]
     assert [s.name for s in main.parse([*argv, "--engines", "vllm"]).servers] == ["vllm", "a", "b"]
@@ -297,16 +301,16 @@ def test_a_stream_that_is_not_whole_is_an_error(stream, error):
     assert read(stream).error.startswith(error)
 
 
-def offered(way, requests, wait_s=5.0, **options):
+def offered(way, requests, wait_s=5.0, behind_s=0.0):
     """The client's result with a fake server in the same process."""
 
     async def run():
         fake = fake_server.FakeServer(way)
         server = await asyncio.start_server(fake.handle, "127.0.0.1", 0)
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        job = ClientJob(address, requests, {"model": "fake"}, wait_s, **options)
+        job = ClientJob(address, requests, {"model": "fake"}, wait_s)
         bodies = [client.body(request, job.fields) for request in requests]
-        result = await client.run(job, bodies, time.monotonic() + 0.02)
+        result = await client.run(job, bodies, time.monotonic() + 0.02 - behind_s)
         server.close()
         return result
 
@@ -322,8 +326,13 @@ def test_every_request_is_sent_at_its_time_and_its_tokens_are_timed():
     assert [a.error for a in result.answers] == [None] * 12
     assert all(len(a.times) == a.completion_tokens == 4 for a in result.answers)
     assert all(0 <= a.late_s <= a.times[0] <= a.times[-1] <= a.ended_s for a in result.answers)
-    assert figures.percentile([a.late_s for a in result.answers], 50) < 0.01
+    assert min(a.late_s for a in result.answers) < 0.1  # by a timer, on a machine that may be busy
     assert len(result.beats_s) > 5
+
+
+def test_a_late_client_says_so_and_its_lateness_is_part_of_every_time():
+    [answer] = offered("", requests(count=1), behind_s=1.0).answers
+    assert 0.9 < answer.late_s < answer.times[0]
 
 
 @pytest.mark.parametrize(
@@ -332,22 +341,23 @@ def test_every_request_is_sent_at_its_time_and_its_tokens_are_timed():
         ("refuses", "HTTP 429: the queue is full"),
         ("breaks", "ClientPayloadError"),
         ("complains", "error in the stream: the engine has failed"),
-        ("stalls", client.UNFINISHED),
     ],
 )
 def test_a_request_that_fails_says_why_and_fails_alone(way, reason):
-    result = offered(way, requests(), wait_s=0.6)
+    result = offered(way, requests())
     found = [a.error for a in result.answers]
     assert sum(error is None for error in found) == 9, found
     assert sum(bool(error) and error.startswith(reason) for error in found) == 3, found
 
 
-def test_a_stalling_server_is_sent_as_much_as_any():
-    result = offered("stalls", requests(count=40), wait_s=0.7)
-    unfinished = [a for a in result.answers if a.error == client.UNFINISHED]
-    assert len(unfinished) == 10
+def test_a_stalling_server_is_sent_as_much_as_any_and_given_up_in_time():
+    begin = time.monotonic()
+    answers = offered("stalls", requests(count=40), wait_s=2.0).answers
+    assert 2.0 <= time.monotonic() - begin < 10
+    unfinished = [a for a in answers if a.error]
+    assert [a.error for a in unfinished] == [client.UNFINISHED] * 10
     assert all(len(a.times) == 2 for a in unfinished)  # what came before counts
-    assert figures.percentile([a.late_s for a in result.answers], 50) < 0.02
+    assert max(a.late_s for a in answers) < 1  # none waits for those that stall
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -397,7 +407,7 @@ def start(command, tmp_path, **options):
 def test_a_server_that_dies_is_an_error_with_the_end_of_its_log(tmp_path):
     command = "{python} -c 'print(\"no GPU here\"); exit(7)'"
     with (
-        pytest.raises(ServerError, match=r"(?s)ended with 7.*no GPU here"),
+        pytest.raises(ServerError, match="ended with 7: no GPU here"),
         start(command, tmp_path),
     ):
         pass
@@ -405,7 +415,7 @@ def test_a_server_that_dies_is_an_error_with_the_end_of_its_log(tmp_path):
 
 def test_a_program_that_is_not_there_is_an_error(tmp_path):
     with (
-        pytest.raises(ServerError, match=r"(?s)127.*no-such-program"),
+        pytest.raises(ServerError, match="127: .*no-such-program"),
         start("no-such-program", tmp_path),
     ):
         pass
@@ -414,11 +424,19 @@ def test_a_program_that_is_not_there_is_an_error(tmp_path):
 def test_a_server_that_never_answers_is_ended(tmp_path):
     begin = time.monotonic()
     with (
-        pytest.raises(ServerError, match="no answer from"),
+        pytest.raises(ServerError, match="no model from .* after 0 s .*refused"),
         start("{python} -c 'import time; time.sleep(60)'", tmp_path, start_limit=0.5),
     ):
         pass
     assert time.monotonic() - begin < 20
+
+
+def test_an_address_without_a_server_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "URL_S", 0.1)
+    server = Server("a", url="http://127.0.0.1:9/v1")
+    there = servers.running(server, {}, tmp_path / "a.log")
+    with pytest.raises(ServerError, match=r"no model from http://127.0.0.1:9/v1/.*refused"), there:
+        pass
 
 
 def is_running(pid):
@@ -513,13 +531,14 @@ def test_a_server_that_dies_is_reported_and_the_next_one_measured(quick, tmp_pat
     assert cli.main(argv) == 1
     output = capsys.readouterr()
     assert "the fake server has had enough" in output.out  # the end of its log
-    assert "mortal failed: the server ended with 3" in output.err
+    told = "the server ended with 3: the fake server has had enough"
+    assert f"mortal failed: {told}" in output.err
     points = {(p.server, p.rate): p for p in found(tmp_path, Point)}
     assert [*points] == [("mortal", 20.0), ("mortal", 60.0), ("b", 20.0), ("b", 60.0)]
     failed = [sum(p.failures.values()) for p in points.values()]
     assert failed[0] == failed[2] == failed[3] == 0
     assert failed[1] >= 28  # it dies at the third of the thirty
-    assert "mortal: the server ended with 3" in (tmp_path / "out.md").read_text()
+    assert f"mortal: {told}" in (tmp_path / "out.md").read_text()
 
 
 def test_a_server_that_fails_the_warm_up_is_not_measured(quick, tmp_path):

@@ -48,11 +48,10 @@ SCALES = {
 
 
 def poisson(rate: float, seconds: float, rng: random.Random) -> list[float]:
-    """Draw the arrival times of a Poisson process in [0, seconds), given that they are as many as
-    expected.
+    """Draw the arrival times of a Poisson process that has as many arrivals as expected.
 
-    Under this condition the times are independent and uniform, so the offered rate is exact (Ross,
-    Stochastic Processes, theorem 2.3.1).
+    Given their number, the times are independent and uniform in [0, seconds), so the offered rate
+    is exact (Ross, Stochastic Processes, theorem 2.3.1).
     """
     return sorted(rng.uniform(0, seconds) for _ in range(max(1, round(rate * seconds))))
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="only make FILE.md and FILE.png of it, with the limits of --slo")
     # fmt: on
     args = parser.parse_args(argv)
-    args.python_path = dict(args.python_path)
+    args.python_path = {name: str(Path(path).resolve()) for name, path in args.python_path}
     args.servers = _servers(args)
     if args.source and not args.source.is_file():
         raise UsageError(f"--from {args.source} is not there: give a file of results")
@@ -101,7 +102,9 @@ def _servers(args: argparse.Namespace) -> list[Server]:
     """
     others = [Server(name, command=command) for name, command in args.server]
     others += [Server(name, url=url) for name, url in args.url]
-    default = [] if others else [*KNOWN]
+    # Dummy weights are made up by the server itself: one that needs a checkpoint has to be named.
+    can_serve = [n for n in KNOWN if not args.random_weights or KNOWN[n].makes_weights]
+    default = [] if others else can_serve
     names = default if args.engines is None else args.engines.split(",")
     if wrong := [name for name in names if name not in KNOWN]:
         raise UsageError(f"--engines {wrong[0]!r} is not known: choose from {', '.join(KNOWN)}")
@@ -109,8 +112,11 @@ def _servers(args: argparse.Namespace) -> list[Server]:
     names = [server.name for server in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"two servers have the name {twice[0]!r}: give them different ones")
-    if wrong := [name for name in args.python_path if name not in names]:
-        raise UsageError(f"--python-path: there is no server {wrong[0]!r}")
+    for name, folder in args.python_path.items():
+        if name not in (*names, *KNOWN):
+            raise UsageError(f"--python-path: there is no server {name!r}")
+        if not Path(folder).is_dir():
+            raise UsageError(f"--python-path {name}={folder}: there is no such folder")
     return found
 
 
@@ -123,9 +129,12 @@ def _named(text: str) -> tuple[str, str]:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return sorted({float(word) for word in text.split(",")})
+        numbers = sorted({float(word) for word in text.split(",")})
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers")
+    return numbers
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -169,8 +178,9 @@ def prepare(args: argparse.Namespace) -> tuple[SweepSettings, results.Machine, P
     cores = len(os.sched_getaffinity(0))
     settings = SweepSettings(
         date=datetime.now(UTC).isoformat(timespec="seconds"), model=title, device=device,
-        vocab_size=config.vocab_size, rates=list(args.rates or scale.rates), seconds=args.seconds,
-        drain_s=args.drain, prompt_tokens=list(prompt), output_tokens=list(output),
+        vocab_size=config.vocab_size, rates=[*map(float, args.rates or scale.rates)],
+        seconds=args.seconds, drain_s=args.drain,
+        prompt_tokens=list(prompt), output_tokens=list(output),
         temperature=args.temperature, seed=SEED, min_share=args.min_share,
         max_ttft_s=args.max_ttft, clients=args.clients or max(1, min(4, cores // 4)),
         max_model_len=min(scale.max_model_len, config.longest_context),

@@ -19,12 +19,25 @@ from typing import IO, Any
 from nanovllm_jax.tools.compare.adapters import ENGINES
 
 POLL_S = 0.2  # seconds between two looks at whether a server answers
+URL_S = 5.0  # seconds that a server that should run already has to answer
 STOP_S = 30.0  # seconds that a server has to stop by itself before it is killed
-TAIL = 15  # lines of a log that an error shows
+TAIL = 15  # lines of a log that are shown after an error
 
 
 class ServerError(Exception):
-    """A server did not start, died, or answers wrongly; the message is for the user."""
+    """A server did not start, died, or answers wrongly; the message is one line for the user.
+
+    Args:
+        log: what the server has printed; its last line is part of the message.
+
+    Attributes:
+        tail: the end of the log.
+    """
+
+    def __init__(self, reason: str, log: Path | None = None):
+        lines = log.read_text(errors="replace").splitlines() if log else []
+        self.tail = [line for line in lines if line.strip()][-TAIL:]
+        super().__init__(": ".join([reason, *self.tail[-1:]]))
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,11 @@ class Known:
     server: Server
     needs: tuple[str, ...]
     install: str
+
+    @property
+    def makes_weights(self) -> bool:
+        """Whether it can make up weights for a config.json."""
+        return "{load_format}" in (self.server.command or "")
 
 
 LIMITS = "--max-model-len {max_model_len} --max-num-seqs {max_num_seqs}"
@@ -129,14 +147,9 @@ class Running:
     log: Path | None = None
 
     def check(self) -> None:
-        """Raise ServerError, with the end of its log, if the server has died."""
+        """Raise ServerError if the server has died."""
         if self.process and (code := self.process.poll()) is not None:
-            raise ServerError(f"the server ended with {code}; {_tail(self.log)}")
-
-
-def _tail(log: Path | None) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-TAIL:] if log else []
-    return "\n    ".join([f"the end of {log}:", *lines])
+            raise ServerError(f"the server ended with {code}", self.log)
 
 
 @contextlib.contextmanager
@@ -163,7 +176,7 @@ def running(
     if server.command is None:
         assert server.url
         address = server.url.rstrip("/").removesuffix("/v1")
-        yield _await(address, None, None, POLL_S, api_key)
+        yield _await(address, None, None, URL_S, api_key)
         return
     port = _free_port()
     # An installation's own environment comes first; a GPU that is hidden stays hidden.
@@ -207,31 +220,33 @@ def _await(
     api_key: str | None,
 ) -> Running:
     """Wait until the server tells which model it has."""
-    start, found = time.monotonic(), None
-    while not (found := _get(f"{address}/v1/models", api_key)):
-        Running(address, "", None, None, process, log).check()
-        if time.monotonic() - start > limit:
-            told = f"; {_tail(log)}" if log else ""
-            raise ServerError(f"no answer from {address}/v1/models after {limit:.0f} s{told}")
+    start = time.monotonic()
+    while True:
+        try:
+            found = _get(f"{address}/v1/models", api_key)
+            break
+        except (OSError, ValueError) as error:  # HTTP errors are OSErrors
+            Running(address, "", None, None, process, log).check()
+            if time.monotonic() - start > limit:
+                text = f"no model from {address}/v1/models after {limit:.0f} s ({error})"
+                raise ServerError(text, log) from None
         time.sleep(POLL_S)
     try:
         model = str(found["data"][0]["id"])
     except (KeyError, IndexError, TypeError):
         raise ServerError(f"{address}/v1/models names no model: {found}") from None
-    version = (_get(f"{address}/version", api_key) or {}).get("version")
-    start_s = round(time.monotonic() - start, 1) if process else None
+    start_s, version = round(time.monotonic() - start, 1) if process else None, None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        version = _get(f"{address}/version", api_key).get("version")
     return Running(address, model, start_s, version, process, log)
 
 
 def _get(url: str, api_key: str | None) -> Any:
-    """The JSON behind an address; None if there is none."""
+    """The JSON behind an address; raises OSError or ValueError if there is none."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
-            return json.load(reply)
-    except (OSError, ValueError):  # HTTP errors are OSErrors
-        return None
+    with opener.open(urllib.request.Request(url, headers=headers), timeout=10) as reply:
+        return json.load(reply)
 
 
 def _stop(process: subprocess.Popen) -> None:

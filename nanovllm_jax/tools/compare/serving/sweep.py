@@ -71,7 +71,9 @@ class Sweeper:
             self._sweep(server, python_path)
         except (ServerError, clients.ClientError) as error:
             print(f"  failure: {error}")
-            self.emit(ServerFailure(server.name, str(error).splitlines()[0]))
+            for line in getattr(error, "tail", ()):
+                print(f"    {line}")
+            self.emit(ServerFailure(server.name, str(error)))
 
     def _sweep(self, server: Server, python_path: str | None) -> None:
         """Start a server, warm it up, and raise the rate until it is saturated."""
