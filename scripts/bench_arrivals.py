@@ -140,9 +140,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    """Measure, and print a table."""
-    args = parse(sys.argv[1:])
+def main(argv: list[str]) -> int:
+    """Measure, print a table for each rate and turn, and return 0."""
+    args = parse(argv)
     given: dict[str, Any] = {"max_model_len": 4096} | options.engine_options(args)
     if args.mixed:  # an engine that has all the programs; which of them run is up to its scheduler
         given |= {"enable_mixed_chunk": True}
@@ -176,4 +176,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -103,7 +103,7 @@ def read_decode(
     packed: Int32[Array, " n"], table: Int32[Array, "slots R"], block_size: int
 ) -> Int32[Array, "B R"]:
     """The rows of a decode call: those of the table, with the changes of a packed array."""
-    return _changed(table, *packed.reshape(-1, len(Change)).T, block_size)
+    return _changed(table, packed.reshape(-1, len(Change)), block_size)
 
 
 def read_mixed(
@@ -111,12 +111,15 @@ def read_mixed(
 ) -> tuple[Int32[Array, "B R"], Bool[Array, " B"]]:
     """The rows of a mixed step, all of them whole; and which of them decode."""
     decodes = rows[:, Column.START] < 0
-    known = _changed(table, *(rows[:, column] for column in KNOWN_ROW), block_size)
+    known = _changed(table, jnp.stack([rows[:, c] for c in KNOWN_ROW], axis=1), block_size)
     return jnp.where(decodes[:, None], known, rows), decodes
 
 
-def _changed(table, slots, lengths, new_blocks, block_size: int) -> Int32[Array, "B R"]:
-    """Rows of the table, with changes."""
+def _changed(
+    table: Int32[Array, "slots R"], changes: Int32[Array, "B 3"], block_size: int
+) -> Int32[Array, "B R"]:
+    """The rows of the table that changes are for, with these."""
+    slots, lengths, new_blocks = changes.T
     rows = table.at[slots].get(mode="promise_in_bounds")
     last_block = len(Column) + (rows[:, Column.START] + lengths - 1) // block_size
     is_new = (_columns(rows) == last_block[:, None]) & (new_blocks >= 0)[:, None]
