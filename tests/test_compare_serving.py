@@ -415,7 +415,7 @@ def test_a_server_that_dies_is_an_error_with_the_end_of_its_log(tmp_path):
 
 def test_a_program_that_is_not_there_is_an_error(tmp_path):
     with (
-        pytest.raises(ServerError, match="127: .*no-such-program"),
+        pytest.raises(ServerError, match=r"127: .*no-such-program"),
         start("no-such-program", tmp_path),
     ):
         pass
@@ -424,7 +424,7 @@ def test_a_program_that_is_not_there_is_an_error(tmp_path):
 def test_a_server_that_never_answers_is_ended(tmp_path):
     begin = time.monotonic()
     with (
-        pytest.raises(ServerError, match="no model from .* after 0 s .*refused"),
+        pytest.raises(ServerError, match=r"no model from .* after 0 s .*refused"),
         start("{python} -c 'import time; time.sleep(60)'", tmp_path, start_limit=0.5),
     ):
         pass
