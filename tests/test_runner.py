@@ -74,6 +74,16 @@ def test_mixed_buckets_hold_all_that_decode_and_as_many_tokens_of_prompts():
     ]  # fmt: skip
     for bucket in mixed_buckets(None, 16384, 512):
         assert bucket.is_mixed and bucket.num_rows <= bucket.num_tokens // 2
+    assert mixed_buckets(None, 8, 4) == [], "too few tokens for the fewest rows"
+
+
+def test_decode_rows_leave_half_of_a_mixed_batch_to_prompts(engine):
+    programs = engine(every_bucket=True, enable_mixed_chunk=True).runner.programs
+    assert programs.mixed_rooms(None) == programs.mixed_buckets[-1:]
+    for size in (1, 3, 15, 16, 63, 64, 65, 500, 1000, 1024):
+        first, *others = rooms = programs.mixed_rooms(size)
+        assert first.num_tokens == size and others[-1].num_rows >= programs.config.max_num_seqs
+        assert all(room.num_rows <= room.num_tokens // 2 for room in rooms)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def prefill_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> list[Buck
 def mixed_buckets(
     chunk: int | None, max_num_batched_tokens: int, max_num_seqs: int
 ) -> list[Bucket]:
-    """Token counts as for prefill, with room for a row in 2 tokens, up to one that holds them all.
+    """Token counts as for prefill, with room for a row in 2 tokens, up to one that holds all rows.
 
     So whatever the number of rows that decode, the smallest bucket with more rows than that leaves
     half of its tokens to prompts.
@@ -59,6 +59,8 @@ def mixed_buckets(
     """
     buckets = []
     for size, _, _ in prefill_buckets(max_num_batched_tokens, max_num_seqs):
+        if size < 16:
+            continue
         buckets.append(Bucket(size, max(8, min(max_num_seqs, size // 2)), is_mixed=True))
         if chunk is not None and size >= chunk and buckets[-1].num_rows >= max_num_seqs:
             break

@@ -110,17 +110,19 @@ class Programs:
         return bucket._replace(num_tokens=num_tokens)
 
     def mixed_rooms(self, num_tokens: int | None) -> list[Bucket]:
-        """The room of mixed batches of at most this many tokens, but for more rows: see Scheduler.
+        """The room of mixed batches, in each shard: `Scheduler` takes the first that will do.
+
+        It is of this many tokens, and of more only if decode rows would take more than half of it.
 
         Args:
             num_tokens: of all shards; None: the most.
         """
-        largest = self.mixed_buckets[-1:]
         if num_tokens is None:
-            return largest
+            return self.mixed_buckets[-1:]
         num_tokens = -(-num_tokens // self.batch_shards)
-        rooms = [b for b in self.mixed_buckets if b.num_tokens >= num_tokens]
-        return [b._replace(num_tokens=num_tokens) for b in rooms[:1]] + rooms[1:]
+        buckets = [b for b in self.mixed_buckets if b.num_tokens >= num_tokens]
+        num_rows = [min(b.num_rows, num_tokens // 2) for b in buckets[:1]]
+        return [Bucket(num_tokens, n, is_mixed=True) for n in num_rows] + buckets
 
     # --- what the programs work on ---
 
