@@ -24,9 +24,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from nanovllm_jax.server.serve import (
-    CPU_MAX_NUM_SEQS,
     add_server_options,
     check_server_options,
+    completed,
     keep_threads_short_of_waiting,
     server_options,
     warn_of_strangers,
@@ -134,12 +134,9 @@ class Engine:
         from pathlib import Path
 
         from nanovllm_jax import LLM
-        from nanovllm_jax.engine import cuda_driver
         from nanovllm_jax.server.app import make_app
 
-        if not cuda_driver.total_memory():
-            given = options.small_steps(Path(model), given, CPU_MAX_NUM_SEQS)
-        self.llm = LLM(model, **given)
+        self.llm = LLM(model, **completed(given, Path(model)))
         self.app = make_app(self.llm, server)
         self.lifespan = self.app.router.lifespan_context(self.app)
         await self.lifespan.__aenter__()

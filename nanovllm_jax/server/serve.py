@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Requests that run at the same time on a CPU, which starts sooner with few and small programs.
 CPU_MAX_NUM_SEQS = 8
+# Tokens of a step on a GPU while prompts wait, those of requests that decode among them.
+CHUNK = 2048
 SWITCH_INTERVAL = 0.0005  # Seconds that a thread of Python keeps another waiting; 0.005 is usual.
 
 # Seconds that clients have to take the errors of requests that were cut off at the server's end.
@@ -40,12 +42,9 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
     _check_free(args.host, args.port)
     with refusals(*options.ENGINE_ERRORS):
-        given = options.engine_options(args)
+        given = completed(options.engine_options(args), args.model)
         from nanovllm_jax import LLM
-        from nanovllm_jax.engine import cuda_driver
 
-        if not cuda_driver.total_memory():
-            given = options.small_steps(args.model, given, CPU_MAX_NUM_SEQS)
         llm = LLM(str(args.model), **given)
     log.setLevel(logging.INFO)
     warn_of_strangers(args)
@@ -67,6 +66,17 @@ def main(argv: Sequence[str]) -> int:
         asyncio.run(_serve(server, args.host, args.shutdown_timeout))
         failed = not server.started or app.state.service.engine.fault is not None
     return int(failed)
+
+
+def completed(given: dict[str, Any], model: Path) -> dict[str, Any]:
+    """The engine's options that the user has given, and for others what suits a server."""
+    from nanovllm_jax.config import EngineConfig
+    from nanovllm_jax.engine import cuda_driver
+
+    if not cuda_driver.total_memory():
+        return options.small_steps(model, given, CPU_MAX_NUM_SEQS)
+    most = given.get("max_num_batched_tokens", EngineConfig.max_num_batched_tokens)
+    return {"enable_mixed_chunk": True, "chunked_prefill_size": min(CHUNK, most)} | given
 
 
 def keep_threads_short_of_waiting() -> None:

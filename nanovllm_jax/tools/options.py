@@ -55,7 +55,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag(name), type=kind, help=text, metavar=kind.__name__.upper())
     eager = "run without compiling"
     mixed = "compute prompts and the tokens of requests that decode in one step"
-    group.add_argument("--enable-mixed-chunk", action="store_true", default=None, help=mixed)
+    group.add_argument("--enable-mixed-chunk", action=argparse.BooleanOptionalAction, help=mixed)
     group.add_argument("--enforce-eager", action="store_true", default=None, help=eager)
 
 
