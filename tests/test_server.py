@@ -289,6 +289,7 @@ def test_what_cannot_be_is_refused_by_name(url, llm, body, status, param, words)
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": "a", "tools": [1]}, "tools"),
         ("/detokenize", {"tokens": ["0"]}, "tokens.0"),
+        ("/v1/completions", {"prompt": "a", "logprobs": False}, "logprobs"),
         ("/v1/completions", {"prompt": "\ud800", "add_special_tokens": False}, "prompt"),
         ("/v1/completions", {"prompt": "a", "bad_words": ["\ud800"]}, None),
         (

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from nanovllm_jax import SamplingParams
 
@@ -50,7 +50,16 @@ def field_of(message: str) -> str | None:
     return found[0] if found and found[0] in names else None
 
 
-class Fields(BaseModel):
+class Strict(BaseModel):
+    """A JSON object, whose fields have the types that they should have.
+
+    Nothing is converted: `"logprobs": false` does not ask for 0 of them.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+
+class Fields(Strict):
     """A body that may have fields which are not known."""
 
     model_config = ConfigDict(extra="allow")
@@ -63,7 +72,7 @@ class Fields(BaseModel):
                 raise RequestError(f"the field {name!r} is not supported; leave it out", name)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """What a stream tells besides text."""
 
     model_config = ConfigDict(extra="forbid")
@@ -72,7 +81,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Strict):
     """A named schema of a response."""
 
     name: str = "response"
@@ -81,7 +90,7 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Strict):
     """The form of a response."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -174,7 +183,7 @@ class SamplingFields(Fields):
 class CompletionRequest(SamplingFields):
     """POST /v1/completions."""
 
-    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    prompt: str | list[int] | list[str] | list[list[int]]
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0)
     suffix: str | None = None
@@ -194,14 +203,14 @@ class CompletionRequest(SamplingFields):
         return prompt
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(Strict):
     """A function and its arguments as JSON, as the model has written them."""
 
     name: str
     arguments: str | dict[str, Any] = ""
 
 
-class ToolCall(BaseModel):
+class ToolCall(Strict):
     """A call that an assistant's message has made."""
 
     model_config = ConfigDict(extra="allow")
@@ -211,7 +220,7 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Strict):
     """A message of a conversation; templates may read more of its fields."""
 
     model_config = ConfigDict(extra="allow")
@@ -221,7 +230,7 @@ class ChatMessage(BaseModel):
     tool_calls: list[ToolCall] | None = None
 
 
-class Function(BaseModel):
+class Function(Strict):
     """A function that the model may call."""
 
     model_config = ConfigDict(extra="allow")
@@ -231,20 +240,20 @@ class Function(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(BaseModel):
+class Tool(Strict):
     """A tool: a function."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Strict):
     """The name of a function."""
 
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Strict):
     """The one tool that is to be called."""
 
     type: Literal["function"] = "function"
@@ -283,7 +292,7 @@ class DetokenizeRequest(Fields):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[StrictInt]
+    tokens: list[int]
 
 
 def conversation(messages: Iterable[ChatMessage]) -> list[dict[str, Any]]:
