@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("fastapi")
 aiohttp = pytest.importorskip("aiohttp")
 
+from nanovllm_jax.engine import cuda_driver  # noqa: E402
 from nanovllm_jax.server import serve  # noqa: E402
 from nanovllm_jax.tools.options import UsageError  # noqa: E402
 from scripts.load_server import Ask, Client, Failed, main, served, stop_under_load  # noqa: E402
@@ -31,6 +32,18 @@ def test_sigterm_ends_the_server_with_an_answer_for_everyone():
     assert set(outcomes) <= {"answered", "failed"} and outcomes["failed"]
     assert process.returncode == 0
     assert 1 <= took < 20
+
+
+def test_a_server_on_a_gpu_computes_prompts_beside_what_decodes(monkeypatch, checkpoint):
+    """Unless the user says otherwise; on a CPU it starts soon instead."""
+    assert "enable_mixed_chunk" not in serve.completed({}, checkpoint())
+    monkeypatch.setattr(cuda_driver, "total_memory", lambda: [80 << 30])
+    mixed = {"enable_mixed_chunk": True, "chunked_prefill_size": 2048}
+    assert serve.completed({}, checkpoint()) == mixed
+    given = {"enable_mixed_chunk": False, "max_num_batched_tokens": 1024}
+    assert serve.completed(given, checkpoint()) == given | {"chunked_prefill_size": 1024}
+    args = serve.parse(["--no-enable-mixed-chunk", "--port", "0"])
+    assert args.enable_mixed_chunk is False
 
 
 # The command line, with an engine whose thirtieth step fails.

@@ -79,12 +79,25 @@ def test_a_stream_is_the_answer_in_pieces(client, llm):
     assert "".join(c.choices[0].delta.content or "" for c in parts) == expected["text"]
     assert parts[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in parts][-1] == "stop"
-    assert len(parts) > 2
+    assert len(parts) == 1 + len(expected["token_ids"])  # the role's, and one for each token
 
 
 def test_a_stream_without_usage_has_a_choice_in_each_chunk(client):
     stream = client.chat.completions.create(model="demo", messages=QUESTION, stream=True)
     assert all(chunk.choices for chunk in stream)
+
+
+def test_texts_stream_with_a_chunk_for_each_token(client):
+    """Of several completions, whose calls of the device take several steps."""
+    stream = client.completions.create(
+        model="demo", prompt=["a", "b c"], max_tokens=9, n=2, temperature=1, stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    *parts, last = list(stream)
+    assert [sum(c.choices[0].index == i for c in parts) for i in range(4)] == [9] * 4
+    assert [c.usage.completion_tokens for c in parts] == list(range(1, 37))
+    assert last.choices == [] and last.usage.completion_tokens == 36
 
 
 def test_many_answers_at_the_same_time(url, llm):
