@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 # First words that mean a tool, not a prompt, with the tool's module and what it does;
 # `nanovllm-jax -- WORD` makes one a prompt again.
 TOOLS = {
-    "chat": ("chat", "talk with a model"),
-    "bench": ("bench", "measure throughput and latency with nano-vLLM's benchmark"),
-    "compare": ("compare.main", "run the same work on other engines and report"),
-    "profile": ("profile", "show where a step's time goes"),
-    "sharding": ("sharding", "report what a sharding costs"),
+    "chat": ("tools.chat", "talk with a model"),
+    "serve": ("server.serve", "serve a model to clients of OpenAI's API"),
+    "bench": ("tools.bench", "measure throughput and latency with nano-vLLM's benchmark"),
+    "compare": ("tools.compare.main", "run the same work on other engines and report"),
+    "profile": ("tools.profile", "show where a step's time goes"),
+    "sharding": ("tools.sharding", "report what a sharding costs"),
 }
 
 MAX_TOKENS = 256  # Tokens of an answer at most, unless the user or the model's makers say so.
@@ -85,7 +86,7 @@ def main(
 def _run(argv: Sequence[str], before_tool: Callable[[], None]) -> int:
     if argv and argv[0] in TOOLS:
         module, _ = TOOLS[argv[0]]  # the other tools are not imported
-        tool = importlib.import_module(f"nanovllm_jax.tools.{module}")
+        tool = importlib.import_module(f"nanovllm_jax.{module}")
         before_tool()
         return tool.main(argv[1:])
     return generate(argv)

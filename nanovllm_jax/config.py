@@ -61,6 +61,8 @@ class EngineOptions(TypedDict, total=False):
     """The keywords of `LLM`, whose docstring explains them; EngineConfig has their defaults."""
 
     max_num_batched_tokens: int
+    chunked_prefill_size: int | None
+    enable_mixed_chunk: bool
     max_num_seqs: int
     max_model_len: int
     num_scheduler_steps: int
@@ -92,6 +94,8 @@ class EngineConfig:
     mesh_shape: Mapping[str, int]
     sharding_rules: Mapping[str, Rule]
     max_num_batched_tokens: int = 16384
+    chunked_prefill_size: int | None = None
+    enable_mixed_chunk: bool = False
     max_num_seqs: int = 512
     max_model_len: int = 4096
     num_scheduler_steps: int = 4
@@ -150,12 +154,17 @@ class EngineConfig:
 
     def __post_init__(self):
         longest, size, blocks = self.max_model_len, self.kvcache_block_size, self.num_kvcache_blocks
+        most, chunk = self.max_num_batched_tokens, self.chunked_prefill_size
         requirements = {
             "max_num_seqs": (self.max_num_seqs >= 1, "at least 1"),
             "max_model_len": (longest >= 2, "at least 2 (a prompt and an output token)"),
             "max_num_batched_tokens": (
-                self.max_num_batched_tokens >= longest,
+                most >= longest,
                 f"at least max_model_len={longest}",
+            ),
+            "chunked_prefill_size": (
+                chunk is None or 1 <= chunk <= most,
+                f"between 1 and max_num_batched_tokens={most}, or None for no other limit",
             ),
             "gpu_memory_utilization": (0 < self.gpu_memory_utilization <= 1, "in (0, 1]"),
             "kvcache_block_size": (size > 0 and size % 256 == 0, "a positive multiple of 256"),

@@ -23,6 +23,13 @@ class LLM(LLMEngine):
         model: local directory with config.json, safetensors weights and tokenizer files.
         max_num_batched_tokens: most prompt tokens of one step (default 16384); at least
             max_model_len.
+        chunked_prefill_size: most prompt tokens of one step while other requests decode, which
+            wait for it: a smaller number makes their tokens come more evenly, and those of
+            newcomers later. A power of two fits the compiled steps best. None, the default, is
+            max_num_batched_tokens, for the highest throughput.
+        enable_mixed_chunk: compute such prompt tokens and the next tokens of those other requests
+            in one step, of chunked_prefill_size tokens together, instead of in turns; takes more
+            programs, and so a longer start.
         max_num_seqs: most sequences in flight at once (default 512).
         max_model_len: longest sequence, prompt and completion (default 4096); capped to the model's
             max_position_embeddings.

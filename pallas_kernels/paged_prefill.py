@@ -55,6 +55,7 @@ def paged_prefill(
         block_tables: page ids of each sequence in order. Entries past the context are never used.
         query_starts: sequence b owns the rows query_starts[b] to query_starts[b+1] of q; a padding
             sequence owns none. Rows from query_starts[B] on are padding: their output is zeros.
+            That of rows before query_starts[0], which nobody owns, is undefined.
         context_lens: positions in each sequence's cache, its query tokens included.
         layer: the layer whose part of the caches is read.
         scale: the factor of the scores, usually H**-0.5.

@@ -259,6 +259,11 @@ def quick_start(every_bucket: bool = False):
                 "prefill_buckets",
                 lambda tokens, seqs: [prefill(tokens, seqs)[-1]._replace(num_rows=seqs)],
             )
+            patch.setattr(
+                programs,
+                "mixed_buckets",
+                lambda _, tokens, seqs: [Bucket(tokens, seqs, is_mixed=True)],
+            )
         jax.config.update("jax_disable_most_optimizations", True)
         try:
             yield
@@ -282,7 +287,7 @@ class FakeRunner:
         bucket = Bucket(config.max_num_batched_tokens, config.max_num_seqs)
         self.programs = SimpleNamespace(
             batch_shards=self.batch_shards, prefill_buckets=[self.largest_bucket or bucket],
-            platform="cpu",
+            platform="cpu", chunk=None, mixed_rooms=lambda size: [],
         )  # fmt: skip
         self.known = {}  # seq_id -> its tokens
         self.before_read = lambda: None  # called whenever the host waits for a call's tokens
@@ -291,13 +296,14 @@ class FakeRunner:
         sampled = [[-1] * len(batch.seqs) for _ in range(batch.num_steps)]
         rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
         for row, (seq, start, length) in enumerate(rows):
-            end = start + (length if batch.is_prefill else 1)
-            if batch.is_prefill:
+            decodes = batch.decodes(row)
+            end = start + (1 if decodes else length)
+            if not decodes:
                 self.known[seq.seq_id] = seq.token_ids[:end]
             known = self.known[seq.seq_id]
             assert len(known) == end, "not the sequence's next token"
             seed = seq.seed if seq.params.temperature else 0
-            for step in range(1 if batch.is_prefill else length):
+            for step in range(length if decodes else 1):
                 token = zlib.crc32(array("q", known).tobytes(), seed) % self.vocab
                 sampled[step][row] = token
                 known.append(token)
@@ -340,6 +346,7 @@ class Spy:
 
     def __init__(self, llm, monkeypatch):
         self.batches = []
+        self.num_decodes = []  # rows of each mixed batch that decode
         self.num_steps = []  # decode steps of each batch
         self.preempted = []
         dispatch, preempt = llm.runner.dispatch, llm.scheduler.preempt
@@ -347,6 +354,7 @@ class Spy:
         def recording_dispatch(batch):
             rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
             self.num_steps.append(batch.num_steps)
+            self.num_decodes.append(batch.num_decodes)
             self.batches.append((batch.is_prefill, [(s.seq_id, at, n) for s, at, n in rows]))
             return dispatch(batch)
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import quick_start
 
 from nanovllm_jax.cli import main
 from nanovllm_jax.tools import bench
 from nanovllm_jax.tools.shapes import SHAPES, write_config
+from scripts import bench_arrivals
 
 SMALL = ["--requests", "8", "--max-len", "64", "--runs", "2", "--latency-tokens", "4"]
 ENGINE = ["--load-format", "dummy", "--max-model-len", "256", "--max-num-batched-tokens", "256",
@@ -95,3 +97,28 @@ def test_the_script_that_people_know_runs_the_command():
         [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and "usage: nanovllm-jax bench" in done.stdout
+
+
+def test_arrivals_are_measured_under_each_setting(model_dir, capsys):
+    argv = [str(model_dir), *ENGINE, "--prompt", "2", "200", "--output", "3", "9"]
+    argv += ["--rates", "20", "--seconds", "2", "--warm", "0.5", "--repeats", "1"]
+    with quick_start():
+        assert bench_arrivals.main([*argv, "--chunks", "0", "64", "--mixed", "32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "rate 20/s, turn 1"
+    rates = {line[:11].strip(): float(line[11:21]) for line in lines[3:]}
+    assert list(rates) == ["none", "64", "mixed 32"]
+    assert min(rates.values()) > 60
+
+
+def test_stalls_and_first_tokens_are_counted_from_what_readers_see():
+    streams = [
+        bench_arrivals.Stream(due=1.0, times=[1.5, 1.6, 1.7]),
+        bench_arrivals.Stream(due=2.0, times=[2.1, 2.9, 3.2]),
+    ]
+    args = bench_arrivals.parse(["--random-weights", "8B", "--seconds", "3", "--warm", "1.2"])
+    row = bench_arrivals.report(0.0, streams, args)
+    assert row["tok/s"] == pytest.approx(5 / 1.8) and row["drain"] == pytest.approx(200)
+    assert row["TTFT p50"] == pytest.approx(100), "the first one arrived while it was not counted"
+    assert row["ITL max"] == pytest.approx(800) and row["ITL p50"] == pytest.approx(200)
+    assert row["stalls"] == 100.0

@@ -43,6 +43,8 @@ def test_defaults(directory):
     ("name", "value", "rule"),
     [
         ("max_num_batched_tokens", 1023, "at least max_model_len=1024"),
+        ("chunked_prefill_size", 0, "between 1 and max_num_batched_tokens=16384"),
+        ("chunked_prefill_size", 20000, "between 1 and max_num_batched_tokens=16384"),
         ("max_num_seqs", 0, "at least 1"),
         ("num_scheduler_steps", 0, "between 1 and 64"),
         ("num_scheduler_steps", 65, "between 1 and 64"),

@@ -32,11 +32,13 @@ STEPS = {
     Bucket(64, 8): PREFILL,
     Bucket(1024, 128): PREFILL | {"gated_linear"},
     Bucket(16384, 512): PREFILL | {"gated_linear"},
+    Bucket(64, 32, True): PREFILL | {"paged_decode", "paged_decode_combine"},
+    Bucket(1024, 512, True): PREFILL | {"gated_linear", "paged_decode"},
 }
 FILTERS = {"filter_collect", "filter_choose"}  # on one GPU; on two, XLA and the sums
 ALSO_ON_TWO = {"one_shot_all_reduce"}
 # The norm joins the sums of a few rows; that of one is part of the product after it.
-NORMS_ON_TWO = {Bucket(0, 16), Bucket(64, 8)}
+NORMS_ON_TWO = {Bucket(0, 16), Bucket(64, 8), Bucket(64, 32, True)}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,11 @@ def programs(tmp_path_factory):
             write_config(replace(SHAPES[size], num_layers=2, head_dim=head_dim), path)
             rules = {"experts": "tensor", "expert_ffn": None} if by_expert else None
             config = EngineConfig.resolve(
-                path, "gpu", tensor_parallel_size=gpus, sharding_rules=rules
+                path,
+                "gpu",
+                tensor_parallel_size=gpus,
+                sharding_rules=rules,
+                enable_mixed_chunk=True,
             )
             mesh = h100_mesh(**config.mesh_shape)
             return Programs(config, Sharding(mesh, config.sharding_rules))
@@ -72,10 +78,10 @@ each_number_of_gpus = pytest.mark.parametrize("gpus", [1, 2])
 
 @each_number_of_gpus
 @each_head_dim
-@pytest.mark.parametrize("bucket", STEPS, ids=lambda b: f"{b.num_tokens}-{b.num_rows}")
+@pytest.mark.parametrize("bucket", STEPS, ids=str)
 def test_steps(programs, head_dim, gpus, bucket):
     p = programs(head_dim, gpus)
-    assert bucket in p.decode_buckets + p.prefill_buckets
+    assert bucket in p.decode_buckets + p.prefill_buckets + p.mixed_buckets
     with jax.sharding.use_abstract_mesh(p.sharding.mesh):
         text = p.lower_step(bucket, num_blocks=64).as_text()
     if gpus == 1:
@@ -86,7 +92,7 @@ def test_steps(programs, head_dim, gpus, bucket):
 
 
 @pytest.mark.parametrize(("gpus", "by_expert"), [(1, False), (2, False), (2, True)])
-@pytest.mark.parametrize("bucket", STEPS, ids=lambda b: f"{b.num_tokens}-{b.num_rows}")
+@pytest.mark.parametrize("bucket", STEPS, ids=str)
 def test_steps_with_experts(programs, gpus, by_expert, bucket):
     """Some kernels in place of the MLP's products, and the sum after it as for an MLP."""
     p = programs(128, gpus, "30B-A3B", by_expert)

@@ -20,16 +20,18 @@ from nanovllm_jax.engine.sequence import Sequence
 BLOCK = 4  # tokens of a block
 SLOTS, WIDTH = 5, 6  # sequences at once, blocks of each at most
 BIASES = [1.5, -np.inf, 0.0]
-PREFILL, DECODE = Bucket(64, 8), Bucket(0, 6)
+PREFILL, DECODE, MIXED = Bucket(64, 8), Bucket(0, 6), Bucket(64, 8, is_mixed=True)
 
 
-def pack(work, bucket, packer=None):
+def pack(work, bucket, packer=None, num_decodes=0):
     """Pack rows of (sequence, start, length) for a bucket."""
     packer = packer or Packer(SLOTS, WIDTH, BLOCK)
     seqs, starts, lengths = ([*column] for column in zip(*work, strict=True))
-    batch = Batch(not bucket.is_decode, seqs, starts, lengths, [True] * len(seqs))
+    samples = [True] * len(seqs)
+    batch = Batch(not bucket.is_decode, seqs, starts, lengths, samples, num_decodes=num_decodes)
     prepared = packer.prepare(batch, bucket, [[*range(len(seqs))]])
-    rows = sorted(range(len(seqs)), key=lambda i: -starts[i] if bucket.is_decode else i)
+    num_decodes = len(seqs) if bucket.is_decode else num_decodes
+    rows = [*sorted(range(num_decodes), key=lambda i: -starts[i]), *range(num_decodes, len(seqs))]
     assert prepared.bucket == bucket and [rows[i] for i in prepared.order] == [*range(len(seqs))]
     padding = [SLOTS] * (bucket.num_rows - len(seqs))
     assert prepared.slots.tolist() == [seqs[i].slot for i in rows] + padding
@@ -43,6 +45,16 @@ def read_prefill(packed):
     inputs = device.prefill_inputs(token_ids, rows, BLOCK)
     options = device.sampling_of(rows)
     return by_name(inputs, options), rows, device.advanced(rows, jnp.zeros(len(rows), jnp.int32))
+
+
+@jax.jit
+def read_mixed(packed, table):
+    """What a mixed step reads, by name, its rows, and the rows after it."""
+    token_ids, rows = device.read_prefill(packed, MIXED)
+    rows, decodes = device.read_mixed(rows, table, BLOCK)
+    inputs = device.prefill_inputs(token_ids, rows, BLOCK, decodes)
+    found = by_name(inputs, device.sampling_of(rows)) | {"decode_lens": inputs.batch.decode_lens}
+    return found, rows, device.advanced(rows, jnp.zeros(len(rows), jnp.int32))
 
 
 @jax.jit
@@ -191,6 +203,47 @@ def test_decode_steps_go_on_from_the_rows_on_the_device(seqs, data):
     for i, (seq, start, length) in enumerate(work):
         assert after[i, Column.START] == start + length and after[i, Column.LENGTH] == 0
         assert after[i, Column.LAST_TOKEN] == 107 + seq.slot
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(seqs=sequences(), data=st.data())
+def test_a_mixed_step_goes_on_from_the_rows_on_the_device_and_brings_new_ones(seqs, data):
+    num_decodes = data.draw(st.integers(1, len(seqs)), label="num_decodes")
+    table, work, room = table_after(seqs[:num_decodes]), [], MIXED.num_tokens - num_decodes
+    for block, seq in enumerate(seqs[:num_decodes], start=SLOTS * WIDTH):
+        if seq.num_tokens % BLOCK == 0:
+            seq.block_table.append(block)
+        work.append((seq, seq.num_tokens, 1))
+    for seq in seqs[num_decodes:]:
+        start = data.draw(st.integers(0, seq.num_tokens - 1), label="start")
+        length = data.draw(st.integers(1, seq.num_tokens - start), label="length")
+        if length <= room:
+            work.append((seq, start, length))
+            room -= length
+    packed = pack(work, MIXED, num_decodes=num_decodes)
+    work[:num_decodes] = sorted(work[:num_decodes], key=lambda item: -item[1])
+    got, rows, after = jax.device_get(read_mixed(packed, table))
+    slots = [seq.slot for seq, *_ in work] + [SLOTS] * (MIXED.num_rows - len(work))
+    assert rows[:, Column.SLOT].tolist() == slots
+    token = 0
+    for i, (seq, start, length) in enumerate(work):
+        check_row(got, i, seq, start, length)
+        decodes = i < num_decodes
+        assert got["decode_lens"][i] == (start + 1 if decodes else 0)
+        # The prefill kernel sees nothing of the rows that decode.
+        assert got["query_starts"][i] == (num_decodes if decodes else token)
+        new = [100 + seq.slot] if decodes else seq.token_ids[start : start + length]
+        assert got["token_ids"][token : token + length].tolist() == new
+        for position in range(start, start + length):
+            assert got["positions"][token] == position
+            place = seq.block_table[position // BLOCK] * BLOCK + position % BLOCK
+            assert got["slot_mapping"][token] == (place if position >= seq.num_cached else -1)
+            token += 1
+        assert got["sample_indices"][i] == token - 1
+        assert after[i, Column.START] == start + length and after[i, Column.LENGTH] == 0
+    assert np.all(got["query_starts"][len(work) :] == token)
+    assert np.all(got["slot_mapping"][token:] == -1)
+    assert np.all(got["decode_lens"][len(work) :] == 0)
 
 
 def test_a_reused_row_keeps_nothing_of_its_last_sequence():

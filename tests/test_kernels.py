@@ -130,16 +130,20 @@ def check_decode(
 
 def check_prefill(
     implementation, chunks, padding, *,
-    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0,
+    group, kv_heads, head_dim, page_size, dtype, cache_dtype=None, seed=0, unowned=0,
 ):  # fmt: skip
-    """`chunks` has (query tokens, context) of each sequence; `padding` rows follow them."""
+    """`chunks` has (query tokens, context) of each sequence; `padding` rows follow them.
+
+    The first `unowned` rows belong to no sequence.
+    """
     rng = np.random.default_rng([seed, group, head_dim, page_size])
     lengths, contexts = zip(*chunks, strict=True)
     geometry = dict(kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
     geometry["dtype"] = cache_dtype or dtype
     cache = PagedCache(rng, contexts, **geometry)
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    starts = unowned + np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     q = random_array(rng, (starts[-1] + padding, kv_heads * group, head_dim), dtype)
+    q = q.at[:unowned].set(jnp.nan)
     scale = head_dim**-0.5
     out = paged_prefill(
         q,
@@ -419,6 +423,7 @@ def test_prefill_matches_dense_attention(implementation, shape):
         kv_heads=2,
         **shape,
     )
+    check_prefill(implementation, chunks[:3], padding=2, unowned=3, kv_heads=2, **shape)
 
 
 @each_implementation
@@ -567,6 +572,7 @@ def test_mosaic_prefill_matches_dense_attention(shape, monkeypatch):
     monkeypatch.setattr(mosaic_prefill, "PROGRAMS", 3)
     chunks = [(130, 130), (1, 500), (0, 0), (61, 200), (3, 3)]
     check_prefill("mosaic", chunks, padding=70, **shape)
+    check_prefill("mosaic", chunks[::-1], padding=3, unowned=13, **shape)
     check_prefill("mosaic", [(0, 0)], padding=5, **shape)
 
 

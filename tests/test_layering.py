@@ -22,6 +22,7 @@ WALLS = {
     "nanovllm_jax.engine": [f"nanovllm_jax.{name}" for name in ("tools", "cli", "llm", "server")],
     "nanovllm_jax.llm": [f"nanovllm_jax.{name}" for name in ("tools", "cli", "server")],
     "nanovllm_jax.tools": ["nanovllm_jax.cli", "nanovllm_jax.server"],
+    "nanovllm_jax.server": ["nanovllm_jax.cli"],
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("checks", "config", "outputs")},
     **{f"nanovllm_jax.{name}": ABOVE_MODELS for name in ("sampling_params", "sharding", "weights")},
     "nanovllm_jax.recommended": ABOVE_MODELS,

@@ -131,6 +131,38 @@ def test_an_engine_answers_as_transformers_does_in_float32(name, folder, new_eng
     assert len(apart) == 12 and max(apart + apart_texts) < 1e-3
 
 
+def test_a_server_answers_as_transformers_does_in_float32(folder, new_engine):
+    """lm-eval's own client of OpenAI's API: likelihoods from echo and logprobs, and completions."""
+    for needed in ("torch", "fastapi", "tenacity"):
+        pytest.importorskip(needed)
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from server_thread import serving
+
+    length = 1000  # room for the longest text: where each of the two cuts is its own affair
+    llm = new_engine(DEMO_MODEL, max_model_len=length + 2, max_num_batched_tokens=2048)
+    path = str(DEMO_MODEL)
+    theirs = HFLM(
+        pretrained=path, dtype="float32", device="cpu", batch_size=1, max_length=length,
+        softmax_dtype="float64",
+    )  # fmt: skip
+    expected = responses(theirs, folder, *TASKS)
+    with serving(llm) as url:
+        for batch_size, remote in ((1, False), (4, False), (4, True)):
+            ours = LocalCompletionsAPI(
+                base_url=f"{url}/v1/completions", model="demo", tokenizer=path,
+                tokenizer_backend="remote" if remote else "huggingface", batch_size=batch_size,
+                num_concurrent=2, max_length=length, max_retries=1,
+            )  # fmt: skip
+            found = responses(ours, folder, *TASKS)
+            assert found["completions"] == expected["completions"]
+            pairs = zip(chain(*found["choices"]), chain(*expected["choices"]), strict=True)
+            for (logprob, greedy), (wanted, wanted_greedy) in pairs:
+                assert greedy == wanted_greedy and logprob == pytest.approx(wanted, abs=1e-3)
+            texts = zip(chain(*found["texts"]), chain(*expected["texts"]), strict=True)
+            assert all(a == pytest.approx(b, abs=1e-3) for a, b in texts)
+
+
 def test_greedy_is_what_has_the_first_rank_at_every_token():
     def output(*ranks, error=None):
         scores = [{i: Logprob(-0.5 - i, rank)} for i, rank in enumerate(ranks)]

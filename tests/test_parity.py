@@ -184,6 +184,70 @@ def test_chunked_prefill(poisoned, expected, reference, monkeypatch):
     assert sum(start > 0 for _, start, _ in chunks) >= 3, "hardly a prompt was cut"
 
 
+def arrive(llm, prompts, params, every: int) -> list[list[int]]:
+    """Enter requests one by one, `every` rounds apart, and return what they give."""
+    ids, results, rounds = [], {}, 0
+    while len(results) < len(prompts):
+        if rounds % every == 0 and len(ids) < len(prompts):
+            ids.append(llm.add_request(prompts[len(ids)], params))
+        results |= llm.step()[0]
+        rounds += 1
+    return [results[i] for i in ids]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_small_chunks_beside_sequences_that_decode(poisoned, reference, monkeypatch, ahead):
+    prompts = [prompt(n, seed=4) for n in (20, 300, 500, 257, 64)]
+    want = reference(prompts, greedy(40))
+    llm = poisoned(chunked_prefill_size=64, async_scheduling=ahead)
+    spy = Spy(llm, monkeypatch)
+    assert arrive(llm, prompts, greedy(40), every=3) == want
+    sizes = [sum(n for _, _, n in rows) for is_prefill, rows in spy.batches if is_prefill]
+    assert max(sizes) == 64 and len(sizes) >= 1000 // 64
+    kinds = "".join("dp"[is_prefill] for is_prefill, _ in spy.batches)
+    assert "pp" not in kinds, "sequences that decode wait for two prefills"
+
+
+MIXED = {"enable_mixed_chunk": True, "chunked_prefill_size": 64}
+
+
+@pytest.mark.parametrize("options", [{}, {"async_scheduling": False}, {"mesh_shape": {"data": 2}}])
+def test_mixed_steps(poisoned, reference, monkeypatch, options):
+    prompts = [prompt(n, seed=4) for n in (20, 300, 500, 257, 64, 1)]
+    want = reference(prompts, greedy(40))
+    llm = poisoned(**MIXED, **options)
+    spy = Spy(llm, monkeypatch)
+    assert arrive(llm, prompts, greedy(40), every=3) == want
+    mixed = [rows for (_, rows), n in zip(spy.batches, spy.num_decodes, strict=True) if n]
+    assert max(sum(n for _, _, n in rows) for rows in mixed) == 64
+    assert max(spy.num_decodes) >= 2 and len(mixed) >= 1000 // 64
+    assert any(not is_prefill for is_prefill, _ in spy.batches), "mixed without chunks"
+
+
+def test_mixed_steps_in_every_bucket(new_engine, checkpoint, reference, monkeypatch):
+    prompts = [prompt(n, seed=5) for n in (20, 300, 3, 630, 64, 1)]
+    want = reference(prompts, greedy(20))
+    llm = new_engine(checkpoint(), every_bucket=True, enable_mixed_chunk=True)
+    poison(llm)
+    buckets, prepare = set(), llm.runner.packer.prepare
+
+    def recording(batch, bucket, shards):
+        buckets.add(bucket)
+        return prepare(batch, bucket, shards)
+
+    monkeypatch.setattr(llm.runner.packer, "prepare", recording)
+    assert arrive(llm, prompts, greedy(20), every=2) == want
+    assert sum(bucket.is_mixed for bucket in buckets) >= 3
+
+
+def test_mixed_steps_with_preemption(poisoned, expected, monkeypatch):
+    llm = poisoned(**TINY_POOL, **MIXED)
+    spy = Spy(llm, monkeypatch)
+    for every in (1, 2):
+        assert arrive(llm, edge_prompts(), greedy(), every) == expected()
+    assert spy.preempted and any(spy.num_decodes)
+
+
 def test_preemption(poisoned, expected, monkeypatch):
     llm = poisoned(**TINY_POOL)
     spy = Spy(llm, monkeypatch)

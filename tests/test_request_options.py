@@ -18,6 +18,7 @@ from nanovllm_jax.outputs import Logprob
 
 TINY_POOL = {"num_kvcache_blocks": 4}
 CHUNKED = {"max_model_len": 640, "max_num_batched_tokens": 640}
+MIXED = CHUNKED | {"chunked_prefill_size": 100, "enable_mixed_chunk": True}
 MESHES = [{"tensor_parallel_size": 2}, {"mesh_shape": {"data": 2}}]
 MESHES += [{"mesh_shape": {"data": 2, "tensor": 2}}]
 
@@ -167,8 +168,10 @@ def test_tokens_and_scores_are_those_of_transformers(engine, oracle_of, kinds):
     assert changed >= (2 if kinds else 0), "the options hardly show"
 
 
-@pytest.mark.parametrize("options", [CHUNKED, TINY_POOL, {"enforce_eager": True}], ids=str)
-def test_all_options_together_chunked_preempted_and_eager(engine, oracle_of, monkeypatch, options):
+@pytest.mark.parametrize("options", [CHUNKED, TINY_POOL, {"enforce_eager": True}, MIXED], ids=str)
+def test_all_options_together_chunked_preempted_eager_and_mixed(
+    engine, oracle_of, monkeypatch, options
+):
     llm = engine(checkpoint={"tokenizer": True}, **options)
     poison(llm)
     spy = Spy(llm, monkeypatch)
@@ -177,6 +180,7 @@ def test_all_options_together_chunked_preempted_and_eager(engine, oracle_of, mon
     assert bool(spy.preempted) == (options is TINY_POOL)
     chunks = [row for is_prefill, rows in spy.batches if is_prefill for row in rows]
     assert any(start > 0 for _, start, _ in chunks) or options is not CHUNKED
+    assert any(spy.num_decodes) == (options is MIXED)
 
 
 @pytest.mark.parametrize("options", [*MESHES, MESHES[1] | {"every_bucket": True}], ids=str)
@@ -200,7 +204,7 @@ def check_prompts(llm, oracle, prompts, count=2):
     return [output["token_ids"] for output in outputs]
 
 
-@pytest.mark.parametrize("options", [{}, CHUNKED, TINY_POOL, *MESHES], ids=str)
+@pytest.mark.parametrize("options", [{}, CHUNKED, TINY_POOL, MIXED, *MESHES], ids=str)
 def test_prompts_are_scored(engine, oracle_of, options):
     shape = "eight_heads" if options in MESHES else "gqa"
     llm = engine(shape, checkpoint={"tokenizer": True}, **options)
@@ -244,9 +248,14 @@ def requests_of_every_kind(number):
     ]
 
 
-@pytest.mark.parametrize("options", [{}, {"mesh_shape": {"data": 2, "tensor": 2}}], ids=str)
+SHORT = {"max_model_len": 64, "max_num_batched_tokens": 64}
+SAMPLING_ENGINES = [{}, {"mesh_shape": {"data": 2, "tensor": 2}}]
+SAMPLING_ENGINES += [options | SHORT | {"enable_mixed_chunk": True} for options in SAMPLING_ENGINES]
+
+
+@pytest.mark.parametrize("options", SAMPLING_ENGINES, ids=str)
 def test_a_request_gives_the_same_alone_and_among_others_of_every_kind(engine, options):
-    shape = "eight_heads" if options else "gqa"
+    shape = "eight_heads" if "mesh_shape" in options else "gqa"
     size = {"max_num_seqs": 40, "num_kvcache_blocks": 48}
     llm = engine(shape, checkpoint={"tokenizer": True}, **size, **options)
     params = requests_of_every_kind(33)

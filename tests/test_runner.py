@@ -1,6 +1,7 @@
 """The runner: nothing compiles after start-up, the cache stays in place, buffers stay unchanged."""
 
 import copy
+import itertools
 import logging
 import re
 from dataclasses import replace
@@ -14,7 +15,7 @@ from helpers import BLOCK, edge_prompts, greedy, prompt, tokens
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
+from nanovllm_jax.engine.buckets import Bucket, decode_buckets, mixed_buckets, prefill_buckets
 from nanovllm_jax.engine.programs import Programs, sample_all_sizes
 from nanovllm_jax.sharding import make_sharding
 
@@ -62,6 +63,27 @@ def test_buckets_reach_any_max_num_seqs(n):
         buckets = prefill_buckets(most, n)
         assert buckets[-1].num_tokens == most
         assert all(min(n, 8) <= bucket.num_rows <= max(n, 8) for bucket in buckets)
+
+
+def test_mixed_buckets_hold_all_that_decode_and_as_many_tokens_of_prompts():
+    sizes = [(64, 32), (128, 64), (256, 128), (512, 256), (1024, 512)]
+    assert [b[:2] for b in mixed_buckets(512, 16384, 512)] == sizes
+    assert [b[:2] for b in mixed_buckets(300, 16384, 200)] == [*sizes[:3], (512, 200)]
+    assert [b[:2] for b in mixed_buckets(None, 1000, 20)] == [
+        (64, 20), (128, 20), (256, 20), (512, 20), (1000, 20)
+    ]  # fmt: skip
+    for bucket in mixed_buckets(None, 16384, 512):
+        assert bucket.is_mixed and bucket.num_rows <= bucket.num_tokens // 2
+    assert mixed_buckets(None, 8, 4) == [], "too few tokens for the fewest rows"
+
+
+def test_decode_rows_leave_half_of_a_mixed_batch_to_prompts(engine):
+    programs = engine(every_bucket=True, enable_mixed_chunk=True).runner.programs
+    assert programs.mixed_rooms(None) == programs.mixed_buckets[-1:]
+    for size in (1, 3, 15, 16, 63, 64, 65, 500, 1000, 1024):
+        first, *others = rooms = programs.mixed_rooms(size)
+        assert first.num_tokens == size and others[-1].num_rows >= programs.config.max_num_seqs
+        assert all(room.num_rows <= room.num_tokens // 2 for room in rooms)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +188,13 @@ def test_nothing_compiles_after_start_up(new_engine, checkpoint):
     assert COMPILE_EVENTS == []
 
 
-def test_every_bucket_is_compiled_at_start_up(engine):
-    programs = engine(every_bucket=True).runner.programs
-    assert (len(programs.steps), len(programs.samples)) == (3 + 5, 4)
+@pytest.mark.parametrize("mixed", [0, 5])
+def test_every_bucket_is_compiled_at_start_up(engine, mixed):
+    programs = engine(every_bucket=True, enable_mixed_chunk=mixed > 0).runner.programs
+    assert (len(programs.steps), len(programs.samples)) == (3 + 5 + mixed, 4)
     assert set(programs.decode_steps) == set(programs.decode_buckets)
-    assert set(programs.steps) == {*programs.prefill_buckets, *programs.decode_buckets}
+    families = programs.prefill_buckets, programs.mixed_buckets, programs.decode_buckets
+    assert set(programs.steps) == {*itertools.chain(*families)}
     assert set(programs.samples) == {bucket.num_rows for bucket in programs.steps}
     assert set(programs.samples_all) == {8}
     assert programs.score_prompt and programs.put_options
@@ -194,7 +218,10 @@ def cache_shapes(llm):
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [("gqa", {"every_bucket": True}), ("eight_heads", {"tensor_parallel_size": 2})],
+    [
+        ("gqa", {"every_bucket": True, "enable_mixed_chunk": True}),
+        ("eight_heads", {"tensor_parallel_size": 2}),
+    ],
 )
 def test_no_compiled_step_copies_the_cache(engine, shape, options):
     llm = engine(shape, **options)

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.scheduler import QUIET_ROUNDS, Batch, Scheduler
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.sampling_params import SamplingParams
@@ -26,12 +27,23 @@ EOS = 0
 BLOCK = 4
 
 
-def make_scheduler(num_blocks=8, *, max_num_seqs=4, max_tokens=32, max_prefill_seqs=4, eos=(EOS,)):
+def make_scheduler(
+    num_blocks=8,
+    *,
+    max_num_seqs=4,
+    max_tokens=32,
+    max_prefill_seqs=4,
+    chunk=None,
+    mixed=(),
+    eos=(EOS,),
+):
     return Scheduler(
         [BlockManager(num_blocks, BLOCK)],
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         max_prefill_seqs=max_prefill_seqs,
+        chunk=chunk,
+        mixed=mixed,
         eos_token_ids=eos,
     )
 
@@ -107,6 +119,78 @@ def test_prefill_and_decode_alternate_while_both_wait():
         add(scheduler, i, 4, max_tokens=16)
     kinds = [step(scheduler)[0].is_prefill for _ in range(14)]
     assert kinds == [True, False] * 7
+
+
+def test_prefills_are_smaller_while_sequences_decode():
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=9, max_tokens=16, chunk=Bucket(3, 2))
+    runs = add(scheduler, 0, 4, max_tokens=5)
+    for i, n in enumerate((20, 1, 1, 1), start=1):
+        add(scheduler, i, n, max_tokens=1)
+    batches = [step(scheduler)[0] for _ in range(8)]
+    assert [rows(batch) for batch in batches[::2]] == [
+        [(0, 0, 4), (1, 0, 12)],  # nobody decodes yet
+        [(1, 12, 3)],
+        [(1, 15, 3)],
+        [(1, 18, 2), (2, 0, 1)],
+    ]
+    assert all(batch.seqs == [runs] for batch in batches[1::2]) and runs.is_finished
+    add(scheduler, 5, 20, max_tokens=1)
+    assert rows(step(scheduler)[0]) == [(3, 0, 1), (4, 0, 1), (5, 0, 14)]  # nobody does any more
+
+
+def test_a_sequence_whose_last_token_is_in_flight_keeps_no_prefill_small():
+    scheduler = make_scheduler(num_blocks=40, max_tokens=16, chunk=Bucket(3, 2))
+    for i in range(2):
+        add(scheduler, i, 16, max_tokens=1)
+    assert [rows(scheduler.schedule()) for _ in range(2)] == [[(0, 0, 16)], [(1, 0, 16)]]
+
+
+def test_a_mixed_batch_has_the_decode_rows_first_and_chunks_in_the_rest_of_its_room():
+    rooms = [Bucket(8, 3, True), Bucket(10, 5, True)]
+    scheduler = make_scheduler(num_blocks=80, max_num_seqs=9, max_tokens=16, mixed=rooms)
+    for i, n in enumerate((2, 2, 20, 4, 1, 1)):
+        add(scheduler, i, n, max_tokens=9)
+    batches = [step(scheduler)[0] for _ in range(6)]
+    assert [rows(batch) for batch in batches] == [
+        [(0, 0, 2), (1, 0, 2), (2, 0, 12)],  # nobody decodes yet
+        [(0, 2, 1), (1, 2, 1), (2, 12, 6)],
+        [(0, 3, 1), (1, 3, 1), (2, 18, 2)],  # three rows are all that this room has
+        [(0, 4, 1), (1, 4, 1), (2, 20, 1), (3, 0, 4), (4, 0, 1)],
+        # Five decode, and no room has more rows: the rounds alternate, as without mixing.
+        [(0, 5, 1), (1, 5, 1), (2, 21, 1), (3, 4, 1), (4, 1, 1)],
+        [(5, 0, 1)],
+    ]
+    assert [batch.num_decodes for batch in batches] == [0, 2, 2, 3, 0, 0]
+    assert [batch.is_prefill for batch in batches] == [True] * 4 + [False, True]
+    assert [batch.yields_token for batch in batches[1:3]] == [[True] * 2 + [False], [True] * 3]
+
+
+def test_without_room_for_a_prompt_a_batch_is_no_mixed_one():
+    scheduler = make_scheduler(num_blocks=2, mixed=[Bucket(8, 4, True)])
+    add(scheduler, 0, 4, max_tokens=4)
+    step(scheduler)
+    add(scheduler, 1, 5)
+    batch, _ = step(scheduler)
+    assert not batch.is_prefill and batch.num_decodes == 0 and rows(batch) == [(0, 4, 1)]
+
+
+def test_a_mixed_batch_is_planned_before_the_last_tokens_are_known():
+    """The device has them: one call is always ahead of what the host has read."""
+    scheduler = make_scheduler(num_blocks=40, mixed=[Bucket(4, 2, True)])
+    runs = add(scheduler, 0, 3, max_tokens=9)
+    batches = [scheduler.schedule()]
+    new = add(scheduler, 1, 6, max_tokens=3)
+    batches += [scheduler.schedule() for _ in range(4)]
+    assert [rows(batch) for batch in batches[1:]] == [
+        [(0, 3, 1), (1, 0, 3)],
+        [(0, 4, 1), (1, 3, 3)],
+        [(0, 5, 1), (1, 6, 1)],
+        [(0, 6, 1), (1, 7, 1)],
+    ]
+    assert batches[1].token_ids([0, 1]) == [0, *new.token_ids[:3]], "0: only the device knows"
+    for batch in batches:
+        read(scheduler, batch, [9] * len(batch.seqs))
+    assert runs.completion_token_ids == [9] * 5 and new.is_finished
 
 
 def test_decode_is_not_starved_by_arriving_prompts():
@@ -364,14 +448,18 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 4),
         max_tokens=st.integers(5, 24),
         max_prefill_seqs=st.integers(1, 4),
+        chunk=st.none() | st.builds(Bucket, st.integers(1, 6), st.integers(1, 3)),
+        mixed=st.sets(st.integers(1, 5)),
         vocab=st.sampled_from([2, 3, 20]),
     )
-    def start(self, num_blocks, max_num_seqs, max_tokens, max_prefill_seqs, vocab):
+    def start(self, num_blocks, max_num_seqs, max_tokens, max_prefill_seqs, chunk, mixed, vocab):
         self.scheduler = make_scheduler(
             num_blocks,
             max_num_seqs=max_num_seqs,
             max_tokens=max_tokens,
             max_prefill_seqs=max_prefill_seqs,
+            chunk=chunk,
+            mixed=[Bucket(2 * n, n, True) for n in sorted(mixed)],
         )
         self.books = self.scheduler.pools[0]
         self.max_num_seqs, self.vocab = max_num_seqs, vocab
@@ -417,7 +505,9 @@ class EngineMachine(RuleBasedStateMachine):
     def dispatch(self, num_steps):
         scheduler, self.sound = self.scheduler, False
         decodable = [seq for seq in scheduler.running if seq.num_wanted]
-        half_done = bool(scheduler.waiting and scheduler.waiting[0].block_table)
+        half_done = next((seq for seq in scheduler.waiting if seq.block_table), None)
+        rooms = [room for room in scheduler.mixed if room.num_rows > len(decodable)]
+        room = rooms[0] if rooms and scheduler.waiting else None
         self.preempted = []
         free = self.books.num_free_blocks
         quiet = scheduler.quiet_rounds
@@ -429,12 +519,14 @@ class EngineMachine(RuleBasedStateMachine):
                 self.collect(scheduler.postprocess(Batch.empty(), []))
             self.sound = True
             return
-        if not batch.is_prefill or self.after_prefill:
+        if not batch.is_prefill or self.after_prefill or room:
             self.check_all_decode(decodable, batch)
-        if half_done and not self.after_prefill:
+        if half_done and (not self.after_prefill or (room and half_done not in self.preempted)):
             assert batch.is_prefill, "prefill starves"
         self.after_prefill = batch.is_prefill
-        self.check_limits(batch)
+        decodes = [s for s in decodable if s not in self.preempted and not s.is_finished]
+        self.check_limits(batch, (room or scheduler.chunk) if decodes else None)
+        assert not batch.num_decodes or room
         if batch.num_steps > 1:
             assert not waiting and quiet <= 1 and batch.num_steps == num_steps
             assert batch.lengths == wanted and max(wanted) == num_steps and not self.preempted
@@ -546,14 +638,15 @@ class EngineMachine(RuleBasedStateMachine):
 
     def execute_step(self, batch):
         work = []
-        for seq, start, length in zip(batch.seqs, batch.starts, batch.lengths, strict=True):
+        rows = zip(batch.seqs, batch.starts, batch.lengths, strict=True)
+        for i, (seq, start, length) in enumerate(rows):
             if seq in self.computed:
                 assert start == self.computed[seq], "a gap or a token computed twice"
             else:  # a new life begins
                 assert start == min(seq.num_cached, seq.num_tokens - 1)
             self.computed[seq] = start + length
             known = self.known[seq]
-            if batch.is_prefill:
+            if not batch.decodes(i):
                 row = seq.token_ids[start : start + length]
             else:
                 row = [self.last_token[seq.slot]]
@@ -587,12 +680,12 @@ class EngineMachine(RuleBasedStateMachine):
 
         return list(array("i", [prefix[-1] for prefix in held]).tobytes())
 
-    def check_limits(self, batch):
+    def check_limits(self, batch, chunk):
         assert batch.seqs and all(n > 0 for n in batch.lengths)
         assert len({id(seq) for seq in batch.seqs}) == len(batch.seqs)
         if batch.is_prefill:
-            assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
-            assert len(batch.seqs) <= self.scheduler.max_prefill_seqs
+            room = chunk or self.scheduler.largest
+            assert batch.num_tokens <= room.num_tokens and len(batch.seqs) <= room.num_rows
         else:
             assert all(n <= batch.num_steps for n in batch.lengths) and all(batch.yields_token)
         slots = [seq.slot for seq in self.seqs if seq.slot != NO_SLOT]
@@ -604,7 +697,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_all_decode(self, decodable, batch):
         """A running sequence sits out its turn only for want of a block."""
-        decoding = [] if batch.is_prefill else batch.seqs
+        decoding = [seq for i, seq in enumerate(batch.seqs) if batch.decodes(i)]
         for seq in decodable:
             waits = self.books.num_free_blocks == 0 and seq.in_flight > 0
             no_block = waits or seq.error or seq in self.preempted

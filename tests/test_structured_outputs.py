@@ -99,6 +99,7 @@ def test_neighbours_change_nothing(llm):
         {"tensor_parallel_size": 2},
         {"mesh_shape": {"data": 2}},
         {"enforce_eager": True, "max_num_seqs": 4},
+        {"enable_mixed_chunk": True, "chunked_prefill_size": 64, "max_num_seqs": 4},
     ],
     ids=str,
 )

@@ -57,6 +57,8 @@ class BlockManager:
         self.free_blocks: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.cached: dict[int, Block] = {}  # hash of the content -> block
         self.next_uid = ROOT + 1
+        # Tokens of admitted sequences, and those of them that the prefix cache had.
+        self.num_queried_tokens = self.num_hit_tokens = 0
 
     @property
     def num_free_blocks(self) -> int:
@@ -93,6 +95,8 @@ class BlockManager:
         for _ in range(num_new):
             seq.block_table.append(self._take_free_block())
         seq.num_cached = len(hits) * self.block_size
+        self.num_queried_tokens += seq.num_tokens
+        self.num_hit_tokens += seq.num_cached
         seq.num_computed = min(seq.num_cached, seq.num_tokens - 1)
         return True
 

@@ -24,6 +24,7 @@ class Completion:
         self.seq = seq
         self.scores = ReportedScores(seq, tokenizer if seq.params.detokenize else None)
         self._num_reported = 0
+        self._has_reported_end = False
         self._text = None
         if tokenizer is not None and seq.params.detokenize:
             self._text = _Text(tokenizer, seq.params)
@@ -37,23 +38,46 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """The completion, as far as it has come."""
+        _, reason, stop_reason = self._advance()
+        token_ids = self.seq.completion_token_ids[: self._num_reported]
+        text = self._text.so_far() if self._text else ""
+        cumulative, logprobs = self.scores.completion(0, len(token_ids))
+        return CompletionOutput(
+            self.seq.index, text, token_ids, cumulative, logprobs, reason, stop_reason
+        )
+
+    def news(self) -> CompletionOutput | None:
+        """What has come since the last call, which may be the end alone; None if nothing has.
+
+        A completion is reported by this method or by `output`, not by both.
+        """
+        if self._has_reported_end or not (self.has_news or self.seq.is_finished):
+            return None
+        start = self._num_reported
+        token_ids, reason, stop_reason = self._advance()
+        text = self._text.new() if self._text else ""
+        self._has_reported_end = reason is not None
+        if not (token_ids or reason):
+            return None
+        cumulative, logprobs = self.scores.completion(start, self._num_reported)
+        return CompletionOutput(
+            self.seq.index, text, token_ids, cumulative, logprobs, reason, stop_reason
+        )
+
+    def _advance(self) -> tuple[list[int], FinishReason | None, int | str | None]:
+        """Take in the tokens that have come; returns them, and how the completion ended."""
         seq = self.seq
         is_finished = seq.is_finished  # before its tokens: the engine may be adding some
-        token_ids = seq.completion_token_ids
+        token_ids = seq.token_ids[seq.num_prompt_tokens + self._num_reported :]
         if seq.finish_reason and not is_finished:  # it is ending: its last token may have no text
-            token_ids = token_ids[: max(self._num_reported, len(token_ids) - 1)]
+            token_ids = token_ids[:-1]
         reason = seq.finish_reason if is_finished else None
-        stop_reason = seq.stop_reason if is_finished else None
         if not seq.find_stop_string:
-            self._add(token_ids[self._num_reported :], reason)
+            self._add(token_ids, reason)
         elif is_finished:
             self._add([], reason)  # the engine adds no more: it may have been aborted
-        self._num_reported = len(token_ids)
-        text = self._text.so_far() if self._text else ""
-        cumulative, logprobs = self.scores.completion(len(token_ids))
-        return CompletionOutput(
-            seq.index, text, token_ids, cumulative, logprobs, reason, stop_reason
-        )
+        self._num_reported += len(token_ids)
+        return token_ids, reason, seq.stop_reason if is_finished else None
 
     def _add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:
         return self._text.add(token_ids, reason) if self._text else None
@@ -68,6 +92,7 @@ class _Text:
         self._stop = StopStrings(params.stop_strings, self._include)
         self._num_passed = params.min_tokens  # tokens in whose text no stop string is looked for
         self._parts: list[str] = []
+        self._num_given = 0  # parts that `new` has given
         self._has_ended = False
 
     def add(self, token_ids: list[int], reason: FinishReason | None) -> str | None:
@@ -96,3 +121,9 @@ class _Text:
     def so_far(self) -> str:
         """What can be shown of the text."""
         return "".join(self._parts)
+
+    def new(self) -> str:
+        """What can be shown of the text and was not given by this method before."""
+        parts = self._parts[self._num_given :]
+        self._num_given += len(parts)
+        return "".join(parts)

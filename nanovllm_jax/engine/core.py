@@ -31,12 +31,14 @@ class EngineCore:
             BlockManager(self.runner.num_blocks, config.kvcache_block_size)
             for _ in range(programs.batch_shards)
         ]
-        largest = programs.prefill_buckets[-1]
+        largest, size = programs.prefill_buckets[-1], config.chunked_prefill_size
         self.scheduler = Scheduler(
             self.pools,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=largest.num_tokens,
             max_prefill_seqs=largest.num_rows,
+            chunk=programs.chunk(size) if size else None,
+            mixed=programs.mixed_rooms(size),
             eos_token_ids=eos_token_ids,
         )
         self.processes = multihost.Processes()  # does nothing if there is only one
@@ -83,7 +85,8 @@ class EngineCore:
         """Dispatch the next batch, then take in a step of the one before it.
 
         Returns:
-            The prompt tokens of a prefill round, or minus the sequences of a decode round.
+            The prompt tokens of a prefill round, even if it is mixed, or minus the sequences of a
+            decode round.
         """
         if not self.requests:
             return 0
@@ -179,7 +182,8 @@ class EngineCore:
                 if isinstance(seq.stop_reason, str):  # the other processes have no text
                     self.processes.record(commands.StopSequence(seq.seq_id))
                 self._end(seq)
-        return batch.num_tokens if batch.is_prefill else -len(batch.seqs)
+        num_prompt_tokens = batch.num_tokens - batch.num_decodes
+        return num_prompt_tokens if batch.is_prefill else -len(batch.seqs)
 
     def _stop(self, number: int) -> None:
         """End a sequence in whose text another process found a stop string."""

@@ -62,6 +62,11 @@ class EngineThread:
         assert self._core
         return self._core
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread calls nothing any more, after `close` or a failure."""
+        return self._has_ended
+
     def call(self, run: Callable[..., T], *args: object) -> T:
         """Have the thread call `run` between two rounds, and return what it returns.
 
@@ -91,6 +96,16 @@ class EngineThread:
             raise error
         return result  # pyright: ignore[reportReturnType]
 
+    def send(self, run: Callable[..., object], *args: object) -> None:
+        """Have the thread call `run` between two rounds, and return at once."""
+        self.check_usable()
+
+        def body() -> int:
+            run(*args)
+            return 0
+
+        self._put(body)
+
     def catch_up(self) -> None:
         """Wait until all that was asked for before has been done."""
         if not self._has_ended and threading.current_thread() is not self._thread:
@@ -113,7 +128,7 @@ class EngineThread:
 
         def body() -> int:
             self.core.add(requests, owner)
-            if isinstance(owner, Waiter):
+            if isinstance(owner, Waiter) and owner not in self._waiters:
                 self._waiters.append(owner)
             return 0
 
@@ -187,7 +202,7 @@ class EngineThread:
     def _tell(self, num_tokens: int) -> None:
         """Wake those who wait, and forget those whose requests have ended."""
         for waiter in self._waiters:
-            waiter.rounds.put(Round(num_tokens, time.perf_counter()))
+            waiter.tell(Round(num_tokens, time.perf_counter()))
         self._waiters = [waiter for waiter in self._waiters if waiter.under_way]
 
     def _close_at_exit(self) -> None:

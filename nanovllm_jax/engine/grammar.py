@@ -102,7 +102,10 @@ class Matcher:
         A token that the mask allows is wrong only if the form has become too complex. Others come
         if the request's other options forbid all that the mask allows.
         """
-        if self._matcher.is_stopped() or self._matcher.consume_token(token_id):
+        # A form that has been too complex for the mask has stopped as well, so errors come first.
+        if not self._matcher.is_error() and (
+            self._matcher.is_stopped() or self._matcher.consume_token(token_id)
+        ):
             return None
         reason = self._matcher.get_error().partition("\n")[0]
         return f"structured_outputs cannot be followed any further: {reason}"

@@ -1,5 +1,6 @@
 """Writes the packed array of a step (`packed.py` draws it) from a batch of sequences."""
 
+import itertools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jaxtyping import Int32
 
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.edits import MOST_EDITS
-from nanovllm_jax.engine.packed import Column, option_width
+from nanovllm_jax.engine.packed import KNOWN_ROW, Column, option_width
 from nanovllm_jax.engine.scheduler import Batch
 from nanovllm_jax.engine.sequence import Sequence
 
@@ -46,9 +47,9 @@ class Packer:
         pack = self._prefill_rows if batch.is_prefill else self._changes
         order, parts, slots = [0] * len(batch.seqs), [], []
         for number, shard in enumerate(shards):
-            if not batch.is_prefill:
-                # The longest contexts first: programs of `paged_decode` start in this order.
-                shard = sorted(shard, key=lambda i: -batch.starts[i])
+            # The longest contexts first: programs of `paged_decode` start in this order.
+            decodes = sorted(filter(batch.decodes, shard), key=lambda i: -batch.starts[i])
+            shard = [*decodes, *itertools.filterfalse(batch.decodes, shard)]
             rows = pack(batch, shard, bucket.num_rows)
             if batch.is_prefill:
                 token_ids = np.zeros(bucket.num_tokens, np.int32)
@@ -133,7 +134,11 @@ class Packer:
     def _prefill_rows(self, batch: Batch, indices: list[int], num_rows: int) -> np.ndarray:
         rows = np.zeros((num_rows, self.row_width), np.int32)
         rows[len(indices) :, Column.SLOT] = self.padding_slot
-        for row, i in zip(rows, indices, strict=False):
+        known = [i for i in indices if batch.decodes(i)]
+        if known:
+            rows[: len(known), KNOWN_ROW] = self._changes(batch, known, len(known))
+            rows[: len(known), Column.START] = -1
+        for row, i in zip(rows[len(known) :], indices[len(known) :], strict=False):
             row[Column.START], row[Column.LENGTH] = batch.starts[i], batch.lengths[i]
             _write(row, batch.seqs[i])
         return rows

@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from pathlib import Path
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 
@@ -17,7 +17,7 @@ from nanovllm_jax.engine.core import EngineCore
 from nanovllm_jax.engine.engine_thread import EngineThread
 from nanovllm_jax.engine.grammar import Grammars
 from nanovllm_jax.engine.model_runner import ModelRunner
-from nanovllm_jax.engine.owner import Owner
+from nanovllm_jax.engine.owner import Listener, Owner
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.request import Request, checked_request
 from nanovllm_jax.engine.runtime import check_not_forked, configure_runtime
@@ -27,6 +27,17 @@ from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.tokenizer import eos_token_ids, load_tokenizer
 
 log = logging.getLogger("nanovllm_jax")
+
+
+class EngineStats(NamedTuple):
+    """How much an engine has to do, and has done since its start."""
+
+    running: int  # sequences that decode
+    waiting: int  # sequences whose prompts are not, or not wholly, computed
+    cache_usage: float  # share of the cache's blocks that sequences hold
+    preemptions: int
+    prefix_queries: int  # tokens of admitted sequences
+    prefix_hits: int  # and those of them that were in the prefix cache
 
 
 class LLMEngine:
@@ -94,6 +105,25 @@ class LLMEngine:
             self._thread.call(self._core.add, [request], self._owner)
         return request.request_id
 
+    def start(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        listener: Listener,
+        request_id: str | None = None,
+    ) -> Request:
+        """Queue one request of a listener, and return it; see `add_request`.
+
+        Its id must not be under way. Checking tokenizes: a server calls this beside its event loop.
+        """
+        request = self._request(self._check(prompt, sampling_params, request_id))
+        self._thread.add([request], listener)
+        return request
+
+    def end(self, request_ids: list[RequestId]) -> None:
+        """End those of the requests that have not ended, soon, and return at once."""
+        self._thread.send(self._core.abort, request_ids)
+
     def abort_request(self, request_id: RequestId | list[RequestId]) -> None:
         """End a request, or several, if they have not ended; `step` reports what they have got."""
         request_ids = request_id if isinstance(request_id, list) else [request_id]
@@ -129,6 +159,25 @@ class LLMEngine:
             return False
         self._thread.catch_up()
         return not (self._core.requests or self._owner.ended)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine takes no more requests, after `exit` or a failure of its thread."""
+        return self._thread.has_ended
+
+    def stats(self) -> EngineStats:
+        """How much the engine has to do, and has done; a glance from any thread."""
+        scheduler = self._core.scheduler
+        pools = scheduler.pools
+        blocks = sum(len(pool.blocks) for pool in pools)
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            cache_usage=1 - sum(pool.num_free_blocks for pool in pools) / blocks,
+            preemptions=scheduler.num_preemptions,
+            prefix_queries=sum(pool.num_queried_tokens for pool in pools),
+            prefix_hits=sum(pool.num_hit_tokens for pool in pools),
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""

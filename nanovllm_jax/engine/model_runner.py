@@ -176,7 +176,8 @@ class ModelRunner:
         num_rows = max(map(len, shards))
         if batch.is_prefill:
             num_tokens = max(sum(batch.lengths[i] for i in shard) for shard in shards)
-            buckets = self.programs.prefill_buckets
+            programs = self.programs
+            buckets = programs.mixed_buckets if batch.num_decodes else programs.prefill_buckets
         else:
             num_tokens, buckets = 0, self.programs.decode_buckets
         bucket = next(b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows)

@@ -136,4 +136,5 @@ def _digest(batch: Batch | None) -> int:
     if batch is None:
         return 0
     rows = [(s.seq_id, s.slot, s.shard, *s.block_table[-1:], s.token_ids[-1]) for s in batch.seqs]
-    return zlib.crc32(repr((batch.is_prefill, rows, batch.starts, batch.lengths)).encode())
+    kind = batch.is_prefill, batch.num_decodes
+    return zlib.crc32(repr((kind, rows, batch.starts, batch.lengths)).encode())

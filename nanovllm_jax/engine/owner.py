@@ -1,5 +1,6 @@
 """Owners: who is told how requests go, and waits for them."""
 
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ class Waiter(Owner):
         self.rounds: SimpleQueue[Round] = SimpleQueue()
         self.failure: BaseException | None = None  # what ended a round; the requests are aborted
 
+    def tell(self, new_round: Round) -> None:
+        """Note a round; the engine's thread calls this after each."""
+        self.rounds.put(new_round)
+
     def wait(self) -> Round:
         """Wait for the next of the rounds since the requests were queued; raises `failure`."""
         new_round = self.rounds.get()
@@ -44,3 +49,18 @@ class Waiter(Owner):
         """Raise `failure`, if there is one. Requests that have ended without it have ended well."""
         if self.failure:
             raise self.failure
+
+
+class Listener(Waiter):
+    """A waiter for as long as the process lives, who has a function called after each round.
+
+    Args:
+        notify: is called in the engine's thread, and must not take long.
+    """
+
+    def __init__(self, notify: Callable[[], None]):
+        super().__init__()
+        self._notify = notify
+
+    def tell(self, new_round: Round) -> None:
+        self._notify()

@@ -5,7 +5,9 @@
 
 A prefill brings whole rows. They stay on the device, one for each slot, and every step brings its
 own up to date; so a decode step only has to be told which slots it is for, and of new blocks. One
-array a step keeps the dispatch cheap. Floats travel as their bits.
+array a step keeps the dispatch cheap. Floats travel as their bits. A mixed step's array is that of
+a prefill, in which the rows of sequences that decode come first, have START -1, and say no more
+than a change does (`KNOWN_ROW`).
 
 What few requests have, and what is long, has tables of its own, which only `sample_all` reads. A
 small program writes them, when such a request has been given its slot:
@@ -57,6 +59,10 @@ class Change(IntEnum):
     NEW_BLOCK = 2  # the block of the last of them, if it is new; or -1
 
 
+# Where the fields of a change lie in a row of a mixed step's array that decodes.
+KNOWN_ROW = [Column.SLOT, Column.LENGTH, Column.CACHED]
+
+
 class StepInputs(NamedTuple):
     """What a step computes with: T tokens in B rows."""
 
@@ -97,7 +103,23 @@ def read_decode(
     packed: Int32[Array, " n"], table: Int32[Array, "slots R"], block_size: int
 ) -> Int32[Array, "B R"]:
     """The rows of a decode call: those of the table, with the changes of a packed array."""
-    slots, lengths, new_blocks = packed.reshape(-1, len(Change)).T
+    return _changed(table, packed.reshape(-1, len(Change)), block_size)
+
+
+def read_mixed(
+    rows: Int32[Array, "B R"], table: Int32[Array, "slots R"], block_size: int
+) -> tuple[Int32[Array, "B R"], Bool[Array, " B"]]:
+    """The rows of a mixed step, all of them whole; and which of them decode."""
+    decodes = rows[:, Column.START] < 0
+    known = _changed(table, jnp.stack([rows[:, c] for c in KNOWN_ROW], axis=1), block_size)
+    return jnp.where(decodes[:, None], known, rows), decodes
+
+
+def _changed(
+    table: Int32[Array, "slots R"], changes: Int32[Array, "B 3"], block_size: int
+) -> Int32[Array, "B R"]:
+    """The rows of the table that changes are for, with these."""
+    slots, lengths, new_blocks = changes.T
     rows = table.at[slots].get(mode="promise_in_bounds")
     last_block = len(Column) + (rows[:, Column.START] + lengths - 1) // block_size
     is_new = (_columns(rows) == last_block[:, None]) & (new_blocks >= 0)[:, None]
@@ -194,9 +216,16 @@ def decode_rows(rows: Int32[Array, "B R"]) -> DecodeRows:
 
 
 def prefill_inputs(
-    token_ids: Int32[Array, " T"], rows: Int32[Array, "B R"], block_size: int
+    token_ids: Int32[Array, " T"],
+    rows: Int32[Array, "B R"],
+    block_size: int,
+    decodes: Bool[Array, " B"] | None = None,
 ) -> StepInputs:
-    """Each row computes all of its tokens, which follow one another in `token_ids`."""
+    """Each row computes all of its tokens, which follow one another in `token_ids`.
+
+    Args:
+        decodes: which rows compute the one token that was drawn last; they are the first ones.
+    """
     starts, lengths = rows[:, Column.START], rows[:, Column.LENGTH]
     ends = jnp.cumsum(lengths)
     query_starts = jnp.concatenate([jnp.zeros((1,), jnp.int32), ends])
@@ -210,6 +239,13 @@ def prefill_inputs(
     slot_mapping = _slot_mapping(tables, row_of, positions, written, block_size)
     context_lens = jnp.where(lengths > 0, starts + lengths, 0)
     batch = PagedBatch(slot_mapping, tables, context_lens, query_starts)
+    if decodes is not None:
+        drawn = jnp.where(decodes, rows[:, Column.LAST_TOKEN], token_ids[: len(rows)])
+        token_ids = token_ids.at[: len(rows)].set(drawn)
+        batch = batch._replace(
+            query_starts=jnp.maximum(query_starts, decodes.sum(dtype=jnp.int32)),
+            decode_lens=jnp.where(decodes, context_lens, 0),
+        )
     return StepInputs(token_ids, positions, jnp.maximum(ends - 1, 0), batch)
 
 

@@ -1,6 +1,7 @@
 """Programs: the compiled steps of one model on one mesh, one for each bucket."""
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import host, memory
-from nanovllm_jax.engine.buckets import Bucket, decode_buckets, prefill_buckets
+from nanovllm_jax.engine.buckets import Bucket, decode_buckets, mixed_buckets, prefill_buckets
 from nanovllm_jax.engine.edits import MOST_EDITS
 from nanovllm_jax.engine.inputs import NUM_OPTIONS, NUM_SCORED
 from nanovllm_jax.engine.packed import Change, Column, option_width
@@ -76,6 +77,11 @@ class Programs:
         num_tokens = -(-config.max_num_batched_tokens // self.batch_shards)
         self.decode_buckets = decode_buckets(num_seqs)
         self.prefill_buckets = prefill_buckets(num_tokens, num_seqs)
+        self.mixed_buckets: list[Bucket] = []
+        if config.enable_mixed_chunk:
+            size = config.chunked_prefill_size
+            chunk = None if size is None else -(-size // self.batch_shards)
+            self.mixed_buckets = mixed_buckets(chunk, num_tokens, num_seqs)
         largest = self.decode_buckets[-1], self.prefill_buckets[-1]
         self.most_rows = max(sample_all_sizes([bucket.num_rows for bucket in largest]))
         self.weights = abstract_weights(self.model_config, sharding)
@@ -96,6 +102,27 @@ class Programs:
         self.score_prompt: Callable | None = None
         self.put_options: Callable | None = None
         self.put_masks: dict[int, Callable] = {}
+
+    def chunk(self, num_tokens: int) -> Bucket:
+        """The room of a prefill that takes at most this many tokens, in each shard."""
+        num_tokens = -(-num_tokens // self.batch_shards)
+        bucket = next(b for b in self.prefill_buckets if b.num_tokens >= num_tokens)
+        return bucket._replace(num_tokens=num_tokens)
+
+    def mixed_rooms(self, num_tokens: int | None) -> list[Bucket]:
+        """The room of mixed batches, in each shard: `Scheduler` takes the first that will do.
+
+        It is of this many tokens, and of more only if decode rows would take more than half of it.
+
+        Args:
+            num_tokens: of all shards; None: the most.
+        """
+        if num_tokens is None:
+            return self.mixed_buckets[-1:]
+        num_tokens = -(-num_tokens // self.batch_shards)
+        buckets = [b for b in self.mixed_buckets if b.num_tokens >= num_tokens]
+        num_rows = [min(b.num_rows, num_tokens // 2) for b in buckets[:1]]
+        return [Bucket(num_tokens, n, is_mixed=True) for n in num_rows] + buckets
 
     # --- what the programs work on ---
 
@@ -215,8 +242,9 @@ class Programs:
             weights: as they lie on the devices; default: as `self.weights` says.
         """
         state = self.abstract_state(num_blocks)
+        kind = "mixed" if bucket.is_mixed else "step"
         return Spec(
-            f"step-{bucket.num_tokens}-{bucket.num_rows}-{num_blocks}",
+            f"{kind}-{bucket.num_tokens}-{bucket.num_rows}-{num_blocks}",
             functools.partial(self.functions.run, bucket=bucket),
             (self._shapes(weights), state, self._packed(bucket)),
             1,
@@ -304,7 +332,8 @@ class Programs:
         largest = self.decode_buckets[-1]
         largest = next((b for b in self.decode_buckets if b.num_rows >= num_blocks), largest)
         self.decode_buckets = [b for b in self.decode_buckets if b <= largest]
-        buckets = sorted([*self.prefill_buckets, *self.decode_buckets], reverse=True)
+        families = self.prefill_buckets, self.mixed_buckets, self.decode_buckets
+        buckets = sorted(itertools.chain(*families), reverse=True)
         row_counts = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         if self.config.enforce_eager:
             self.steps = {bucket: self._eager_step(bucket) for bucket in buckets}
@@ -333,7 +362,8 @@ class Programs:
 
     def step_bytes(self, weights: list[Weight]) -> int:
         """Memory that the largest steps take beside weights and cache: temporaries and outputs."""
-        buckets = [self.prefill_buckets[-1], self.decode_buckets[-1]]
+        families = self.prefill_buckets, self.mixed_buckets, self.decode_buckets
+        buckets = [bucket for family in families for bucket in family[-1:]]
         specs = [self.step_spec(bucket, PROBE_BLOCKS, weights) for bucket in buckets]
         samples = self.sample_spec, self.sample_all_spec
         specs += [spec(self.most_rows, PROBE_BLOCKS, weights) for spec in samples]

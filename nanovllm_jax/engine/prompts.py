@@ -6,7 +6,6 @@ from collections.abc import Sequence as Items
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -86,16 +85,23 @@ def tokenized(
     return token_ids, encode(tokenizer, token_ids)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
     """The tokens of a text, without a second beginning-of-sequence token if it begins with one.
 
     (A chat template writes that token; many tokenizers add one to any text.)
+
+    Args:
+        add_special_tokens: whether the tokenizer may add one.
 
     Raises:
         ValueError: the text is not valid Unicode; the message has the position.
     """
     check_text(text)
-    token_ids = tokenizer.encode(text)
+    token_ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if not add_special_tokens:
+        return token_ids
     bos, written = tokenizer.bos_token_id, str(tokenizer.bos_token)
     if bos is not None and token_ids[:2] == [bos, bos] and text.startswith(written):
         return token_ids[1:]
@@ -127,7 +133,9 @@ def encode_chat(
             raise TypeError(f"a message's content must be a text, got {message['content']!r:.80}")
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, **template)  # pyright: ignore[reportArgumentType]
-    except jinja2.TemplateError as error:
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # a template is a program, which may fail in any way
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
     check_text(str(text))
     return tokenizer.encode(str(text), add_special_tokens=False)

@@ -23,17 +23,17 @@ class ReportedScores:
         self._completion: list[PositionScores] = []
         self._prompt: list[PositionScores | None] | None = None
 
-    def completion(self, num_tokens: int) -> tuple[float | None, list[PositionScores] | None]:
-        """The sum of the first tokens' log probabilities, and their scores.
+    def completion(self, start: int, end: int) -> tuple[float | None, list[PositionScores] | None]:
+        """The sum of all log probabilities of the tokens before `end`, and the scores from `start`.
 
-        Both are None if the request has not asked for them.
+        `end` never goes back. Both are None if the request has not asked for them.
         """
         if self._seq.params.logprobs is None:
             return None, None
-        for scores in self._seq.scores[len(self._completion) : num_tokens]:
+        for scores in self._seq.scores[len(self._completion) : end]:
             self._cumulative += scores.logprobs[0]
             self._completion.append(self._by_token(scores))
-        return self._cumulative, list(self._completion)
+        return self._cumulative, self._completion[start:end]
 
     def prompt(self) -> list[PositionScores | None] | None:
         """The scores of the prompt's tokens, the first one's None.

@@ -16,7 +16,7 @@ from nanovllm_jax.engine.edits import edits_of
 from nanovllm_jax.engine.grammar import Grammars
 from nanovllm_jax.engine.prompts import Prompt, tokenized, tokens_of_bad_words
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.outputs import RequestMetrics, RequestOutput
+from nanovllm_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -77,8 +77,17 @@ class Request:
             self.request_id, prompt, seq.token_ids[: seq.num_prompt_tokens], completions,
             finished=finished_time is not None, error=error,
             metrics=RequestMetrics(self._arrival_time, self._first_token_time, finished_time),
-            prompt_logprobs=self._completions[0].scores.prompt(),
+            prompt_logprobs=self.prompt_logprobs(),
         )  # fmt: skip
+
+    def news(self) -> list[CompletionOutput]:
+        """What each completion has got since the last call, if anything; see `Completion.news`."""
+        found = (completion.news() for completion in self._completions)
+        return [completion for completion in found if completion is not None]
+
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """The scores of the prompt's tokens, as in `RequestOutput`."""
+        return self._completions[0].scores.prompt()
 
     def _now(self) -> float:
         return self._arrival_time + time.perf_counter() - self._arrival

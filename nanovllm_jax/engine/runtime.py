@@ -11,7 +11,7 @@ from jax._src import xla_bridge  # jax has no public way to ask whether it has s
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine import cuda_driver, host
-from nanovllm_jax.engine.buckets import decode_buckets, prefill_buckets
+from nanovllm_jax.engine.buckets import decode_buckets, mixed_buckets, prefill_buckets
 from nanovllm_jax.engine.cache_folder import (
     check_writable,
     default_folder,
@@ -60,6 +60,10 @@ def configure_runtime(config: EngineConfig) -> None:
     if totals and not any(name in os.environ for name in MEMORY_FRACTION):
         decode = decode_buckets(config.max_num_seqs)
         prefill = prefill_buckets(config.max_num_batched_tokens, config.max_num_seqs)
+        if config.enable_mixed_chunk:
+            prefill += mixed_buckets(
+                config.chunked_prefill_size, config.max_num_batched_tokens, config.max_num_seqs
+            )
         samples = {bucket.num_rows for bucket in [*decode, *prefill]}
         # Decoding has two programs for each size: for one step in a call, and for several.
         # Sampling has two for most: with filters alone, and with all that a request can ask for.

@@ -2,7 +2,9 @@
 
 Each round runs either a prefill batch (chunks of prompts, packed up to a token budget) or a decode
 batch (one token of every running sequence). While both kinds of work are there the rounds
-alternate, so that neither arriving prompts nor running sequences starve.
+alternate, so that neither arriving prompts nor running sequences starve; and a prefill may then be
+held to a smaller budget, because every running sequence waits for it. Or else a round does both: in
+a mixed batch the decode rows come first, and chunks of prompts get what they leave of the budget.
 
 The batch may be sharded: a sequence then lives in one shard, with the blocks of that shard's pool,
 from its admission until it ends or is preempted. Each shard has its part of the slots and of the
@@ -14,11 +16,12 @@ call may take several decode steps, if nothing that the host has to do could com
 """
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.sequence import NO_SLOT, Sequence, Status
 from nanovllm_jax.engine.token_scores import StepScores
 from nanovllm_jax.outputs import FinishReason
@@ -33,7 +36,8 @@ class Batch:
     """The work of one call: a prefill step, or `num_steps` decode steps.
 
     Row i computes tokens starts[i] : starts[i] + lengths[i] of seqs[i], in decode steps one in each
-    of the first lengths[i] steps.
+    of the first lengths[i] steps. The first `num_decodes` rows of a prefill step, which is then
+    mixed, compute what they would in a decode step: the token that the device drew last.
     """
 
     is_prefill: bool
@@ -42,6 +46,7 @@ class Batch:
     lengths: list[int]
     yields_token: list[bool]  # whether a row's last token yields a new one (no: unfinished prompt)
     num_steps: int = 1
+    num_decodes: int = 0
 
     @classmethod
     def empty(cls, is_prefill: bool = False, num_steps: int = 1) -> "Batch":
@@ -51,6 +56,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
+
+    def decodes(self, row: int) -> bool:
+        """Whether a row computes a token that the device drew, and that the host may not know."""
+        return not self.is_prefill or row < self.num_decodes
 
     def rounds(self, token_ids: list[list[int]]) -> list[tuple["Batch", list[int]]]:
         """Take the call apart into its steps.
@@ -72,9 +81,15 @@ class Batch:
         return rounds
 
     def token_ids(self, rows: list[int]) -> list[int]:
-        """The tokens that these rows compute, one row after another; for a prefill."""
+        """The tokens that these rows compute, one row after another; for a prefill.
+
+        In place of a token that the device drew there is 0.
+        """
         token_ids: list[int] = []
         for i in rows:
+            if self.decodes(i):
+                token_ids.append(0)
+                continue
             start = self.starts[i]
             token_ids += self.seqs[i].token_ids[start : start + self.lengths[i]]
         return token_ids
@@ -92,6 +107,10 @@ class Scheduler:
         max_num_seqs: sequences admitted at once; each holds one slot of the runner's tables.
         max_num_batched_tokens: tokens of one prefill batch at most, in each shard.
         max_prefill_seqs: most sequences in one prefill batch, in each shard.
+        chunk: tokens and sequences of one prefill batch while others decode, in each shard; None:
+            no other limits than these.
+        mixed: the room for decode rows and chunks together in a mixed batch, in each shard: the
+            first one in ascending order that has more rows than decode. Empty: no batch is mixed.
         eos_token_ids: tokens that end a sequence unless it ignores them.
     """
 
@@ -102,17 +121,20 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_seqs: int,
+        chunk: Bucket | None = None,
+        mixed: Collection[Bucket] = (),
         eos_token_ids: Collection[int] = (),
     ):
         self.pools = pools
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_prefill_seqs = max_prefill_seqs
+        self.largest = Bucket(max_num_batched_tokens, max_prefill_seqs)
+        self.chunk, self.mixed = chunk, mixed
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()  # at most one a shard is partly computed; first
         self.running: list[Sequence] = []  # in the order of admission
         shards = range(len(pools))
         self.free_slots = [list(range(s, max_num_seqs, len(pools)))[::-1] for s in shards]
         self.failed: list[Sequence] = []  # ended with an error since the last postprocess
+        self.num_preemptions = 0
         self.decode_next = False
         self.quiet_rounds = 0  # for which decode steps are still taken one by one
 
@@ -131,7 +153,9 @@ class Scheduler:
         Args:
             num_steps: decode steps of the call, if they can be taken without the host.
         """
-        if self.decode_next:
+        if self.waiting and (room := self._mixed_room()):
+            batch = self._schedule_mixed(room)
+        elif self.decode_next:
             batch = self._schedule_decode(num_steps) or self._schedule_prefill()
         else:
             batch = self._schedule_prefill() or self._schedule_decode(num_steps)
@@ -189,6 +213,7 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; it waits to be computed again, first of those without any."""
+        self.num_preemptions += 1
         self._release(seq)
         seq.status = Status.WAITING
         partly_computed = itertools.takewhile(lambda other: other.block_table, self.waiting)
@@ -203,10 +228,33 @@ class Scheduler:
         for seq in self.waiting:
             seq.in_flight = 0
 
+    def _mixed_room(self) -> Bucket | None:
+        """What a mixed batch may hold, if one can hold all that decodes and more."""
+        decodes = Counter(seq.shard for seq in self.running if seq.num_wanted)
+        most = max(decodes.values(), default=0)
+        return next((room for room in self.mixed if room.num_rows > most), None)
+
+    def _schedule_mixed(self, room: Bucket) -> Batch | None:
+        """The decode rows, with chunks of prompts if any can run; without decode rows a prefill."""
+        decodes = self._schedule_decode(num_steps=1)
+        if not decodes:
+            return self._schedule_prefill()
+        batch = replace(decodes, is_prefill=True, num_decodes=len(decodes.seqs))
+        taken = [len(decodes.rows_of(shard)) for shard in range(len(self.pools))]
+        tokens_left = [room.num_tokens - n for n in taken]
+        self._add_chunks(batch, tokens_left, [room.num_rows - n for n in taken])
+        return batch if len(batch.seqs) > batch.num_decodes else decodes
+
     def _schedule_prefill(self) -> Batch | None:
-        batch = Batch.empty(is_prefill=True)
-        tokens_left = [self.max_num_batched_tokens] * len(self.pools)
-        rows_left = [self.max_prefill_seqs] * len(self.pools)
+        batch, room = Batch.empty(is_prefill=True), self.largest
+        if self.chunk and any(seq.num_wanted for seq in self.running):
+            room = self.chunk
+        shards = len(self.pools)
+        self._add_chunks(batch, [room.num_tokens] * shards, [room.num_rows] * shards)
+        return batch if batch.seqs else None
+
+    def _add_chunks(self, batch: Batch, tokens_left: list[int], rows_left: list[int]) -> None:
+        """Put chunks of prompts into a batch, as many as have room in each shard."""
         for seq in list(itertools.islice(self.waiting, sum(rows_left))):
             open_shards = [s for s, n in enumerate(tokens_left) if n > 0 and rows_left[s] > 0]
             if not open_shards:
@@ -228,7 +276,6 @@ class Scheduler:
                 seq.status = Status.RUNNING
                 self.waiting.remove(seq)  # it is among the first, so this is quick
                 self.running.append(seq)
-        return batch if batch.seqs else None
 
     def _schedule_decode(self, num_steps: int) -> Batch | None:
         self.quiet_rounds = max(0, self.quiet_rounds - 1)

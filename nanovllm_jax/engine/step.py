@@ -27,6 +27,7 @@ from nanovllm_jax.engine.packed import (
     prefill_inputs,
     read_decode,
     read_masks,
+    read_mixed,
     read_options,
     read_prefill,
     sampling_of,
@@ -101,7 +102,7 @@ class StepFunctions:
             state, hidden, tokens = self._decode_step(weights, state, fixed, last_tokens, step=0)
             state = state._replace(hidden=self._keep_hidden(state.hidden, hidden))
             return self._after_decode(state, rows, tokens[None]), tokens
-        rows, inputs, known = self._read_prefill(packed, state.token_ids, bucket)
+        rows, inputs, known = self._read_prefill(packed, state.token_ids, state.rows, bucket)
         state, hidden, logits = self._forward(weights, state, inputs, self.prefill)
         ends = rows[:, Column.START] + rows[:, Column.LENGTH]
         tokens = self._draw(logits, sampling_of(rows), ends, state.collectives, filtered=False)
@@ -259,15 +260,19 @@ class StepFunctions:
     # passes through a jitted function undonated is copied.
 
     @functools.partial(jax.jit, static_argnames=("self", "bucket"))
-    def _read_prefill(self, packed, known, bucket: Bucket):
+    def _read_prefill(self, packed, known, table, bucket: Bucket):
         """The rows, what the step computes with, and the tokens that the cache holds after it."""
 
-        def on_shard(packed, known):
+        def on_shard(packed, known, table):
             token_ids, rows = read_prefill(packed, bucket)
-            inputs = prefill_inputs(token_ids, rows, self.block_size)
-            return rows, inputs, _remember(known, inputs.batch.slot_mapping, token_ids)
+            decodes = None
+            if bucket.is_mixed:  # with a barrier as in `_read_decode`
+                rows, decodes = read_mixed(rows, table, self.block_size)
+                rows = jax.lax.optimization_barrier(rows)
+            inputs = prefill_inputs(token_ids, rows, self.block_size, decodes)
+            return rows, inputs, _remember(known, inputs.batch.slot_mapping, inputs.token_ids)
 
-        return self._by_row(on_shard)(packed, known)
+        return self._by_row(on_shard)(packed, known, table)
 
     @functools.partial(jax.jit, static_argnames="self")
     def _read_decode(self, packed, table):

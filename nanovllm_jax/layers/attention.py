@@ -4,13 +4,14 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.sharding import Sharding
-from pallas_kernels import decode_step, norm_rope_write, paged_prefill
+from pallas_kernels import decode_step, norm_rope_write, paged_decode, paged_prefill
 
 Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cos and sin of each position
 
@@ -25,6 +26,9 @@ class PagedBatch(NamedTuple):
     block_tables: Int32[Array, "B W"]
     context_lens: Int32[Array, " B"]  # counts this step's tokens too; 0: a padding row
     query_starts: Int32[Array, " B+1"] | None = None  # row b owns these tokens of the step
+    # In a mixed step: the context of token b, if that is all that row b computes and it decodes; or
+    # 0. It is none of the tokens that `query_starts` tells of.
+    decode_lens: Int32[Array, " B"] | None = None
 
 
 # Jitted with a donated cache so that the eager engine, too, updates the cache in place; inside a
@@ -68,6 +72,13 @@ def paged_attention(
             q, *cache, batch.block_tables, batch.query_starts, batch.context_lens, layer,
             scale=scale, implementation=implementation,
         )  # fmt: skip
+        if (lens := batch.decode_lens) is not None:
+            drawn = paged_decode(
+                q[: len(lens)], *cache, batch.block_tables, lens, layer,
+                scale=scale, implementation=implementation,
+            )  # fmt: skip
+            drawn = jnp.where(lens[:, None, None] > 0, drawn, out[: len(lens)])
+            out = out.at[: len(lens)].set(drawn)
         return out, KVCache(*cache)
 
     spec = sharding.spec

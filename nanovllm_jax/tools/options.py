@@ -20,6 +20,7 @@ ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "max_model_len": (int, "longest prompt plus output, in tokens"),
     "max_num_seqs": (int, "most requests that run at the same time"),
     "max_num_batched_tokens": (int, "most tokens that one step processes"),
+    "chunked_prefill_size": (int, "the same for prompts while other requests decode"),
     "gpu_memory_utilization": (float, "share of the device's memory to use, in (0, 1]"),
     "tensor_parallel_size": (int, "number of devices to split the model over"),
     "num_scheduler_steps": (int, "most decode steps of one call of the device (default: 4)"),
@@ -30,6 +31,7 @@ ENGINE_OPTIONS: dict[str, tuple[type, str]] = {
     "attention_backend": (str, "auto, triton, mosaic or xla"),
     "load_format": (str, "auto, or dummy for random weights (needs only config.json)"),
 }
+SWITCHES = ("enable_mixed_chunk", "enforce_eager")
 
 
 class UsageError(Exception):
@@ -52,12 +54,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in ENGINE_OPTIONS.items():
         group.add_argument(flag(name), type=kind, help=text, metavar=kind.__name__.upper())
     eager = "run without compiling"
+    mixed = "compute prompts and the tokens of requests that decode in one step"
+    group.add_argument("--enable-mixed-chunk", action=argparse.BooleanOptionalAction, help=mixed)
     group.add_argument("--enforce-eager", action="store_true", default=None, help=eager)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the engine options that the user gave, as LLM's keyword arguments."""
-    given = {name: getattr(args, name) for name in (*ENGINE_OPTIONS, "enforce_eager")}
+    given = {name: getattr(args, name) for name in (*ENGINE_OPTIONS, *SWITCHES)}
     if getattr(args, "random_weights", None):
         given["load_format"] = "dummy"
     return {name: value for name, value in given.items() if value is not None}

@@ -79,6 +79,33 @@ def test_the_kernels_agree_with_xla(tmp_path):
     assert (got == want)[same_first, 1].mean() > 0.85
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_mixed_steps_agree_with_others(tmp_path, cache):
+    """In float32, and requests arrive one by one: prompts are cut, and decode beside others'."""
+    write_config(replace(SHAPES["0.6B"], num_layers=4), tmp_path)
+    sizes = {"max_num_seqs": 16, "num_kvcache_blocks": 100, "chunked_prefill_size": 128}
+    sampling = SamplingParams(temperature=0.7, seed=3, max_tokens=40, ignore_eos=True)
+    found = []
+    for mixed in (False, True):
+        options = sizes | {"enable_mixed_chunk": mixed, "dtype": "float32"}
+        with LLM(str(tmp_path), load_format="dummy", kv_cache_dtype=cache, **options) as llm:
+            outputs, rounds, decodes, dispatch = {}, 0, [], llm.runner.dispatch
+
+            def recording(batch, decodes=decodes, dispatch=dispatch):
+                decodes.append(batch.num_decodes)
+                return dispatch(batch)
+
+            llm.runner.dispatch = recording
+            while len(outputs) < len(PROMPTS[:24]):
+                if rounds % 3 == 0 and rounds < 3 * 24:
+                    llm.add_request(PROMPTS[rounds // 3][:700], sampling)
+                outputs |= llm.step()[0]
+                rounds += 1
+            found.append(np.array([outputs[i] for i in sorted(outputs)]))
+            assert (max(decodes) > 4) == mixed
+    assert (found[0] == found[1]).all(axis=1).mean() > 0.9
+
+
 def test_experts_agree_with_xla(tmp_path):
     """In float32: rounded to bfloat16, scores that are nearly equal choose other experts."""
     write_config(replace(SHAPES["30B-A3B"], num_layers=2), tmp_path)

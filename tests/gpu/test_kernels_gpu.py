@@ -59,6 +59,7 @@ CHUNKS = [(513, 513), (1, 1), (0, 0), (200, 900), (1, 700), (256, 512), (33, 290
 @each_shape
 def test_prefill(shape, implementation):
     check_prefill(implementation, CHUNKS, padding=150, **shape)
+    check_prefill(implementation, CHUNKS, padding=0, unowned=37, **shape)
 
 
 @pytest.mark.parametrize("padding", [0, 150])
@@ -68,6 +69,7 @@ def test_prefill(shape, implementation):
 def test_mosaic_prefill(group, head_dim, page_size, padding):
     shape = dict(group=group, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype="bfloat16")
     check_prefill("mosaic", CHUNKS, padding=padding, **shape)
+    check_prefill("mosaic", CHUNKS, padding=padding, unowned=37, **shape)
     check_prefill("mosaic", CHUNKS * 12, padding=padding, **shape)  # several tiles per program
     check_prefill("mosaic", [(5, 9)], padding=padding, **shape)
 

@@ -37,7 +37,10 @@ GRACE_S = 2.0  # seconds beyond a limit that the user has set before a worker is
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line; raises UsageError."""
-    parser = Parser("nanovllm-jax compare", description="Run the same work on several engines.")
+    parser = Parser(
+        "nanovllm-jax compare",
+        description="Run the same work on several engines. `compare serving` measures servers.",
+    )
     add, names = parser.add_argument, ",".join(workloads.NAMES)
     folder = Path(tempfile.gettempdir()) / "nanovllm_jax-compare"
     # fmt: off
@@ -253,6 +256,10 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0, or 1 if an engine or a workload failed; the report has the figures of the others.
     """
+    if argv[:1] == ["serving"]:
+        from nanovllm_jax.tools.compare.serving.main import main as serving
+
+        return serving(argv[1:])
     args = parse(argv)
     if args.source:
         found = Results(results.read(args.source))

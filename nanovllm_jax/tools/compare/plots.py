@@ -78,7 +78,7 @@ def batches(results: Results) -> Any:
         ax.set_xscale("log", base=2)
         ax.set_xticks(sizes, [*map(str, sizes)])
         ax.set(yscale="log", xlabel="requests in the batch", ylabel=f"{metric} (less is better)")
-        _logarithmic(ax.yaxis)
+        logarithmic(ax.yaxis)
         ax.grid(which="both")
     return figure
 
@@ -95,7 +95,7 @@ def arrivals(results: Results) -> Any:
             share = [100 * (i + 1) / len(values) for i in range(len(values))]
             ax.step(values, share, where="post", color=ENGINES[name].color, lw=1.8)
         ax.set(title=title, xscale="log", xlabel="ms, logarithmic (further left is better)")
-        _logarithmic(ax.xaxis)
+        logarithmic(ax.xaxis)
         ax.set_yticks([0, 25, 50, 75, 90, 99])
         ax.grid(which="both")
     axes[0].set_ylabel("requests at most this long, %")
@@ -186,7 +186,7 @@ def _columns(
         ax.grid(axis="y")
 
 
-def _logarithmic(axis: Any) -> None:
+def logarithmic(axis: Any) -> None:
     """Label powers of ten, and between them 2 and 5, without exponents."""
     plain = "{:,.10g}".format
     axis.set_major_formatter(lambda value, _: plain(value))

@@ -24,13 +24,25 @@ def write(folder: Path, config: ModelConfig) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    # The tokenizer has made-up words: some engines want one, but no workload uses it.
-    words, end = {f"t{i}": i for i in range(config.vocab_size)}, f"t{config.eos_token_ids[0]}"
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
+    _write_tokenizer(folder, config)
     _write_tensors(folder, tensor_shapes(config))
     write_config(config, folder)
     return folder
+
+
+def write_without_weights(folder: Path, config: ModelConfig) -> Path:
+    """Write what an engine reads that makes up its weights: config.json and a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder, config)
+    write_config(config, folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
+    """Write a tokenizer of made-up words: engines want one, but no workload sends texts."""
+    words, end = {f"t{i}": i for i in range(config.vocab_size)}, f"t{config.eos_token_ids[0]}"
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end).save_pretrained(folder)
 
 
 def _write_tensors(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -148,20 +148,20 @@ KINDS = {
 Record = Settings | Machine | Task | Event
 
 
-def append(path: Path, *records: Record) -> None:
+def append(path: Path, *records: Any, kinds: Mapping[str, type[Any]] = KINDS) -> None:
     """Add records to a file, which is closed at once: they are kept whatever happens next."""
-    names = {kind: name for name, kind in KINDS.items()}
+    names = {kind: name for name, kind in kinds.items()}
     with path.open("a") as file:
         file.writelines(json.dumps({"kind": names[type(r)], **asdict(r)}) + "\n" for r in records)
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, kinds: Mapping[str, type[Any]] = KINDS) -> list[Any]:
     """Read the records of a file; raises UsageError, which names the line that is none."""
     records = []
     for i, line in enumerate(path.read_text().splitlines(), 1):
         try:
             fields = {key.replace(" ", "_"): value for key, value in json.loads(line).items()}
-            records.append(KINDS[fields.pop("kind")](**fields))
+            records.append(kinds[fields.pop("kind")](**fields))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path}, line {i} is no result: {line[:60]!r}") from None
     return records

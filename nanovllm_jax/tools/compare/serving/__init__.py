@@ -1,0 +1,1 @@
+"""`nanovllm-jax compare serving`: engines behind their HTTP servers, under one client's load."""
