@@ -4,7 +4,7 @@
 
 A decode step sums [rows, hidden size] bfloat16 over the GPUs twice a layer. Each case is a chain of
 such sums in one compiled loop, each of which takes what the one before it gave. The limit is one
-crossing of NVLink: (n - 1) times the bytes over the link's rate, below 1 us for all but the largest.
+crossing of NVLink: (n - 1) times the bytes over its rate, below 1 us for all but the largest.
 """
 
 import statistics
