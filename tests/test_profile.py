@@ -78,7 +78,8 @@ def test_the_tables_traces_and_programs_are_written(model_dir, tmp_path, capsys,
         assert len(list(files.glob("plugins/profile/*/*.xplane.pb"))) == 1
     decode, prefill = report["steps"]["decode-2"], report["steps"]["prefill-2x16"]
     assert 4 <= decode["traced_steps"] <= 6
-    assert (decode["rows"], decode["bucket"]) == (2, {"num_tokens": 0, "num_rows": 2})
+    bucket = {"num_tokens": 0, "num_rows": 2, "is_mixed": False}
+    assert (decode["rows"], decode["bucket"]) == (2, bucket)
     assert (prefill["tokens"], prefill["context_tokens"]) == (32, 32)
     for step in ("decode-1", "decode-2"):
         calls = {name: row["calls"] for name, row in report["steps"][step]["categories"].items()}
