@@ -162,4 +162,4 @@ def merge_rules(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
             f"sharding_rules must split 'heads' ({merged['heads']!r}) and 'kv_heads' "
             f"({merged['kv_heads']!r}) alike: query heads attend on the device of their KV head"
         )
-    return MappingProxyType(merged)
+    return merged

@@ -302,9 +302,12 @@ class Load:
     def measure(self) -> None:
         """Note the size of the server's memory in KiB, and the number of its open files."""
         if self.pid is not None:
-            status = Path(f"/proc/{self.pid}/status").read_text()
-            size = int(status.partition("VmRSS:")[2].split()[0])
-            self.sizes.append((size, len(os.listdir(f"/proc/{self.pid}/fd"))))
+            size = files = 0
+            for pid in (self.pid, *children(self.pid)):  # the engine's process is one of these
+                status = Path(f"/proc/{pid}/status").read_text()
+                size += int(status.partition("VmRSS:")[2].split()[0])
+                files += len(os.listdir(f"/proc/{pid}/fd"))
+            self.sizes.append((size, files))
 
     async def check_idle(self, seconds: float = 5.0) -> None:
         """Wait until the server has nothing left of the requests; AssertionError if it keeps it."""
@@ -319,6 +322,12 @@ class Load:
         if self.pid is not None:
             (first, _), (last, _) = self.sizes
             assert last <= first * (1 + GROWTH), f"the server grew from {first} to {last} KiB"
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for found in lists for child in found.read_text().split()]
 
 
 @contextlib.contextmanager

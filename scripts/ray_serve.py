@@ -27,10 +27,10 @@ from nanovllm_jax.server.serve import (
     add_server_options,
     check_server_options,
     completed,
-    keep_threads_short_of_waiting,
     server_options,
     warn_of_strangers,
 )
+from nanovllm_jax.server.threads import keep_threads_short_of_waiting
 from nanovllm_jax.tools import options
 from nanovllm_jax.tools.options import UsageError, refusals
 

@@ -46,7 +46,7 @@ def test_a_server_on_a_gpu_computes_prompts_beside_what_decodes(monkeypatch, che
     assert args.enable_mixed_chunk is False
 
 
-# The command line, with an engine whose thirtieth step fails.
+# The command line, with an engine whose thirtieth step fails: its process runs this, too.
 FAULTY = """
 from nanovllm_jax.__main__ import entry
 from nanovllm_jax.engine.model_runner import ModelRunner
@@ -61,12 +61,15 @@ def dispatch(*args, **options):
     return works(*args, **options)
 
 ModelRunner.dispatch = dispatch
-entry()
+if __name__ == "__main__":
+    entry()
 """
 
 
-def test_a_fault_of_the_engine_ends_the_server():
+def test_a_fault_of_the_engine_ends_the_server(tmp_path):
     """Each request under way fails with status 500, and so does the process."""
+    program = tmp_path / "faulty.py"
+    program.write_text(FAULTY)
 
     async def ask(url):
         client = Client(url)
@@ -75,7 +78,7 @@ def test_a_fault_of_the_engine_ends_the_server():
         )
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    with served(*SMALL, program=("-c", FAULTY, "serve")) as (process, url):
+    with served(*SMALL, program=(str(program), "serve")) as (process, url):
         for error in asyncio.run(ask(url)):
             assert isinstance(error, Failed), error
             assert error.status == 500 and "no such device" in str(error)

@@ -17,6 +17,8 @@ pytest.importorskip("fastapi")
 
 from server_thread import serving  # noqa: E402  (needs what is looked for above)
 
+from nanovllm_jax.server.engine_process import EngineProcess  # noqa: E402
+
 QUESTION = [{"role": "user", "content": "What is 345 + 678?"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
@@ -27,9 +29,22 @@ def llm():
         yield llm
 
 
+@pytest.fixture(scope="module", params=["thread", "process"])
+def engine(request, llm):
+    """What is served: the engine that tests compare with, or one in a process of its own."""
+    if request.param == "thread":
+        yield llm
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        engine = EngineProcess(DEMO_MODEL, max_num_seqs=8, max_model_len=512)
+    with engine:
+        yield engine
+
+
 @pytest.fixture(scope="module")
-def url(llm):
-    with serving(llm, trust_request_chat_template=True) as url:
+def url(engine):
+    with serving(engine, trust_request_chat_template=True) as url:
         yield url
 
 
@@ -42,10 +57,11 @@ def post(url, path="/v1/completions", **body):
     return httpx.post(url + path, json=body, timeout=60)
 
 
-def idle(llm):
+def idle(engine):
     """Wait until nothing runs; the free blocks are then all."""
     for _ in range(6000):
-        if not (llm.stats().running or llm.stats().waiting) and llm.stats().cache_usage == 0:
+        stats = engine.stats()
+        if not (stats.running or stats.waiting) and stats.cache_usage == 0:
             return True
         time.sleep(0.01)
     return False
@@ -100,7 +116,7 @@ def test_texts_stream_with_a_chunk_for_each_token(client):
     assert last.choices == [] and last.usage.completion_tokens == 36
 
 
-def test_many_answers_at_the_same_time(url, llm):
+def test_many_answers_at_the_same_time(url, engine, llm):
     expected = llm.chat(QUESTION, GREEDY, use_tqdm=False)[0]["text"]
 
     async def ask():
@@ -116,7 +132,7 @@ def test_many_answers_at_the_same_time(url, llm):
         return [answer.choices[0].message.content for answer in answers]
 
     assert asyncio.run(ask()) == [expected] * 30
-    assert idle(llm)
+    assert idle(engine)
 
 
 def test_scores_are_the_engines(client, llm):
@@ -285,13 +301,13 @@ def test_a_stop_string_ends_the_text(client, llm):
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, 400, "response_format", ""),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_name(url, llm, body, status, param, words):
+def test_what_cannot_be_is_refused_by_name(url, engine, body, status, param, words):
     answer = post(url, **body)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert words in error["message"]
     assert param in (error["param"] or "") and error["code"] == status
-    assert idle(llm)
+    assert idle(engine)
 
 
 @pytest.mark.parametrize(
@@ -345,9 +361,9 @@ def test_arguments_of_a_call_may_be_anything(url):
     assert answer.status_code == 200
 
 
-def test_templates_of_clients_are_refused_unless_they_are_trusted(llm):
+def test_templates_of_clients_are_refused_unless_they_are_trusted(engine):
     """A template is a program, which may take all memory: {{ 'a' * 10**9 }}."""
-    with serving(llm) as url:
+    with serving(engine) as url:
         for body in ({"chat_template": "a"}, {"chat_template_kwargs": {"chat_template": "a"}}):
             answer = post(url, "/v1/chat/completions", messages=QUESTION, **body)
             assert answer.status_code == 400
@@ -373,8 +389,8 @@ def test_what_is_no_request_is_refused_as_clients_read_it(url):
         assert answer.headers.get("allow") == ("POST" if answer.status_code == 405 else None)
 
 
-def test_the_key(llm):
-    with serving(llm, api_key="secret") as url:
+def test_the_key(engine):
+    with serving(engine, api_key="secret") as url:
         assert httpx.get(f"{url}/health").status_code == 200
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
             assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 401
@@ -382,15 +398,15 @@ def test_the_key(llm):
         assert [model.id for model in client.models.list()] == ["demo"]
 
 
-def test_a_body_that_is_too_large(llm):
-    with serving(llm, max_body=1000) as url:
+def test_a_body_that_is_too_large(engine):
+    with serving(engine, max_body=1000) as url:
         assert post(url, prompt="a" * 2000).status_code == 413
         streamed = (b"a" * 600 for _ in range(3))  # whose length nobody tells
         assert httpx.post(f"{url}/v1/completions", content=streamed).status_code == 413
 
 
-def test_too_many_at_once(llm):
-    with serving(llm, max_waiting=0) as url:  # 8 run at the same time
+def test_too_many_at_once(engine):
+    with serving(engine, max_waiting=0) as url:  # 8 run at the same time
         answers, busy = [], threading.Barrier(13)
 
         def ask():
@@ -408,23 +424,23 @@ def test_too_many_at_once(llm):
         assert set(statuses) == {200, 429} and statuses.count(200) >= 8
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert refused.headers["retry-after"] == "1"
-    assert idle(llm)
+    assert idle(engine)
 
 
-def test_a_request_that_takes_too_long(llm):
-    with serving(llm, timeout=0.05) as url:
+def test_a_request_that_takes_too_long(engine):
+    with serving(engine, timeout=0.05) as url:
         options = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
         assert post(url, **options).status_code == 504
         answer = post(url, **options, stream=True)
         assert '"code":504' in answer.text and answer.text.endswith("data: [DONE]\n\n")
-    assert idle(llm)
+    assert idle(engine)
 
 
 # --- clients that go away ---
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_ends_its_request(url, llm, stream):
+def test_a_client_that_goes_away_ends_its_request(url, engine, stream):
     body = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
         if not stream:
@@ -432,13 +448,13 @@ def test_a_client_that_goes_away_ends_its_request(url, llm, stream):
         with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
             next(answer.iter_lines())
         raise httpx.ReadTimeout("left")
-    assert idle(llm)
+    assert idle(engine)
 
 
 # --- the rest ---
 
 
-def test_models_version_health_and_ids(url, llm):
+def test_models_version_health_and_ids(url):
     [model] = httpx.get(f"{url}/v1/models").json()["data"]
     assert model["id"] == "demo" and model["root"] == str(DEMO_MODEL)
     assert model["max_model_len"] == 512
@@ -462,7 +478,7 @@ def test_tokens_and_back(url, llm):
     assert httpx.get(f"{url}/tokenizer_info").json()["chat_template"]
 
 
-def test_metrics_under_vllms_names(url, llm):
+def test_metrics_under_vllms_names(url):
     def values():
         lines = httpx.get(f"{url}/metrics").text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("vllm:"))

@@ -1,7 +1,6 @@
 """LLMEngine: requests in, outputs out, from any thread of the process."""
 
 import functools
-import itertools
 import logging
 import threading
 import weakref
@@ -15,11 +14,11 @@ from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.commands import AddRequest, RequestId
 from nanovllm_jax.engine.core import EngineCore
 from nanovllm_jax.engine.engine_thread import EngineThread
-from nanovllm_jax.engine.grammar import Grammars
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.owner import Listener, Owner
 from nanovllm_jax.engine.prompts import Prompt
-from nanovllm_jax.engine.request import Request, checked_request
+from nanovllm_jax.engine.request import Request
+from nanovllm_jax.engine.request_maker import Limits, RequestMaker
 from nanovllm_jax.engine.runtime import check_not_forked, configure_runtime
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.outputs import RequestOutput
@@ -57,12 +56,12 @@ class LLMEngine:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             log.warning("jax_disable_jit does not reach the engine: pass enforce_eager=True")
         eos = eos_token_ids(self.config.model_config, self.tokenizer)
-        self._eos_token_ids = eos
         make_core = functools.partial(EngineCore, self.config, eos)
         self._thread = EngineThread(make_core)
         self._core = self._thread.core
-        self._num_blocks = len(self._core.pools[0].blocks)
-        self._numbers = itertools.count()  # of sequences; a request has its first one's
+        num_blocks = len(self._core.pools[0].blocks)
+        limits = Limits(self.config, num_blocks, eos, jax.process_count())
+        self._maker = RequestMaker(limits, self.tokenizer)
         self._owner = Owner()  # of what `add_request` makes
         self._reporting = threading.Lock()  # two threads that step report a request once
         weakref.finalize(self, self._thread.close).atexit = False
@@ -116,7 +115,14 @@ class LLMEngine:
 
         Its id must not be under way. Checking tokenizes: a server calls this beside its event loop.
         """
-        request = self._request(self._check(prompt, sampling_params, request_id))
+        return self.enter(self._check(prompt, sampling_params, request_id), listener)
+
+    def enter(self, command: AddRequest, listener: Listener) -> Request:
+        """Queue one request of a listener that has been checked, and return it.
+
+        If the command has numbers, which must tell its sequences from all others, it keeps them.
+        """
+        request = self._request(command)
         self._thread.add([request], listener)
         return request
 
@@ -159,6 +165,11 @@ class LLMEngine:
             return False
         self._thread.catch_up()
         return not (self._core.requests or self._owner.ended)
+
+    @property
+    def limits(self) -> Limits:
+        """What requests have to keep to."""
+        return self._maker.limits
 
     @property
     def has_ended(self) -> bool:
@@ -218,26 +229,10 @@ class LLMEngine:
     ) -> AddRequest:
         """The command that adds a request; TypeError or ValueError if it could never run."""
         self._check_usable()
-        command = checked_request(
-            prompt, params, request_id, self.tokenizer, self.config, self._num_blocks,
-            self._eos_token_ids,
-        )  # fmt: skip
-        if form := command.params.form:
-            self._grammars.matcher(form)  # compiles it, or says why not
-        return command
+        return self._maker.check(prompt, params, request_id)
 
     def _request(self, command: AddRequest) -> Request:
-        numbers = [next(self._numbers) for _ in range(command.params.n)]
-        grammars = self._grammars if command.params.form else None
-        return Request(command, numbers, self.config, self.tokenizer, grammars)
-
-    @functools.cached_property
-    def _grammars(self) -> Grammars:
-        if self.tokenizer is None:
-            raise ValueError("structured_outputs needs the model's tokenizer, which is not there")
-        if jax.process_count() > 1:
-            raise ValueError("structured_outputs needs an engine of one process; this has several")
-        return Grammars(self.tokenizer, self.vocab_size, self._eos_token_ids)
+        return self._maker.make(command)
 
     def _check_usable(self) -> None:
         self._thread.check_usable()

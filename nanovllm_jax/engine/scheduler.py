@@ -186,7 +186,7 @@ class Scheduler:
             seq.in_flight -= 1
             if seq.matcher:
                 seq.error = seq.matcher.advance(token_id)
-            seq.finish_reason = "error" if seq.error else self._end_of(seq, token_id)
+            seq.finish_reason = "error" if seq.error else seq.end_with(token_id, self.eos_token_ids)
             seq.token_ids.append(token_id)  # second: whoever reads a last token reads the reason
             self.pools[seq.shard].cache_full_blocks(seq)
             if seq.finish_reason:
@@ -367,19 +367,6 @@ class Scheduler:
         seq.in_flight += yields_token if batch.is_prefill else length
         # Readers may be in this very step: every layer writes keys and values before it attends.
         self.pools[seq.shard].cache_full_blocks(seq)
-
-    def _end_of(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Why a sequence ends with the token that comes next, if so; notes its `stop_reason`."""
-        params, reason = seq.params, None
-        if token_id in self.eos_token_ids and not params.ignore_eos:
-            reason = "stop"
-        elif params.stop_token_ids and token_id in params.stop_token_ids:
-            seq.stop_reason, reason = token_id, "stop"
-        elif seq.num_completion_tokens + 1 >= seq.max_tokens:
-            reason = "length"
-        if seq.find_stop_string and (found := seq.find_stop_string(token_id, reason)) is not None:
-            seq.stop_reason, reason = found, "stop"
-        return reason
 
     def _release(self, seq: Sequence) -> None:
         """Take a sequence out of its queue, and from it what it holds."""

@@ -1,6 +1,6 @@
 """Sequence: the state of one completion's tokens, from its arrival to its end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -93,6 +93,23 @@ class Sequence:
         """
         wanted = self.params.prompt_logprobs is not None and self.index == 0
         return wanted and len(self.prompt_scores) < self.num_prompt_tokens - 1
+
+    def end_with(self, token_id: int, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Why the completion ends with the token that comes next, if it does.
+
+        It shows `find_stop_string` the token, so it is called once for each, before the token is
+        appended; and it notes the `stop_reason`.
+        """
+        params, reason = self.params, None
+        if token_id in eos_token_ids and not params.ignore_eos:
+            reason = "stop"
+        elif params.stop_token_ids and token_id in params.stop_token_ids:
+            self.stop_reason, reason = token_id, "stop"
+        elif self.num_completion_tokens + 1 >= self.max_tokens:
+            reason = "length"
+        if self.find_stop_string and (found := self.find_stop_string(token_id, reason)) is not None:
+            self.stop_reason, reason = found, "stop"
+        return reason
 
     @property
     def num_wanted(self) -> int:

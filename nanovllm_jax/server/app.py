@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
-from nanovllm_jax import LLM, __version__
+from nanovllm_jax import __version__
 from nanovllm_jax.engine.prompts import encode, encode_chat
 from nanovllm_jax.recommended import recommended_sampling
-from nanovllm_jax.server.async_engine import AsyncEngine, EngineFault, QueueFull
+from nanovllm_jax.server.async_engine import AsyncEngine, Engine, EngineFault, QueueFull
 from nanovllm_jax.server.chat import ChatReply
 from nanovllm_jax.server.completions import TextReply
 from nanovllm_jax.server.metrics import Metrics
@@ -78,7 +78,7 @@ class ErrorReply(BaseModel):
 
 
 def make_app(
-    llm: LLM, options: ServerOptions, on_fault: Callable[[], None] = lambda: None
+    llm: Engine, options: ServerOptions, on_fault: Callable[[], None] = lambda: None
 ) -> FastAPI:
     """The application around an engine, which the caller keeps and ends.
 
@@ -200,13 +200,13 @@ def make_app(
     return app
 
 
-def _tokenizer(llm: LLM):
+def _tokenizer(llm: Engine):
     if llm.tokenizer is None:
         raise RequestError("the model has no tokenizer", status=404)
     return llm.tokenizer
 
 
-def _tokenized(llm: LLM, body: TokenizeRequest) -> list[int]:
+def _tokenized(llm: Engine, body: TokenizeRequest) -> list[int]:
     tokenizer = _tokenizer(llm)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("send either prompt or messages", "prompt")

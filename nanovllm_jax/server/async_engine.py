@@ -1,7 +1,7 @@
 """AsyncEngine: an engine's requests for asyncio.
 
-The engine's thread calls `_ring` after each round, which wakes the event loop at most once for all
-requests. Nothing is polled, and no request has a thread or a task of its own.
+The engine calls `_ring` after each round, in a thread of its own, which wakes the event loop at
+most once for all requests. Nothing is polled, and no request has a thread or a task of its own.
 """
 
 import asyncio
@@ -9,9 +9,14 @@ import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-from nanovllm_jax import LLM, SamplingParams
+from transformers import PreTrainedTokenizerBase
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.commands import RequestId
+from nanovllm_jax.engine.llm_engine import EngineStats
 from nanovllm_jax.engine.owner import Listener
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.request import Request
@@ -26,6 +31,35 @@ log = logging.getLogger("nanovllm_jax")
 ENDS = "the server ends"
 
 T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What a server needs: an `LLM`, or an engine in another process."""
+
+    config: EngineConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine takes no more requests."""
+        ...
+
+    def start(self, prompt: Prompt, params: SamplingParams, listener: Listener, /) -> Request:
+        """Queue a request of a listener, and return it; TypeError or ValueError if it is wrong."""
+        ...
+
+    def end(self, request_ids: list[RequestId], /) -> None:
+        """End those of the requests that have not ended, soon, and return at once."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """How much the engine has to do, and has done."""
+        ...
 
 
 class QueueFull(Exception):
@@ -52,14 +86,14 @@ class News(NamedTuple):
 
 
 class AsyncEngine:
-    """Runs requests of an event loop on an `LLM`.
+    """Runs requests of an event loop.
 
     Args:
         max_waiting: completions that may wait for a place among the engine's `max_num_seqs`.
         on_fault: is called once, when the engine has failed.
     """
 
-    def __init__(self, llm: LLM, max_waiting: int, on_fault: Callable[[], None] = lambda: None):
+    def __init__(self, llm: Engine, max_waiting: int, on_fault: Callable[[], None] = lambda: None):
         self.llm, self._on_fault = llm, on_fault
         self.most = llm.config.max_num_seqs + max_waiting
         self.fault: BaseException | None = None  # what ended the engine's work
@@ -77,7 +111,7 @@ class AsyncEngine:
     def failure(self) -> BaseException | None:
         """What has ended the engine's work, if anything has."""
         if not self.fault and self.llm.has_ended:  # between two rounds, where no listener is told
-            self._fail(RuntimeError("the engine's thread has ended"))
+            self._fail(RuntimeError("the engine has ended"))
         return self.fault
 
     def group(self, size: int) -> "Group":

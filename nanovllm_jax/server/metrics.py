@@ -15,9 +15,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from nanovllm_jax import LLM
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.outputs import CompletionOutput
+from nanovllm_jax.server.async_engine import Engine
 
 # Upper bounds of the histograms' buckets, in seconds.
 FIRST_TOKEN = (
@@ -36,7 +36,7 @@ class Metrics:
         model: the label of all values.
     """
 
-    def __init__(self, llm: LLM, model: str):
+    def __init__(self, llm: Engine, model: str):
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(llm, model))
 
@@ -129,7 +129,7 @@ class Observed:
 class _EngineCollector(Collector):
     """The engine's own numbers, read when they are asked for."""
 
-    def __init__(self, llm: LLM, model: str):
+    def __init__(self, llm: Engine, model: str):
         self._llm, self._model = llm, model
 
     def collect(self):

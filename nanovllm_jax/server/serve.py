@@ -3,12 +3,10 @@
 import argparse
 import asyncio
 import contextlib
-import gc
 import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 CPU_MAX_NUM_SEQS = 8
 # Tokens of a step on a GPU while prompts wait, those of requests that decode among them.
 CHUNK = 2048
-SWITCH_INTERVAL = 0.0005  # Seconds that a thread of Python keeps another waiting; 0.005 is usual.
 
 # Seconds that clients have to take the errors of requests that were cut off at the server's end.
 FAREWELL = 2
@@ -38,14 +35,14 @@ def main(argv: Sequence[str]) -> int:
         import uvicorn
 
         from nanovllm_jax.server.app import make_app
+        from nanovllm_jax.server.engine_process import EngineProcess
+        from nanovllm_jax.server.threads import keep_threads_short_of_waiting
     except ImportError as error:
         raise UsageError(f'serve needs {error.name}: pip install "nanovllm-jax[server]"') from error
     _check_free(args.host, args.port)
     with refusals(*options.ENGINE_ERRORS):
         given = completed(options.engine_options(args), args.model)
-        from nanovllm_jax import LLM
-
-        llm = LLM(str(args.model), **given)
+        engine = EngineProcess(args.model, **given)
     log.setLevel(logging.INFO)
     warn_of_strangers(args)
     server: uvicorn.Server
@@ -53,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     def stop() -> None:
         server.should_exit = True
 
-    app = make_app(llm, server_options(args), on_fault=stop)
+    app = make_app(engine, server_options(args), on_fault=stop)
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=args.shutdown_timeout + FAREWELL, timeout_keep_alive=75,
@@ -62,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     # Its own handlers end the process by the signal, after everything has been done.
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     keep_threads_short_of_waiting()
-    with llm:
+    with engine:
         asyncio.run(_serve(server, args.host, args.shutdown_timeout))
         failed = not server.started or app.state.service.engine.fault is not None
     return int(failed)
@@ -77,18 +74,6 @@ def completed(given: dict[str, Any], model: Path) -> dict[str, Any]:
         return options.small_steps(model, given, CPU_MAX_NUM_SEQS)
     most = given.get("max_num_batched_tokens", EngineConfig.max_num_batched_tokens)
     return {"enable_mixed_chunk": True, "chunked_prefill_size": min(CHUNK, most)} | given
-
-
-def keep_threads_short_of_waiting() -> None:
-    """Set Python up for an engine's thread beside a busy event loop; for the whole process.
-
-    A full garbage collection looks at every object that JAX and the model's files have left, which
-    holds all streams up for half a second; frozen ones are looked at no more. And a thread that
-    wants Python back after a call of the device waits for the other one's switch interval.
-    """
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(SWITCH_INTERVAL)
 
 
 async def _serve(server, host: str, drain: float) -> None:
