@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from pallas_kernels import make_mailboxes, one_shot_all_reduce, one_shot_all_reduce_norm
 
 MOST = 1 << 19  # words of the largest sum, as in nanovllm_jax/layers/collectives.py
-CALLS = 100
+LOOPS, CALLS = 8, 16  # chains of so many sums in a loop
 SHAPES = [(1, 1024), (1, 4096), (16, 1024), (16, 4096), (16, 5120), (64, 4096), (128, 4096)]
 
 
@@ -46,14 +46,15 @@ def measure(add, mesh: Mesh, shape: tuple[int, int], mailboxes, repeats: int) ->
     """The median seconds of one sum of [rows, hidden size]."""
 
     def chain(x, address):
-        # Each GPU's own part; the norm's weight, or dividing, keeps the numbers small.
-        part = x * (1 + lax.axis_index("tensor")).astype(x.dtype)
+        part = x * (1 + lax.axis_index("tensor")).astype(x.dtype)  # each GPU's own
         weight = jnp.ones((1, shape[1]), x.dtype)
 
         def body(_, total):
-            return add(total * 0.125, part, weight, address)
+            for _ in range(CALLS):  # which grow by the number of GPUs each
+                total = add(total, part, weight, address)
+            return total * float(mesh.size) ** -CALLS
 
-        return lax.fori_loop(0, CALLS, body, part)
+        return lax.fori_loop(0, LOOPS, body, part)
 
     parts = PartitionSpec("tensor")
     run = jax.jit(
@@ -69,7 +70,7 @@ def measure(add, mesh: Mesh, shape: tuple[int, int], mailboxes, repeats: int) ->
         seconds.append(time.perf_counter() - start)
     if not bool(jnp.isfinite(out).all()):
         raise FloatingPointError(f"{add.__name__} {shape}: the output is not finite")
-    return statistics.median(seconds[2:]) / CALLS
+    return statistics.median(seconds[2:]) / (LOOPS * CALLS)
 
 
 def main():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -17,6 +18,7 @@ from nanovllm_jax.server.engine_process import EngineProcess
 from nanovllm_jax.tools.options import DEMO_MODEL
 
 SMALL = {"max_num_seqs": 2, "max_model_len": 512, "num_kvcache_blocks": 4, "enforce_eager": True}
+ROOT = Path(__file__).parents[1]
 LONG = SamplingParams(max_tokens=500, ignore_eos=True)
 
 
@@ -105,7 +107,7 @@ def test_it_ends_with_its_server_which_touches_no_device(tmp_path):
     """JAX would take most of a GPU's memory for the server, which needs none."""
     program = tmp_path / "server.py"
     program.write_text(SERVER_DIES)
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(program), str(DEMO_MODEL)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     pid, touched = ended.stdout.split()

@@ -46,6 +46,15 @@ def test_a_server_on_a_gpu_computes_prompts_beside_what_decodes(monkeypatch, che
     assert args.enable_mixed_chunk is False
 
 
+def test_the_key_may_come_from_the_environment(monkeypatch):
+    """The command line of a process is there to read for every user of the machine."""
+    monkeypatch.delenv(serve.KEY, raising=False)
+    assert serve.parse([]).api_key is None
+    monkeypatch.setenv(serve.KEY, "secret")
+    assert serve.parse([]).api_key == "secret"
+    assert serve.parse(["--api-key", "other"]).api_key == "other"
+
+
 # The command line, with an engine whose thirtieth step fails: its process runs this, too.
 FAULTY = """
 from nanovllm_jax.__main__ import entry

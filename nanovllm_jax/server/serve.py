@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ CPU_MAX_NUM_SEQS = 8
 # Tokens of a step on a GPU while prompts wait, those of requests that decode among them.
 CHUNK = 2048
 
+KEY = "NANOVLLM_JAX_API_KEY"  # The environment variable of the clients' key.
 # Seconds that clients have to take the errors of requests that were cut off at the server's end.
 FAREWELL = 2
 
@@ -138,7 +140,8 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, default=options.DEMO_MODEL, metavar="DIR", help=model)
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0 takes any that is free (default: %(default)s)")
-    add("--api-key", metavar="KEY", help="what clients must send; default: nothing")
+    key = f"what clients must send (default: ${KEY}, which other users of the machine cannot see)"
+    add("--api-key", metavar="KEY", default=os.environ.get(KEY), help=key)
     name = "the model's name for clients (default: its directory's)"
     add("--served-model-name", metavar="NAME", help=name)
     waiting = "completions that may wait beside those that run; more get status 429"
