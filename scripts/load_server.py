@@ -331,18 +331,16 @@ def children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def served(
-    *options: str, program: Sequence[str] = ("-m", "nanovllm_jax", "serve")
-) -> Iterator[tuple[subprocess.Popen, str]]:
+def served(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """Serve the demo model in another process; give it and its address, and kill it in the end.
 
     Args:
         options: of the command line.
-        program: what Python runs.
     """
-    command = [sys.executable, *program, "--port", "0", *options]
+    command = [sys.executable, "-m", "nanovllm_jax", "serve", "--port", "0", *options]
     root = Path(__file__).parents[1]
-    env = os.environ | {"PYTHONPATH": str(root)}
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path}
     process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
     late = threading.Timer(START, process.kill)
     late.start()

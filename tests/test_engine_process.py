@@ -84,7 +84,7 @@ def test_signals_are_for_the_server(engine):
         heard.get(timeout=60)
     assert request.seqs[0].num_completion_tokens == 5
     engine.exit()
-    assert engine._process.exitcode == 0
+    assert engine._process.returncode == 0
 
 
 SERVER_DIES = """
@@ -94,12 +94,11 @@ from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.owner import Listener
 from nanovllm_jax.server.engine_process import EngineProcess
 
-if __name__ == "__main__":
-    small = dict(max_num_seqs=2, max_model_len=512, num_kvcache_blocks=4, enforce_eager=True)
-    engine = EngineProcess(sys.argv[1], **small)
-    engine.start("Once", SamplingParams(), Listener(lambda: None))
-    print(engine._process.pid, xla_bridge.backends_are_initialized(), flush=True)
-    os.kill(os.getpid(), 9)
+small = dict(max_num_seqs=2, max_model_len=512, num_kvcache_blocks=4, enforce_eager=True)
+engine = EngineProcess(sys.argv[1], **small)
+engine.start("Once", SamplingParams(), Listener(lambda: None))
+print(engine._process.pid, xla_bridge.backends_are_initialized(), flush=True)
+os.kill(os.getpid(), 9)
 """
 
 

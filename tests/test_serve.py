@@ -1,7 +1,9 @@
 """`nanovllm-jax serve` as a process: how it ends, by a signal and by a fault of the engine."""
 
 import asyncio
+import os
 import re
+import signal
 import socket
 
 import pytest
@@ -12,7 +14,15 @@ aiohttp = pytest.importorskip("aiohttp")
 from nanovllm_jax.engine import cuda_driver  # noqa: E402
 from nanovllm_jax.server import serve  # noqa: E402
 from nanovllm_jax.tools.options import UsageError  # noqa: E402
-from scripts.load_server import Ask, Client, Failed, main, served, stop_under_load  # noqa: E402
+from scripts.load_server import (  # noqa: E402
+    Ask,
+    Client,
+    Failed,
+    children,
+    main,
+    served,
+    stop_under_load,
+)
 
 SMALL = ("--max-num-seqs", "2", "--max-model-len", "512", "--num-kvcache-blocks", "4")
 SMALL += ("--enforce-eager",)  # starts soon
@@ -55,9 +65,8 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
     assert serve.parse(["--api-key", "other"]).api_key == "other"
 
 
-# The command line, with an engine whose thirtieth step fails: its process runs this, too.
+# What Python runs at its start: an engine's thirtieth step fails.
 FAULTY = """
-from nanovllm_jax.__main__ import entry
 from nanovllm_jax.engine.model_runner import ModelRunner
 
 works, left = ModelRunner.dispatch, 30
@@ -70,15 +79,13 @@ def dispatch(*args, **options):
     return works(*args, **options)
 
 ModelRunner.dispatch = dispatch
-if __name__ == "__main__":
-    entry()
 """
 
 
-def test_a_fault_of_the_engine_ends_the_server(tmp_path):
+def test_a_fault_of_the_engine_ends_the_server(tmp_path, monkeypatch):
     """Each request under way fails with status 500, and so does the process."""
-    program = tmp_path / "faulty.py"
-    program.write_text(FAULTY)
+    (tmp_path / "sitecustomize.py").write_text(FAULTY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     async def ask(url):
         client = Client(url)
@@ -87,10 +94,17 @@ def test_a_fault_of_the_engine_ends_the_server(tmp_path):
         )
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    with served(*SMALL, program=(str(program), "serve")) as (process, url):
+    with served(*SMALL) as (process, url):
         for error in asyncio.run(ask(url)):
             assert isinstance(error, Failed), error
             assert error.status == 500 and "no such device" in str(error)
+        assert process.wait(20) == 1
+
+
+def test_an_engine_that_dies_while_nothing_runs_ends_the_server():
+    with served(*SMALL) as (process, _):
+        for pid in children(process.pid):
+            os.kill(pid, signal.SIGKILL)
         assert process.wait(20) == 1
 
 

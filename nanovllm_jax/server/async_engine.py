@@ -1,7 +1,7 @@
 """AsyncEngine: an engine's requests for asyncio.
 
 The engine calls `_ring` after each round, in a thread of its own, which wakes the event loop at
-most once for all requests. Nothing is polled, and no request has a thread or a task of its own.
+most once for all requests. No request is polled, or has a thread or a task of its own.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ TOKENIZER_THREADS = 2
 log = logging.getLogger("nanovllm_jax")
 
 ENDS = "the server ends"
+WATCH_S = 1.0  # Seconds between two looks at an engine that may have ended without a request.
 
 T = TypeVar("T")
 
@@ -103,6 +104,7 @@ class AsyncEngine:
         self._listener = Listener(self._ring)
         self._has_rung = False
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
+        self._timer = self._loop.call_later(WATCH_S, self._watch)
 
     async def in_thread(self, work: Callable[..., T], *args: object) -> T:
         """Call a function in one of the tokenizers' threads."""
@@ -113,6 +115,10 @@ class AsyncEngine:
         if not self.fault and self.llm.has_ended:  # between two rounds, where no listener is told
             self._fail(RuntimeError("the engine has ended"))
         return self.fault
+
+    def _watch(self) -> None:
+        if not self.failure():
+            self._timer = self._loop.call_later(WATCH_S, self._watch)
 
     def group(self, size: int) -> "Group":
         """A place for the requests that one reader waits for, with `size` completions in all.
@@ -162,6 +168,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """End the threads."""
+        self._timer.cancel()
         self._tokenizers.shutdown(wait=False, cancel_futures=True)
 
 

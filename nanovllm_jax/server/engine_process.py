@@ -5,9 +5,11 @@ the tokens of the reports; text, scores and stop strings are made of them as the
 """
 
 import contextlib
-import multiprocessing
-import multiprocessing.util
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -22,11 +24,12 @@ from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.request import Request
 from nanovllm_jax.engine.request_maker import Limits, RequestMaker
 from nanovllm_jax.engine.sequence import Sequence, Status
-from nanovllm_jax.server import worker
 from nanovllm_jax.server.worker import Progress, Refused, Report
 from nanovllm_jax.tokenizer import load_tokenizer
 
 DEADLINE_S = 20.0  # Seconds that the process has to free the device before it is killed.
+START = "import sys; from nanovllm_jax.server import worker; worker.main(int(sys.argv[1]))"
+PACKAGES = Path(__file__).parents[2]  # the folder that nanovllm_jax is in
 
 
 class Copy(NamedTuple):
@@ -49,22 +52,21 @@ class EngineProcess:
     """
 
     def __init__(self, model: str | Path, **options: Any):
-        # A fork would share the state of this process's threads, which does not work.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=worker.run, args=(theirs, str(model), options), name="engine", daemon=True
-        )
-        self._process.start()
-        theirs.close()  # or else its end would never be seen here
-        # Before Python ends daemons by SIGTERM, which this one ignores.
-        self._close = multiprocessing.util.Finalize(
-            self, _close, (self._connection, self._process), exitpriority=1
-        )
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        with theirs:  # and close it here, or else its end would never be seen
+            path = os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", START, str(theirs.fileno())],
+                env=os.environ | {"PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
         try:
-            limits: Limits = self._first_word()
+            limits = self._started(str(model), options)
         except BaseException:
             self._process.kill()
+            self._process.wait()
             raise
         self.config = limits.config
         self.tokenizer = load_tokenizer(Path(self.config.model))
@@ -106,7 +108,13 @@ class EngineProcess:
 
     def exit(self) -> None:
         """End the engine and its process. May be called twice."""
-        self._close()
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.send(Exit())
+        try:
+            self._process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def __enter__(self) -> "EngineProcess":
         return self
@@ -114,10 +122,12 @@ class EngineProcess:
     def __exit__(self, *exc_info) -> None:
         self.exit()
 
-    def _first_word(self) -> Limits:
+    def _started(self, model: str, options: dict[str, Any]) -> Limits:
+        """Tell the process what to start, and wait for its word."""
         try:
-            word = self._connection.recv()
-        except EOFError:
+            self._connection.send((model, options))
+            word: Limits | Refused = self._connection.recv()
+        except (EOFError, OSError):
             raise self._end() from None
         if isinstance(word, Refused):
             raise word.error
@@ -133,8 +143,9 @@ class EngineProcess:
             raise self._end() from None
 
     def _end(self) -> RuntimeError:
-        self._process.join(DEADLINE_S)
-        return RuntimeError(f"the engine's process has ended, status {self._process.exitcode}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(DEADLINE_S)
+        return RuntimeError(f"the engine's process has ended, status {self._process.returncode}")
 
     def _listen(self) -> None:
         """Take reports, until the process has ended."""
@@ -177,12 +188,3 @@ class EngineProcess:
         for listener in listeners:
             listener.failure = failure or listener.failure
             listener.tell(Round(0, time.perf_counter()))
-
-
-def _close(connection: Connection, process: Any) -> None:
-    with contextlib.suppress(OSError):  # it has ended already
-        connection.send(Exit())
-    process.join(DEADLINE_S)
-    if process.is_alive():
-        process.kill()
-        process.join()

@@ -4,6 +4,7 @@ The server beside it turns tokens into text, JSON and events, which keeps a core
 one process take turns in Python: an engine in the server's process would wait at every step.
 """
 
+import contextlib
 import pickle
 import signal
 import threading
@@ -54,13 +55,20 @@ class Refused(NamedTuple):
     error: Exception
 
 
-def run(connection: Connection, model: str, options: dict[str, Any]) -> None:
-    """Run an engine for the process at the connection's other end, until that one says `Exit`.
+def main(handle: int) -> None:
+    """Run an engine for the process at a socket's other end, until that one says `Exit` or ends.
 
-    What it sends first is the engine's `Limits`, or `Refused`; then `Report`s.
+    It is told the model and the engine's options, and answers with the engine's `Limits`, or
+    `Refused`; then it takes commands, and sends `Report`s.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # the server decides when this process ends
         signal.signal(number, signal.SIG_IGN)
+    connection = Connection(handle)
+    with contextlib.suppress(EOFError, OSError):  # the server has ended first
+        _run(connection, *connection.recv())
+
+
+def _run(connection: Connection, model: str, options: dict[str, Any]) -> None:
     try:
         llm = LLM(model, **options)
     except Exception as error:
@@ -100,10 +108,7 @@ class _Worker:
     def run(self) -> None:
         """Take commands, until the last one or the end of the process that sends them."""
         threading.Thread(target=self._send, name="reports", daemon=True).start()
-        try:
-            while self._carries_out(self._connection.recv()):
-                pass
-        except (EOFError, OSError):
+        while self._carries_out(self._connection.recv()):
             pass
 
     def _carries_out(self, command: commands.Command) -> bool:
