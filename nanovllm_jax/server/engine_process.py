@@ -108,8 +108,8 @@ class EngineProcess:
 
     def exit(self) -> None:
         """End the engine and its process. May be called twice."""
-        with contextlib.suppress(OSError):  # it has ended already
-            self._connection.send(Exit())
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._send(Exit())
         try:
             self._process.wait(DEADLINE_S)
         except subprocess.TimeoutExpired:

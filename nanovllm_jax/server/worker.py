@@ -103,7 +103,7 @@ class _Worker:
         self._listener = Listener(self._report)
         self._told: dict[int, _Told] = {}  # by the sequence's number
         self._stats: EngineStats | None = None
-        self._reports: SimpleQueue[Report | None] = SimpleQueue()
+        self._reports: SimpleQueue[Report] = SimpleQueue()
 
     def run(self) -> None:
         """Take commands, until the last one or the end of the process that sends them."""
@@ -141,11 +141,10 @@ class _Worker:
 
     def _send(self) -> None:
         """Send reports. Where the server is slow they wait here, and the engine goes on."""
-        while report := self._reports.get():
-            try:
-                self._connection.send_bytes(pickle.dumps(report, pickle.HIGHEST_PROTOCOL))
-            except OSError:  # nobody is there to read
-                return
+        with contextlib.suppress(OSError):  # nobody is there to read
+            while True:
+                report = pickle.dumps(self._reports.get(), pickle.HIGHEST_PROTOCOL)
+                self._connection.send_bytes(report)
 
 
 def _progress(seq: Sequence, told: _Told) -> Progress | None:
