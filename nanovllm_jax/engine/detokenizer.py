@@ -32,7 +32,7 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = {"skip_special_tokens": skip_special_tokens}
-        # The same without conversions of arguments, which take three quarters of the time.
+        # What transformers' `decode` calls in the end. Its conversions on the way took 6 of 8.5 us.
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode_ids = tokenizer.decode if backend is None else backend.decode
         if backend is None:
