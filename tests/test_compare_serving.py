@@ -549,7 +549,7 @@ def test_a_server_that_fails_the_warm_up_is_not_measured(quick, tmp_path):
 
 
 def test_a_running_server_is_added_to_a_report_until_it_is_saturated(quick, tmp_path):
-    rates, log = ["--rates", "20,30"], tmp_path / "x.log"
+    rates, log = ["--rates", "20,30,40"], tmp_path / "x.log"
     results.append(
         tmp_path / "out.jsonl", *main.prepare(main.parse([*quick, *rates]))[:2], kinds=records.KINDS
     )
@@ -567,9 +567,10 @@ def test_a_running_server_is_added_to_a_report_until_it_is_saturated(quick, tmp_
         (tmp_path / "tight.jsonl").replace(tmp_path / "out.jsonl")
         with pytest.raises(UsageError, match="has results of b already"):
             main.main(tight)
-    [point] = found(tmp_path, Point)  # there is none at the higher rate
-    assert point.is_saturated
-    assert not point.failures  # each process has had its share of the requests
+    points = found(tmp_path, Point)
+    assert [point.rate for point in points] == [20.0, 30.0]  # the second confirms the first
+    assert all(point.is_saturated for point in points)
+    assert not points[0].failures  # each process has had its share of the requests
     [started] = found(tmp_path, Started)
     assert started.start_s is None
     assert "ran already at http://127.0.0.1" in (tmp_path / "tight.md").read_text()

@@ -58,8 +58,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="put DIR before PYTHONPATH for that server alone")
     add("--api-key", metavar="KEY", help="what the servers want to be sent")
     add("--rates", type=_numbers, metavar="R[,R...]",
-        help="requests a second; a server that is saturated gets no higher one (default: by the "
-        "device)")
+        help="requests a second; a server that is saturated at two in a row gets no higher one "
+        "(default: by the device)")
     add("--seconds", type=float, default=20.0, help="time of arrivals at a rate (default: 20)")
     add("--drain", type=float, default=10.0, metavar="SECONDS",
         help="time after it in which what is under way may finish (default: 10)")

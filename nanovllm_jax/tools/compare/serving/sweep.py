@@ -1,4 +1,4 @@
-"""Sweep servers: start one, warm it up, and raise the rate until it is saturated."""
+"""Sweep servers: start one, warm it up, and raise the rate until it is saturated for good."""
 
 import argparse
 import sys
@@ -24,6 +24,9 @@ from nanovllm_jax.tools.compare.serving.servers import KNOWN, Running, Server, S
 WARM_UP_SEED = 12345
 WARM_UP = 64  # requests, all at once
 WARM_UP_S = 300.0  # seconds that they may take: a server may compile
+# Saturation at one rate may be chance, and its queue has only begun to grow: the next rate confirms
+# it, and shows what the server does with a full queue.
+ENOUGH = 2
 
 
 def summary(found: Point) -> str:
@@ -76,7 +79,7 @@ class Sweeper:
             self.emit(ServerFailure(server.name, str(error)))
 
     def _sweep(self, server: Server, python_path: str | None) -> None:
-        """Start a server, warm it up, and raise the rate until it is saturated."""
+        """Start a server, warm it up, and raise the rate until it is saturated twice in a row."""
         settings, args = self._settings, self._args
         print(f"{server.name}: starting" if server.command else f"{server.name}: {server.url}")
         values = {
@@ -94,12 +97,14 @@ class Sweeper:
                         there.version)
             )  # fmt: skip
             self._warm_up(server, there)
+            in_a_row = 0  # rates at which it is saturated
             for rate in settings.rates:
                 found = self._point(server, there, rate)
                 self.emit(found)
                 print(" ", summary(found), flush=True)
                 there.check()
-                if found.is_saturated:
+                in_a_row = in_a_row + 1 if found.is_saturated else 0
+                if in_a_row == ENOUGH:
                     break
 
     def _load(self, server: Server, rate: float, seed: int) -> list[Request]:
