@@ -88,7 +88,9 @@ class Machine:
             code = parse(snippet_of(number))
             groups = [[self._thread(gpu, code, regs) for regs in program] for program in programs]
             waiting = [0] * len(groups)
-            threads = [(group, thread) for group, members in enumerate(groups) for thread in members]
+            threads = [
+                (group, thread) for group, members in enumerate(groups) for thread in members
+            ]
             while threads:
                 place = self.random.randrange(len(threads))
                 group, thread = threads[place]

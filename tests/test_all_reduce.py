@@ -260,7 +260,9 @@ def play(monkeypatch, seed, peers, crossings, change=lambda snippet: snippet):
         machine.words(machine.address(gpu), 2 * peers)[:] = table.view(np.uint32)
     shapes = [(4, 8, 8), (2, 32, 32), (2, 40, 64), (1, 8, 8), (3, 16, 16)]  # programs, words, block
     calls = [
-        Call(rng, peers, *shapes[rng.integers(len(shapes))], [SUM, SUM, MAX][rng.integers(3)], either)
+        Call(
+            rng, peers, *shapes[rng.integers(len(shapes))], [SUM, SUM, MAX][rng.integers(3)], either
+        )
         for either in crossings
     ]
 
