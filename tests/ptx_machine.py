@@ -26,9 +26,9 @@ def parse(snippet: str) -> tuple[list[tuple], dict[str, int]]:
             statement = statement[match.end() :]
         if not statement.strip():
             continue
-        guard, opcode, rest = re.fullmatch(
-            r"\s*(@!?\w+)?\s*([\w.]+)\s*(.*?)\s*", statement, re.S
-        ).groups()
+        match = re.fullmatch(r"\s*(@!?\w+)?\s*([\w.]+)\s*(.*?)\s*", statement, re.DOTALL)
+        assert match, statement
+        guard, opcode, rest = match.groups()
         code.append((guard, opcode, re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)))
     return code, labels
 

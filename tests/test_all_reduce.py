@@ -1,4 +1,7 @@
-"""The one-shot all-reduce as far as a CPU goes: mailboxes, sizes, lowering. (tests/gpu runs it.)"""
+"""The engine's all-reduce as far as a CPU goes: mailboxes, sizes, lowering, and its PTX simulated.
+
+(tests/gpu runs it.)
+"""
 
 import functools
 import re
@@ -95,9 +98,9 @@ def test_what_fits_with_a_norm(shape, dtype, fits):
     assert supports_one_shot_norm(shape, jnp.dtype(dtype), MOST) == fits
 
 
-def lowered(function, *shapes):
-    """The text of a function of two devices' parts, lowered for GPUs."""
-    mesh = h100_mesh(tensor=2)
+def lowered(function, *shapes, gpus=2):
+    """The text of a function of several devices' parts, lowered for GPUs."""
+    mesh = h100_mesh(tensor=gpus)
     specs = (PartitionSpec(),) * (len(shapes) - 1) + (PartitionSpec("tensor"),)
     run = jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
@@ -134,6 +137,20 @@ def test_the_one_with_a_norm_lowers_for_a_gpu(width):
     assert kernels_in(text) == ["one_shot_all_reduce_norm"] and 'all_reduce"(' not in text
     with pytest.raises(ValueError, match="rows of up to 8192 numbers in bfloat16, a multiple"):
         lowered(add, shape(9, width), shape(9, width), layers, layer, ADDRESSES)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rows", "name"), [(2, 256, "one"), (4, 16, "one"), (4, 32, "two")]
+)
+def test_large_sums_over_four_gpus_cross_the_link_twice(gpus, rows, name):
+    x, weight, layer = shape(rows, 4096), shape(3, 4096), shape(dtype=jnp.int32)
+    addresses, options = shape(gpus, 2, dtype=jnp.int32), {"axis": "tensor", "max_words": 1 << 20}
+    add = functools.partial(one_shot_all_reduce, **options)
+    text = lowered(add, x, x, addresses, gpus=gpus)
+    assert kernels_in(text) == [f"{name}_shot_all_reduce"]
+    add = functools.partial(one_shot_all_reduce_norm, **options, eps=1e-6)
+    text = lowered(add, x, x, weight, layer, addresses, gpus=gpus)
+    assert kernels_in(text) == [f"{name}_shot_all_reduce_norm"]
 
 
 def test_too_much_is_refused():
@@ -249,7 +266,7 @@ class Call:
             assert got == list(expected), (gpu, program, column)
 
 
-def play(monkeypatch, seed, peers, crossings, change=lambda snippet: snippet):
+def play(monkeypatch, seed, peers, crossings):
     """Run a few calls of changing shapes one after the other, and compare every word."""
     monkeypatch.setattr(_exchange, "MAX_BLOCK", SLOT)
     monkeypatch.setattr(_exchange, "WARP_WORDS", WARP)
@@ -258,17 +275,16 @@ def play(monkeypatch, seed, peers, crossings, change=lambda snippet: snippet):
     for gpu in range(peers):
         table = np.array([machine.address(peer) for peer in range(peers)], np.uint64)
         machine.words(machine.address(gpu), 2 * peers)[:] = table.view(np.uint32)
-    shapes = [(4, 8, 8), (2, 32, 32), (2, 40, 64), (1, 8, 8), (3, 16, 16)]  # programs, words, block
-    calls = [
-        Call(
-            rng, peers, *shapes[rng.integers(len(shapes))], [SUM, SUM, MAX][rng.integers(3)], either
-        )
-        for either in crossings
-    ]
+    # Programs, the words of each, and the block that they are padded to.
+    shapes = [(4, 8, 8), (2, 32, 32), (2, 40, 64), (1, 8, 8), (3, 16, 16)]
+    calls = []
+    for either in crossings:
+        shape, combine = shapes[rng.integers(len(shapes))], [SUM, SUM, MAX][rng.integers(3)]
+        calls.append(Call(rng, peers, *shape, combine, either))
 
     def snippet_of(number):
         call = calls[number]
-        return change(exchange(layout, call.combine, call.block, crossings=call.crossings))
+        return exchange(layout, call.combine, call.block, crossings=call.crossings)
 
     queues = [[call.programs(machine, gpu) for call in calls] for gpu in range(peers)]
     machine.run(queues, snippet_of)

@@ -133,7 +133,7 @@ def test_sum_with_norm(mesh, mailboxes, shape, crossings):
 
 
 def test_sums_with_and_without_norm_share_the_mailboxes(mesh, mailboxes):
-    """Slots, blocks, halves of the mailboxes and crossings alternate in a loop, and in its calls."""
+    """Slots, blocks, crossings and the mailboxes' halves alternate in a loop, and in its calls."""
     shapes = [(16, 1024), (5, 5120), (2, 2560), (64, 4096), (3, 5120)]
     parts = [draw(mesh, shape, i) for i, shape in enumerate(shapes)]
     weights = [jnp.ones((1, shape[1]), jnp.bfloat16) for shape in shapes]
