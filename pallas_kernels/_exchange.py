@@ -26,6 +26,9 @@ every peer. A peer sends such words only after its kernel of the call before has
 all its reading. So whoever has ended call k + 1, and begins call k + 2, knows that all have ended
 call k. A fast GPU may be one call ahead of a slow one, never two, and this holds for each slot
 alone, however calls of one and of two crossings, and of different sizes, follow each other.
+
+**More programs than a GPU has room for** are started in their order, as the ones before them end.
+So the first one that has not ended everywhere has been started everywhere, and finds its peers.
 """
 
 from collections.abc import Callable
