@@ -1,28 +1,18 @@
 """Small sums and maxima over the GPUs of one process, in one kernel that writes to peers' memory.
 
-In this "one-shot" all-reduce every GPU sends its part to all others and combines what arrives: it
-takes one crossing of the link. Beside its operands it needs a *mailbox* on each GPU, whose address
-the others know:
-
-    addresses [peers]                      the peers' mailboxes, 8 bytes each
-    calls     [slots]                      how often each slot has been used
-    data      [2, peers, slots, block]     this call's words and the last one's: a fast GPU may be
-                                           one call ahead of a slow one, never two
-
-A program sends its block of words to the same program on every GPU, each word beside the number of
-the call, and reads its mailbox until it finds that number beside every word. (NCCL calls this
-protocol LL.) A pair of words arrives as one, so there is nothing else to wait for. A program uses
-one slot of the mailbox, or two next to each other if its block is that large. A peer whose words
-do not come within `_LIMIT_SECONDS` has failed: the program traps, and the GPU reports an error
-instead of spinning for ever.
+In a "one-shot" all-reduce every GPU sends its part to all others and combines what arrives: it
+takes one crossing of the link. Large sums over more than two GPUs are faster in two crossings, in
+which each GPU combines its share and sends that to all; the results are the same bits. Beside its
+operands the kernel needs a *mailbox* on each GPU, whose address the others know. `_exchange.py` has
+the mailboxes' layout and what a program does with them.
 
 Mailboxes are reached by address, in inline PTX. XLA knows nothing of them; to XLA, and to its
-command buffers, the kernel is like any other.
+command buffers, the kernel is like any other. A peer whose words do not come within 20 seconds has
+failed: the program traps, and the GPU reports an error instead of spinning for ever.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,48 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-# Words of 4 bytes in a slot, and so per program at most; a thread loads four at a time. On two
-# H200s the small sums of decoding took 5.1 us (2 KiB) and 8.5 us (160 KiB) with 2,048, and 9.0 and
-# 9.8 us with 512. From 640 KiB on, 512 was faster: 10.0 against 11.1 us.
-_MAX_BLOCK = 2048
-# Words per program, at least: those of a warp.
-_MIN_BLOCK = 128
+from pallas_kernels._exchange import ADD, MAX, MAX_BLOCK, SUM, WARP_WORDS, Combine, Layout, exchange
+
 # Words in a row that one program takes whole, in order to norm it: those of 1,024 threads.
-_MAX_ROW = 2 * _MAX_BLOCK
-# Seconds that a program waits for its peers. They start together but for what delays a healthy GPU:
-# another queue, a module's first load.
-_LIMIT_SECONDS = 20
-# Rounds of waiting between two looks at the clock: some milliseconds. A healthy peer needs a few.
-_ROUNDS_PER_LOOK = 4096
-
-
-class Layout(NamedTuple):
-    """The byte offsets of a mailbox's parts."""
-
-    peers: int
-    max_words: int
-
-    @property
-    def slots(self) -> int:
-        return self.max_words // _MAX_BLOCK
-
-    @property
-    def calls(self) -> int:
-        return 8 * self.peers
-
-    @property
-    def data(self) -> int:
-        end = self.calls + 4 * self.slots
-        return end + -end % 128
-
-    @property
-    def size(self) -> int:
-        return self.data + 2 * self.peers * self.part
-
-    @property
-    def part(self) -> int:
-        """The bytes of one peer's data, together with the numbers of the calls."""
-        return 8 * _MAX_BLOCK * self.slots
+_MAX_ROW = 2 * MAX_BLOCK
+# Bytes that a second crossing must save each GPU to be worth its latency. On four H100s every KiB
+# that a GPU sent in one crossing took about 10 ns, so that this many take the 4 us that a crossing
+# takes however small it is. Of sums over four GPUs it means those from 256 KiB on.
+_WORTH_A_CROSSING = 384 * 1024
+_NAMES = {1: "one_shot_all_reduce", 2: "two_shot_all_reduce"}  # of the kernels, by crossings
 
 
 class Mailboxes(NamedTuple):
@@ -89,12 +46,21 @@ class Mailboxes(NamedTuple):
 def supports_one_shot(shape: tuple[int, ...], dtype: DTypeLike, max_words: int) -> bool:
     """Whether `one_shot_all_reduce` takes an array of this shape."""
     words = math.prod(shape) // 2
-    divided = words % _MIN_BLOCK == 0 and words // _block(words) <= max_words // _MAX_BLOCK
+    divided = words % WARP_WORDS == 0 and words // _block(words) <= max_words // MAX_BLOCK
     return jnp.dtype(dtype) == jnp.bfloat16 and divided
 
 
+def _crossings(peers: int, num_bytes: int) -> int:
+    """How often an array of so many bytes should cross the link: once or twice.
+
+    A GPU sends n - 1 copies of it in one crossing, and 2 (n - 1) / n in two: with two GPUs as many.
+    """
+    saved = num_bytes * (peers - 1) * (peers - 2) // peers
+    return 2 if saved >= _WORTH_A_CROSSING else 1
+
+
 def _block(words: int) -> int:
-    return math.gcd(words, _MAX_BLOCK)
+    return math.gcd(words, MAX_BLOCK)
 
 
 def make_mailboxes(mesh: Mesh, axis: str, max_words: int) -> Mailboxes:
@@ -134,6 +100,8 @@ def one_shot_all_reduce(
     address: Int32[Array, "1 2"],
     axis: str,
     max_words: int,
+    *,
+    crossings: int | None = None,
 ) -> Float[Array, "M D"]:
     """Return residual + the sum of `x` over mesh axis `axis`; for use under `jax.shard_map`.
 
@@ -144,6 +112,7 @@ def one_shot_all_reduce(
         residual: the same array on every GPU of the axis.
         address: this GPU's shard of `Mailboxes.addresses`.
         max_words: as given to `make_mailboxes`.
+        crossings: of the link, 1 or 2; None: the faster for this size and number of GPUs.
 
     Raises:
         ValueError: `supports_one_shot` denies these shapes or this dtype.
@@ -151,9 +120,9 @@ def one_shot_all_reduce(
     if not supports_one_shot(x.shape, x.dtype, max_words) or residual.shape != x.shape:
         raise ValueError(
             f"one_shot_all_reduce takes up to {2 * max_words} numbers in bfloat16, a multiple of "
-            f"{2 * _MIN_BLOCK}, not {x.dtype}{x.shape} and a residual of {residual.shape}"
+            f"{2 * WARP_WORDS}, not {x.dtype}{x.shape} and a residual of {residual.shape}"
         )
-    out = _exchange(_SUM, _as_words(x), _as_words(residual), address, axis, max_words)
+    out = _exchange(SUM, _as_words(x), _as_words(residual), address, axis, max_words, crossings)
     return _as_bfloat16(out, x.shape)
 
 
@@ -167,7 +136,7 @@ def one_shot_max(
     """
     if keys.size > max_words:
         raise ValueError(f"one_shot_max takes up to {max_words // 2} keys, not {len(keys)}")
-    return _exchange_padded(_MAX, keys, address, axis, max_words)
+    return _exchange_padded(MAX, keys, address, axis, max_words)
 
 
 def one_shot_sum(
@@ -183,15 +152,15 @@ def one_shot_sum(
             f"one_shot_sum takes up to {max_words} numbers in float32, not {x.dtype}{x.shape}"
         )
     words = lax.bitcast_convert_type(x, jnp.int32)
-    out = _exchange_padded(_ADD, words, address, axis, max_words)
+    out = _exchange_padded(ADD, words, address, axis, max_words)
     return lax.bitcast_convert_type(out, jnp.float32)
 
 
-def _exchange_padded(combine: "Combine", x, address, axis: str, max_words: int):
+def _exchange_padded(combine: Combine, x, address, axis: str, max_words: int):
     """Combine an array of words of any shape, padded to as few programs as possible."""
-    padded = max(_MIN_BLOCK, pl.next_power_of_2(x.size))
-    if x.size > _MAX_BLOCK:
-        padded = pl.cdiv(x.size, _MAX_BLOCK) * _MAX_BLOCK
+    padded = max(WARP_WORDS, pl.next_power_of_2(x.size))
+    if x.size > MAX_BLOCK:
+        padded = pl.cdiv(x.size, MAX_BLOCK) * MAX_BLOCK
     words = jnp.pad(x.reshape(-1), (0, padded - x.size))
     out = _exchange(combine, words, words, address, axis, max_words)
     return out[: x.size].reshape(x.shape)
@@ -202,9 +171,9 @@ def supports_one_shot_norm(shape: tuple[int, ...], dtype: DTypeLike, max_words: 
     if len(shape) != 2 or jnp.dtype(dtype) != jnp.bfloat16:
         return False
     rows, words = shape[0], shape[1] // 2
-    slots = rows * pl.cdiv(words, _MAX_BLOCK)
+    slots = rows * pl.cdiv(words, MAX_BLOCK)
     return (
-        words <= _MAX_ROW and shape[1] % (2 * _MIN_BLOCK) == 0 and slots <= max_words // _MAX_BLOCK
+        words <= _MAX_ROW and shape[1] % (2 * WARP_WORDS) == 0 and slots <= max_words // MAX_BLOCK
     )
 
 
@@ -218,6 +187,7 @@ def one_shot_all_reduce_norm(
     max_words: int,
     *,
     eps: float,
+    crossings: int | None = None,
 ) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
     """Return what `one_shot_all_reduce` does, and the RMSNorm of that, in one kernel.
 
@@ -231,18 +201,20 @@ def one_shot_all_reduce_norm(
     if not supports_one_shot_norm(x.shape, x.dtype, max_words) or residual.shape != x.shape:
         raise ValueError(
             f"one_shot_all_reduce_norm takes rows of up to {2 * _MAX_ROW} numbers in bfloat16, a "
-            f"multiple of {2 * _MIN_BLOCK}, not {x.dtype}{x.shape} and a residual of "
+            f"multiple of {2 * WARP_WORDS}, not {x.dtype}{x.shape} and a residual of "
             f"{residual.shape}"
         )
     rows, words = x.shape[0], x.shape[1] // 2
     block = pl.next_power_of_2(words)
-    code = _ptx(Layout(lax.axis_size(axis), max_words), _SUM, block)
+    peers = lax.axis_size(axis)
+    crossings = crossings or _crossings(peers, 2 * x.size)
+    code = exchange(Layout(peers, max_words), SUM, block, crossings=crossings)
     out, normed = pl.pallas_call(
         functools.partial(_norm_kernel, words=words, block=block, code=code, eps=eps),
         grid=(rows,),
         out_shape=[jax.ShapeDtypeStruct((rows * words,), jnp.int32)] * 2,
         compiler_params=plgpu.CompilerParams(num_warps=block // 4 // 32, num_stages=1),
-        name="one_shot_all_reduce_norm",
+        name=f"{_NAMES[crossings]}_norm",
     )(
         _as_words(x), _as_words(residual), _as_words(weight), jnp.reshape(layer, 1),
         address.reshape(2), lax.axis_index(axis).reshape(1),
@@ -259,16 +231,18 @@ def _as_bfloat16(words: Int32[Array, " n"], shape: tuple[int, ...]) -> Float[Arr
     return lax.bitcast_convert_type(words, jnp.bfloat16).reshape(shape)
 
 
-def _exchange(combine: "Combine", x, residual, address, axis: str, max_words: int):
+def _exchange(combine: Combine, x, residual, address, axis: str, max_words: int, crossings=None):
     """Combine the words of `x` over an axis, and with `residual` if `combine` uses it."""
     block = _block(x.size)
-    code = _ptx(Layout(lax.axis_size(axis), max_words), combine, block)
+    peers = lax.axis_size(axis)
+    crossings = crossings or _crossings(peers, 4 * x.size)
+    code = exchange(Layout(peers, max_words), combine, block, crossings=crossings)
     return pl.pallas_call(
         functools.partial(_kernel, block=block, code=code),
         grid=(x.size // block,),
         out_shape=jax.ShapeDtypeStruct((x.size,), jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=block // 4 // 32, num_stages=1),
-        name="one_shot_all_reduce",
+        name=_NAMES[crossings],
     )(x, residual, address.reshape(2), lax.axis_index(axis).reshape(1))
 
 
@@ -319,8 +293,8 @@ def _rounded(x: Float[Array, " n"]) -> Float[Array, " n"]:
 def _run(code: str, x, residual, address_ref, me_ref, words: int, block: int):
     """Run the snippet in every thread once, on four of `block` words, of which `words` exist."""
     column = jnp.arange(block)
-    slots = pl.cdiv(block, _MAX_BLOCK)
-    slot = pl.program_id(0) * slots + column // _MAX_BLOCK
+    slots = pl.cdiv(block, MAX_BLOCK)
+    slot = pl.program_id(0) * slots + column // MAX_BLOCK
 
     def spread(scalar):
         return jnp.full((block,), scalar, jnp.int32)
@@ -328,7 +302,7 @@ def _run(code: str, x, residual, address_ref, me_ref, words: int, block: int):
     args = [
         x,
         residual,
-        slot * (8 * _MAX_BLOCK) + 4 * (column % _MAX_BLOCK),
+        slot * (8 * MAX_BLOCK) + 4 * (column % MAX_BLOCK),
         spread(address_ref[0]),
         spread(address_ref[1]),
         spread(me_ref[0]),
@@ -342,120 +316,3 @@ def _run(code: str, x, residual, address_ref, me_ref, words: int, block: int):
         result_shape_dtypes=[jax.ShapeDtypeStruct((block,), jnp.int32)],
     )
     return out
-
-
-class Combine(NamedTuple):
-    """The PTX that turns four words of every peer into four words of the result."""
-
-    start: str
-    add: Callable[[list[str]], str]  # four words of a peer
-    finish: Callable[[list[str], list[str]], str]  # (residual, result)
-
-
-def _add_pairs(words: list[str]) -> str:
-    """Add pairs of bfloat16 to eight sums. A bfloat16 is the upper half of a float32."""
-    return "".join(
-        f"shl.b32 v, {word}, 16; mov.b32 f, v; add.f32 s{2 * i}, s{2 * i}, f;"
-        f"and.b32 v, {word}, 0xffff0000; mov.b32 f, v; add.f32 s{2 * i + 1}, s{2 * i + 1}, f;"
-        for i, word in enumerate(words)
-    )
-
-
-def _round_pairs(residual: list[str], out: list[str]) -> str:
-    rounded = (f"cvt.rn.bf16x2.f32 {out[i]}, s{2 * i + 1}, s{2 * i};" for i in range(4))
-    return _add_pairs(residual) + "".join(rounded)
-
-
-def _add_floats(words: list[str]) -> str:
-    return "".join(f"mov.b32 f, {word}; add.f32 s{i}, s{i}, f;" for i, word in enumerate(words))
-
-
-def _max_keys(words: list[str]) -> str:
-    pairs = ((0, words[0], words[1]), (1, words[2], words[3]))
-    return "".join(f"mov.b64 k, {{{lo}, {hi}}}; max.u64 m{i}, m{i}, k;" for i, lo, hi in pairs)
-
-
-_SUM = Combine("".join(f"mov.f32 s{i}, 0f00000000;" for i in range(8)), _add_pairs, _round_pairs)
-_ADD = Combine(
-    "".join(f"mov.f32 s{i}, 0f00000000;" for i in range(4)),
-    _add_floats,
-    lambda _, out: "".join(f"mov.b32 {out[i]}, s{i};" for i in range(4)),
-)
-_MAX = Combine(
-    "mov.u64 m0, 0; mov.u64 m1, 0;",
-    _max_keys,
-    lambda _, out: "".join(f"mov.b64 {{{out[2 * i]}, {out[2 * i + 1]}}}, m{i};" for i in range(2)),
-)
-
-
-def _ptx(layout: Layout, combine: Combine, block: int) -> str:
-    """Write the exchange as one snippet, because Pallas keeps no order among several.
-
-    Operands: four words each of the result, x and residual; then the byte at which a thread's data
-    begins, the mailbox's address low and high, this GPU's number, and the thread's slot, each given
-    four times, of which the first counts. A slot below 0 means that these words do not exist.
-    """
-    peers, part, half = layout.peers, layout.part, 4 * min(block, _MAX_BLOCK)
-    out, x, residual = (["$" + str(first + i) for i in range(4)] for first in (0, 4, 8))
-    offset, low, high, me, slot = (f"${12 + 4 * i}" for i in range(5))
-    second = layout.data + half  # the second two words of a slot's threads follow the first two
-    send = "".join(
-        f"ld.global.b64 peer, [mine+{8 * p}]; add.u64 a, peer, to;"
-        f"st.volatile.global.v4.b32 [a+{layout.data}], {{{x[0]}, call, {x[1]}, call}};"
-        f"st.volatile.global.v4.b32 [a+{second}], {{{x[2]}, call, {x[3]}, call}};"
-        for p in range(peers)
-    )
-    receive = "".join(
-        f"AGAIN{p}:"
-        f"ld.volatile.global.v4.b32 {{w0, c0, w1, c1}}, [from+{layout.data + p * part}];"
-        f"ld.volatile.global.v4.b32 {{w2, c2, w3, c3}}, [from+{second + p * part}];"
-        "setp.ne.b32 missing, c0, call;"
-        + "".join(f"setp.ne.or.b32 missing, c{i}, call, missing;" for i in (1, 2, 3))
-        + f"@!missing bra ARRIVED{p};"
-        + f"add.u32 rounds, rounds, 1; and.b32 v, rounds, {_ROUNDS_PER_LOOK - 1};"
-        + f"setp.ne.b32 missing, v, 0; @missing bra AGAIN{p};"
-        + "mov.u64 now, %globaltimer; setp.eq.u64 first, deadline, 0;"
-        + f"@first add.u64 deadline, now, {_LIMIT_SECONDS * 10**9};"
-        + f"setp.gt.u64 late, now, deadline; @late trap; bra AGAIN{p};"
-        + f"ARRIVED{p}:"
-        + combine.add(["w0", "w1", "w2", "w3"])
-        for p in range(peers)
-    )
-    return f"""{{
-        .reg .pred missing, first, late, idle;
-        .reg .b64 mine, peer, a, to, from, o, k, m0, m1, now, deadline;
-        .reg .b32 call, v, rounds, w0, w1, w2, w3, c0, c1, c2, c3;
-        .reg .f32 s0, s1, s2, s3, s4, s5, s6, s7, f;
-        setp.lt.s32 idle, {slot}, 0;
-        @idle bra SENT;
-        mov.b64 mine, {{{low}, {high}}};
-        mul.wide.u32 o, {slot}, 4;
-        add.u64 a, mine, o;
-        ld.volatile.global.b32 call, [a+{layout.calls}];
-        add.s32 call, call, 1;
-        and.b32 v, call, 1;
-        mul.wide.u32 from, v, {peers * part};
-        cvt.u64.u32 o, {offset};
-        add.u64 from, from, o;
-        mul.wide.u32 to, {me}, {part};
-        add.u64 to, to, from;
-        add.u64 from, from, mine;
-        {send}
-        SENT:
-        bar.sync 0;
-        @idle bra IDLE;
-        and.b32 v, {offset}, {8 * _MAX_BLOCK - 1};
-        setp.eq.u32 first, v, 0;
-        mul.wide.u32 o, {slot}, 4;
-        add.u64 a, mine, o;
-        @first st.volatile.global.b32 [a+{layout.calls}], call;
-        mov.u32 rounds, 0;
-        mov.u64 deadline, 0;
-        {combine.start}
-        {receive}
-        {combine.finish(residual, out)}
-        bra DONE;
-        IDLE:
-        {"".join(f"mov.b32 {word}, 0;" for word in out)}
-        DONE:
-    }}"""

@@ -1,4 +1,7 @@
-"""The one-shot all-reduce as far as a CPU goes: mailboxes, sizes, lowering. (tests/gpu runs it.)"""
+"""The engine's all-reduce as far as a CPU goes: mailboxes, sizes, lowering, and its PTX simulated.
+
+(tests/gpu runs it.)
+"""
 
 import functools
 import re
@@ -11,8 +14,10 @@ import numpy as np
 import pytest
 from h100 import h100_mesh, kernels_in, lower_for_h100
 from jax.sharding import PartitionSpec
+from ptx_machine import Machine
 
 from pallas_kernels import (
+    _exchange,
     all_reduce,
     make_mailboxes,
     one_shot_all_reduce,
@@ -22,7 +27,8 @@ from pallas_kernels import (
     supports_one_shot,
     supports_one_shot_norm,
 )
-from pallas_kernels.all_reduce import _ADD, _MAX, _MAX_BLOCK, _SUM, Layout, _block, _ptx
+from pallas_kernels._exchange import ADD, MAX, MAX_BLOCK, SUM, Layout, exchange
+from pallas_kernels.all_reduce import _block, _crossings
 
 MOST = 1 << 14  # words
 
@@ -92,9 +98,9 @@ def test_what_fits_with_a_norm(shape, dtype, fits):
     assert supports_one_shot_norm(shape, jnp.dtype(dtype), MOST) == fits
 
 
-def lowered(function, *shapes):
-    """The text of a function of two devices' parts, lowered for GPUs."""
-    mesh = h100_mesh(tensor=2)
+def lowered(function, *shapes, gpus=2):
+    """The text of a function of several devices' parts, lowered for GPUs."""
+    mesh = h100_mesh(tensor=gpus)
     specs = (PartitionSpec(),) * (len(shapes) - 1) + (PartitionSpec("tensor"),)
     run = jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
@@ -133,6 +139,20 @@ def test_the_one_with_a_norm_lowers_for_a_gpu(width):
         lowered(add, shape(9, width), shape(9, width), layers, layer, ADDRESSES)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "rows", "name"), [(2, 256, "one"), (4, 16, "one"), (4, 32, "two")]
+)
+def test_large_sums_over_four_gpus_cross_the_link_twice(gpus, rows, name):
+    x, weight, layer = shape(rows, 4096), shape(3, 4096), shape(dtype=jnp.int32)
+    addresses, options = shape(gpus, 2, dtype=jnp.int32), {"axis": "tensor", "max_words": 1 << 20}
+    add = functools.partial(one_shot_all_reduce, **options)
+    text = lowered(add, x, x, addresses, gpus=gpus)
+    assert kernels_in(text) == [f"{name}_shot_all_reduce"]
+    add = functools.partial(one_shot_all_reduce_norm, **options, eps=1e-6)
+    text = lowered(add, x, x, weight, layer, addresses, gpus=gpus)
+    assert kernels_in(text) == [f"{name}_shot_all_reduce_norm"]
+
+
 def test_too_much_is_refused():
     add = functools.partial(one_shot_all_reduce, axis="tensor", max_words=MOST)
     largest = functools.partial(one_shot_max, axis="tensor", max_words=MOST)
@@ -157,18 +177,20 @@ def test_an_array_of_any_size_gets_programs_of_its_own(words, monkeypatch):
         all_reduce, "_exchange", lambda _, x, *rest: cut.append(x.size // _block(x.size)) or x
     )
     x = jnp.arange(words, dtype=jnp.int32)
-    got = all_reduce._exchange_padded(_MAX, x, None, "tensor", MOST)
+    got = all_reduce._exchange_padded(MAX, x, None, "tensor", MOST)
     np.testing.assert_array_equal(got, x)
-    assert cut == [-(-words // _MAX_BLOCK)] and cut[0] <= Layout(2, MOST).slots
+    assert cut == [-(-words // MAX_BLOCK)] and cut[0] <= Layout(2, MOST).slots
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is part of the CUDA toolkit")
-@pytest.mark.parametrize("peers", [2, 8])
-@pytest.mark.parametrize("combine", [_SUM, _ADD, _MAX], ids=["sum", "float32", "max"])
+@pytest.mark.parametrize("peers", [2, 3, 8])
+@pytest.mark.parametrize("combine", [SUM, ADD, MAX], ids=["sum", "float32", "max"])
 @pytest.mark.parametrize("block", [128, 2048, 4096])
-def test_the_snippet_assembles(combine, peers, block, tmp_path):
+@pytest.mark.parametrize("crossings", [1, 2])
+def test_the_snippet_assembles(combine, peers, block, crossings, tmp_path):
     """XLA hands the snippet to ptxas only when it compiles for a GPU."""
-    snippet = re.sub(r"\$(\d+)", r"%r\1", _ptx(Layout(peers, MOST), combine, block))
+    snippet = exchange(Layout(peers, MOST), combine, block, crossings=crossings)
+    snippet = re.sub(r"\$(\d+)", r"%r\1", snippet)
     (tmp_path / "kernel.ptx").write_text(f"""
         .version 8.0
         .target sm_90
@@ -178,3 +200,101 @@ def test_the_snippet_assembles(combine, peers, block, tmp_path):
     subprocess.run(
         ["ptxas", "-arch=sm_90", "-o", "kernel.cubin", "kernel.ptx"], cwd=tmp_path, check=True
     )
+
+
+@pytest.mark.parametrize(
+    ("peers", "kib", "crossings"),
+    [(2, 2048, 1), (3, 512, 1), (3, 1024, 2), (4, 160, 1), (4, 256, 2), (8, 64, 1), (8, 128, 2)],
+)
+def test_a_second_crossing_must_be_worth_it(peers, kib, crossings):
+    assert _crossings(peers, kib * 1024) == crossings
+
+
+# --- The exchange as PTX, on a machine that is simulated ---
+
+SLOT, WARP = 32, 8  # words of a slot and of a warp, fewer than they are, for speed's sake
+
+
+class Call:
+    """One call of the kernel by all GPUs: each program takes `words` of the slots of `block`."""
+
+    def __init__(self, rng, peers, programs, words, block, combine, crossings):
+        self.words, self.block, self.combine, self.crossings = words, block, combine, crossings
+        shape = (programs, words, 2)
+        self.x = rng.standard_normal((peers, *shape)).astype(jnp.bfloat16)
+        self.residual = rng.standard_normal(shape).astype(jnp.bfloat16)
+        if combine is MAX:
+            self.x = rng.integers(0, 2**16, self.x.shape, np.uint16)
+        self.threads = []
+
+    def programs(self, machine, gpu):
+        """The registers of every thread, as `all_reduce._run` hands them to the snippet."""
+        slots = -(-self.block // SLOT)
+        x, residual = (a.view(np.uint32)[..., 0] for a in (self.x[gpu], self.residual))
+        mine = []
+        for program in range(len(x)):
+            for column in range(0, self.block, 4):
+                slot = program * slots + column // SLOT
+                here = column < self.words
+                four = slice(column, column + 4) if here else slice(4)
+                values = [
+                    *(0, 0, 0, 0, *x[program, four].tolist(), *residual[program, four].tolist()),
+                    slot * 8 * SLOT + 4 * (column % SLOT),
+                    machine.address(gpu) & 0xFFFFFFFF,
+                    machine.address(gpu) >> 32,
+                    gpu,
+                    slot if here else 0xFFFFFFFF,
+                ]
+                names = [f"${i}" for i in (*range(12), *range(12, 32, 4))]
+                mine.append(dict(zip(names, values, strict=True)))
+                self.threads.append((gpu, program, column, mine[-1]))
+        size = self.block // 4
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def want(self):
+        if self.combine is MAX:
+            keys = self.x.reshape(len(self.x), -1).view(np.uint64)
+            return keys.max(0).view(np.uint32)
+        total = functools.reduce(np.add, self.x.astype(np.float32))
+        return (total + self.residual.astype(np.float32)).astype(jnp.bfloat16).view(np.uint32)
+
+    def check(self):
+        want = self.want().reshape(len(self.residual), -1)
+        for gpu, program, column, thread in self.threads:
+            expected = want[program, column : column + 4] if column < self.words else [0] * 4
+            got = [thread[f"${i}"] for i in range(4)]
+            assert got == list(expected), (gpu, program, column)
+
+
+def play(monkeypatch, seed, peers, crossings):
+    """Run a few calls of changing shapes one after the other, and compare every word."""
+    monkeypatch.setattr(_exchange, "MAX_BLOCK", SLOT)
+    monkeypatch.setattr(_exchange, "WARP_WORDS", WARP)
+    rng, layout = np.random.default_rng(seed), Layout(peers, 4 * SLOT)
+    machine = Machine(peers, layout.size + -layout.size % 128, seed)
+    for gpu in range(peers):
+        table = np.array([machine.address(peer) for peer in range(peers)], np.uint64)
+        machine.words(machine.address(gpu), 2 * peers)[:] = table.view(np.uint32)
+    # Programs, the words of each, and the block that they are padded to.
+    shapes = [(4, 8, 8), (2, 32, 32), (2, 40, 64), (1, 8, 8), (3, 16, 16)]
+    calls = []
+    for either in crossings:
+        shape, combine = shapes[rng.integers(len(shapes))], [SUM, SUM, MAX][rng.integers(3)]
+        calls.append(Call(rng, peers, *shape, combine, either))
+
+    def snippet_of(number):
+        call = calls[number]
+        return exchange(layout, call.combine, call.block, crossings=call.crossings)
+
+    queues = [[call.programs(machine, gpu) for call in calls] for gpu in range(peers)]
+    machine.run(queues, snippet_of)
+    for call in calls:
+        call.check()
+
+
+@pytest.mark.parametrize("peers", [2, 3, 4])
+@pytest.mark.parametrize("crossings", ["1111", "2222", "121221"])
+def test_the_snippet_on_a_simulated_machine(peers, crossings, monkeypatch):
+    """Whatever thread goes on and whenever stores arrive, every GPU gets the same, right bits."""
+    for seed in range(4):
+        play(monkeypatch, seed, peers, [int(digit) for digit in crossings])

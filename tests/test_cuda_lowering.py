@@ -38,7 +38,7 @@ STEPS = {
 FILTERS = {"filter_collect", "filter_choose"}  # on one GPU; on two, XLA and the sums
 ALSO_ON_TWO = {"one_shot_all_reduce"}
 # The norm joins the sums of a few rows; that of one is part of the product after it.
-NORMS_ON_TWO = {Bucket(0, 16), Bucket(64, 8), Bucket(64, 32, True)}
+NORMS_ON_TWO = {Bucket(0, 16), Bucket(0, 512), Bucket(64, 8), Bucket(64, 32, True)}
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,9 @@ def test_the_engines_own_kernel_is_a_collective():
     assert (both.kind, both.num_bytes) == (hlo.ONE_SHOT, 32768), "the norm is not sent"
     hardware = replace(H100, link=1e9, latency=1.0, one_shot_latency=6e-6)
     assert found.seconds(hardware) == pytest.approx(6e-6 + 3 * 32768 / 1e9)
+    twice = one(line.replace("one_shot", "two_shot"))
+    assert (twice.kind, twice.num_bytes) == (hlo.TWO_SHOT, 32768)
+    assert twice.seconds(hardware) == pytest.approx(12e-6 + 2 * 3 / 4 * 32768 / 1e9)
 
 
 # --- the report ---

@@ -41,6 +41,7 @@ def test_time_is_counted_once_where_kernels_overlap():
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args<4096ul>)", "", "communication"),
         ("void stream_executor::gpu::AllReduceKernel<x>()", "", "communication"),
         ("one_shot_all_reduce", "", "communication"),
+        ("two_shot_all_reduce_norm", "", "communication"),
         ("all_reduce_1", "jit(run)/jit(run_layer)/dot_general", "communication"),
         ("all_gather_9", "jit(run)/jit(_draw)/shard_map/all_gather", "communication"),
     ],

@@ -25,9 +25,11 @@ from pallas_kernels import (
 
 AXIS = "tensor"  # The mesh axis whose GPUs exchange.
 
-# Words of 4 bytes in the largest sum that takes the one-shot kernel (256 rows of 8B's width).
-# Larger ones are bound by the link, where each GPU should send each number once and not to all.
-MAX_WORDS = 1 << 19
+# Words of 4 bytes in the largest sum that takes the kernel: 4 MiB (512 rows of 8B's width). Up to
+# this size XLA (of jax 0.11) would take a kernel of its own, and keep two buffers of the sum's size
+# outside JAX's pool for each place in each program: by its sources over 1 GiB for one program of
+# 32B's 129 sums. Larger sums are NCCL's, which has its buffers in common.
+MAX_WORDS = 1 << 20
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["addresses"], meta_fields=[])

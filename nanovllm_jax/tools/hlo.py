@@ -16,10 +16,11 @@ from nanovllm_jax.tools.roofline import Hardware
 
 # The engine's own kernels that talk to other devices, by their name in the text: kind and mesh
 # axis. To XLA they are calls like any other, so the text says neither.
-ONE_SHOT = "one-shot all-reduce"
+ONE_SHOT, TWO_SHOT = "one-shot all-reduce", "two-shot all-reduce"
 KERNELS = {
-    "one_shot_all_reduce": (ONE_SHOT, "tensor"),
-    "one_shot_all_reduce_norm": (ONE_SHOT, "tensor"),
+    f"{name}{norm}": (kind, "tensor")
+    for name, kind in (("one_shot_all_reduce", ONE_SHOT), ("two_shot_all_reduce", TWO_SHOT))
+    for norm in ("", "_norm")
 }
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
@@ -60,11 +61,13 @@ class Collective:
         Each device sends (n-1)/n of the array for an all-gather, a reduce-scatter or an
         all-to-all, twice that for an all-reduce, which is one after the other: "How to Scale Your
         Model", https://jax-ml.github.io/scaling-book/sharding. In the engine's one-shot all-reduce
-        each device sends all of it to all others.
+        each device sends all of it to all others; its two-shot one is two crossings of the link.
         """
         share, latency = (self.group_size - 1) / self.group_size, hardware.latency
         if self.kind == ONE_SHOT:
             share, latency = self.group_size - 1, hardware.one_shot_latency
+        elif self.kind == TWO_SHOT:
+            share, latency = 2 * share, 2 * hardware.one_shot_latency
         elif self.kind == "all-reduce":
             share *= 2
         elif self.kind in ("collective-permute", "collective-broadcast"):
