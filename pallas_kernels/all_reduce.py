@@ -29,10 +29,10 @@ from pallas_kernels._exchange import ADD, MAX, MAX_BLOCK, SUM, WARP_WORDS, Combi
 
 # Words in a row that one program takes whole, in order to norm it: those of 1,024 threads.
 _MAX_ROW = 2 * MAX_BLOCK
-# Bytes that a second crossing must save each GPU to be worth its latency. On four H100s every KiB
-# that a GPU sent in one crossing took about 10 ns, so that this many take the 4 us that a crossing
-# takes however small it is. Of sums over four GPUs it means those from 256 KiB on.
-_WORTH_A_CROSSING = 384 * 1024
+# Bytes that a second crossing must save each GPU to be worth its latency. On four H100s the
+# smallest sums took up to 1.4 us more in two crossings, and each KiB that a GPU sent in one took 10
+# to 20 ns. Of sums over four GPUs it means those from 128 KiB on.
+_WORTH_A_CROSSING = 192 * 1024
 _NAMES = {1: "one_shot_all_reduce", 2: "two_shot_all_reduce"}  # of the kernels, by crossings
 
 

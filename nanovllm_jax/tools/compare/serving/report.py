@@ -211,7 +211,7 @@ def figure(sweep: Sweep, slo: Slo) -> Any:
     for ax in axes:
         rates = sweep.settings.rates
         ax.set(xscale="log", xlabel="requests a second")
-        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
         ax.xaxis.set_minor_locator(plt.NullLocator())
         ax.grid()
     line = partial(plt.Line2D, [], [])
