@@ -10,7 +10,9 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import ahead as chaining
 from pallas_kernels._common import load_tile, use_interpreter
+from pallas_kernels.ahead import Ahead, Chain
 
 # Columns that a program reads at a time: the largest of these numbers that divides the width.
 _CHUNKS = (2048, 1024, 512, 256, 128)
@@ -29,17 +31,19 @@ def chunk_of(width: int) -> int:
     return next((c for c in _CHUNKS if width % c == 0), 0)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "interpret"))
+@functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "chain", "interpret"))
 def fused_linear(
     x: Float[Array, "1 K"],
     weight: Float[Array, "L N K"],
     layer: Int32[Array, ""],
     norm: Float[Array, "L K"] | None = None,
     residual: Float[Array, "1 N"] | None = None,
+    ahead: tuple[Ahead, ...] = (),
     *,
     eps: float = 0.0,
     gated: bool = False,
     dtype: DTypeLike | None = None,
+    chain: Chain = Chain(),  # noqa: B008
     interpret: bool | None = None,
 ) -> Float[Array, "1 N"]:
     """Return residual + rms_norm(x) @ weight[layer].T in one Triton kernel.
@@ -52,6 +56,7 @@ def fused_linear(
         layer: the layer whose weights are used.
         norm: the weights of an RMSNorm of the input, with `eps`, also of all layers; None: no norm.
         residual: added to the result, unless it is None. With `gated` it is [1, N/2].
+        ahead, chain: weights that are fetched for later kernels, and how; see `ahead.py`.
         gated: return silu(first half of the N outputs) * second half (SwiGLU, arXiv:2002.05202).
         dtype: the result's dtype; x's if None. Everything before it is computed in float32.
         interpret: run the kernel in Pallas's interpreter; None: if there is no GPU.
@@ -70,25 +75,31 @@ def fused_linear(
     block = _MAX_BLOCK if num_out >= 2048 else 2
     kernel = functools.partial(
         _kernel, block=block, eps=eps, normed=norm is not None, residual=residual is not None,
-        gated=gated,
+        gated=gated, chain=None if use_interpreter(interpret) else chain,
+        num_ahead=0 if use_interpreter(interpret) else 2 * len(ahead),
     )  # fmt: skip
     optional = [a for a in (norm, residual) if a is not None]
+    interpret = use_interpreter(interpret)
+    help_next = [] if interpret else chaining.operands(ahead)
     return pl.pallas_call(
         kernel,
         grid=(num_out // block,),
         out_shape=jax.ShapeDtypeStruct((1, num_out), dtype or x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=use_interpreter(interpret),
+        interpret=interpret,
         name="fused_linear",
-    )(x, weight.reshape(-1, width), jnp.reshape(layer, 1), *optional)
+    )(x, weight.reshape(-1, width), jnp.reshape(layer, 1), *optional, *help_next)
 
 
 def _kernel(
     x_ref, w_ref, layer_ref, *refs, block: int, eps: float,
-    normed: bool, residual: bool, gated: bool,
+    normed: bool, residual: bool, gated: bool, chain: Chain | None, num_ahead: int,
 ):  # fmt: skip
     """Run one program per `block` outputs; with a gate, it computes both halves of them."""
     *inputs, out_ref = refs
+    inputs, help_next = inputs[: len(inputs) - num_ahead], inputs[len(inputs) - num_ahead :]
+    if chain is not None:
+        chaining.begin(chain, x_ref, help_next)
     layer, num_out = layer_ref[0], out_ref.shape[1]
     n = pl.program_id(0) * block + jnp.arange(block)
     w_rows = layer * (num_out * (1 + gated)) + n
@@ -100,6 +111,8 @@ def _kernel(
     if residual:
         out += plgpu.load(inputs[-1].at[0, n]).astype(jnp.float32)
     plgpu.store(out_ref.at[0, n], out.astype(out_ref.dtype))
+    if chain is not None:
+        chaining.end(chain, help_next)
 
 
 def row_products(x_ref, row, w_ref, blocks, norm):

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import ahead as chaining
 from pallas_kernels._common import (
     LOG2_E,
     MASKED,
@@ -31,6 +32,7 @@ from pallas_kernels._common import (
     to_cache,
     use_interpreter,
 )
+from pallas_kernels.ahead import Ahead, Chain
 from pallas_kernels.kv_write import check_write, norm_rope_write
 
 # Programs that keep the memory of an H100 busy: four for each of its 132 multiprocessors.
@@ -87,7 +89,7 @@ def paged_decode(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("eps", "scale", "implementation", "interpret"),
+    static_argnames=("eps", "scale", "implementation", "chain", "interpret"),
     donate_argnames=("k_cache", "v_cache"),
 )
 def decode_step(
@@ -102,10 +104,13 @@ def decode_step(
     block_tables: Int32[Array, "B W"],
     context_lens: Int32[Array, " B"],
     layer: Int32[Array, ""],
+    ahead: tuple[Ahead, ...] = (),
+    ahead_of_merge: tuple[Ahead, ...] = (),
     *,
     eps: float,
     scale: float,
     implementation: Implementation,
+    chain: Chain = Chain(),  # noqa: B008
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "L P S K H"], Float[Array, "L P S K H"]]:
     """Do `norm_rope_write`, then `paged_decode`; returns the attention and the caches.
@@ -133,7 +138,8 @@ def decode_step(
         return out, k_cache, v_cache
     return _decode_step_triton(
         qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens,
-        layer, eps=eps, scale=scale, num_splits=num_splits, interpret=use_interpreter(interpret),
+        layer, ahead, ahead_of_merge, eps=eps, scale=scale, num_splits=num_splits, chain=chain,
+        interpret=use_interpreter(interpret),
     )  # fmt: skip
 
 
@@ -228,14 +234,19 @@ def _decode_kernel(
 def _fused_kernel(
     qkv_ref, cos_ref, sin_ref, slot_mapping_ref, _k_in, _v_in, tables_ref, lens_ref, layer_ref,
     *refs, cache_shape: tuple[int, ...], group: int, block_n: int, num_splits: int, scale: float,
-    eps: float, normed: bool,
+    eps: float, normed: bool, chain: Chain | None, num_ahead: int,
 ):  # fmt: skip
     """Do what `_decode_kernel` does, and also norm, rotate, and write the new key and value.
 
     The newest position is attended to in registers, by the program that writes it: nothing is
     read that another program of this kernel writes.
     """
-    norm_refs, (k_ref, v_ref, out_ref, *lse_ref) = refs[: 2 * normed], refs[2 * normed :]
+    first, last = 2 * normed, 2 * normed + num_ahead
+    norm_refs, help_next, (k_ref, v_ref, out_ref, *lse_ref) = (
+        refs[:first], refs[first:last], refs[last:],
+    )  # fmt: skip
+    if chain is not None:
+        chaining.begin(chain, qkv_ref, help_next, 3)
     q_norm_ref, k_norm_ref = norm_refs or (None, None)
     kv_head, b, split = (pl.program_id(axis) for axis in range(3))
     num_kv_heads, head_dim = cache_shape[3:]
@@ -294,6 +305,8 @@ def _fused_kernel(
     )  # fmt: skip
     q_rows = (b * num_kv_heads + kv_head) * group + g
     _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits)
+    if chain is not None:
+        chaining.end(chain, help_next, 3)
 
 
 def _group_rows(group: int):
@@ -344,8 +357,11 @@ def _store_part(state, out_ref, lse_ref, q_rows, g_mask, split, num_splits: int)
         plgpu.store(lse_ref[0].at[q_rows * num_splits + split], lse, mask=g_mask)
 
 
-def _combine_kernel(parts_ref, lse_ref, out_ref, *, num_splits: int):
+def _combine_kernel(parts_ref, lse_ref, *refs, num_splits: int, chain: Chain | None):
     """One program per sequence and query head: the mean of its parts, weighted by exp2(lse)."""
+    *help_next, out_ref = refs
+    if chain is not None:
+        chaining.begin(chain, parts_ref, help_next)
     row = pl.program_id(0)
     split_rows = row * num_splits + jnp.arange(num_splits)
     lse = plgpu.load(lse_ref.at[split_rows])
@@ -353,6 +369,8 @@ def _combine_kernel(parts_ref, lse_ref, out_ref, *, num_splits: int):
     parts = load_rows(parts_ref, split_rows)
     out = (parts * weights[:, None]).sum(axis=0) / weights.sum()
     store_rows(out_ref, row + jnp.arange(1), out[None, :])
+    if chain is not None:
+        chaining.end(chain, help_next)
 
 
 def _paged_decode_triton(
@@ -372,7 +390,7 @@ def _paged_decode_triton(
 
 def _decode_step_triton(
     qkv, q_norm, k_norm, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens,
-    layer, *, eps, scale, num_splits, interpret,
+    layer, ahead, ahead_of_merge, *, eps, scale, num_splits, chain, interpret,
 ):  # fmt: skip
     batch, num_kv_heads, per_group, head_dim = qkv.shape
     shape = (batch, num_kv_heads * (per_group - 2), head_dim)
@@ -382,12 +400,18 @@ def _decode_step_triton(
         context_lens, jnp.reshape(layer, 1),
         *(rows(norm) for norm in (q_norm, k_norm) if norm is not None),
     )  # fmt: skip
+    help_next = () if interpret else chaining.operands(ahead)
+    chain = None if interpret else chain
     new_k, new_v, *parts = _call_decode(
-        functools.partial(_fused_kernel, eps=eps, normed=q_norm is not None),
-        operands, shape, qkv.dtype, k_cache, num_splits=num_splits, scale=scale,
+        functools.partial(
+            _fused_kernel, eps=eps, normed=q_norm is not None, chain=chain,
+            num_ahead=len(help_next),
+        ),
+        (*operands, *help_next), shape, qkv.dtype, k_cache, num_splits=num_splits, scale=scale,
         interpret=interpret, written=operands[4:6], input_output_aliases={4: 0, 5: 1},
     )  # fmt: skip
-    out = _combine(parts, shape, qkv.dtype, num_splits, interpret)
+    merge_help = () if interpret else chaining.operands(ahead_of_merge)
+    out = _combine(parts, shape, qkv.dtype, num_splits, interpret, chain, merge_help)
     return out, new_k.reshape(k_cache.shape), new_v.reshape(v_cache.shape)
 
 
@@ -425,17 +449,17 @@ def _call_decode(
     )(*operands)  # fmt: skip
 
 
-def _combine(parts, shape, dtype, num_splits: int, interpret):
+def _combine(parts, shape, dtype, num_splits: int, interpret, chain=None, help_next=()):
     """The outputs `[B, N, H]` from what a decode kernel wrote."""
     if num_splits == 1:
         return parts[0].reshape(shape)
     rows = shape[0] * shape[1]
     out = pl.pallas_call(
-        functools.partial(_combine_kernel, num_splits=num_splits),
+        functools.partial(_combine_kernel, num_splits=num_splits, chain=chain),
         grid=(rows,),
         out_shape=jax.ShapeDtypeStruct((rows, shape[2]), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="paged_decode_combine",
-    )(*parts)
+    )(*parts, *help_next)
     return out.reshape(shape)

@@ -11,6 +11,7 @@ from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.sharding import Sharding
+from pallas_kernels.ahead import Chain
 from pallas_kernels import decode_step, norm_rope_write, paged_decode, paged_prefill
 
 Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cos and sin of each position
@@ -34,7 +35,7 @@ class PagedBatch(NamedTuple):
 # Jitted with a donated cache so that the eager engine, too, updates the cache in place; inside a
 # compiled step only the donation of the whole step counts.
 @functools.partial(
-    jax.jit, static_argnames=("eps", "sharding", "implementation"), donate_argnames="cache"
+    jax.jit, static_argnames=("eps", "sharding", "implementation", "chain"), donate_argnames="cache"
 )
 def paged_attention(
     qkv: Float[Array, "T K G+2 H"],
@@ -44,10 +45,12 @@ def paged_attention(
     cache: KVCache,
     layer: Int32[Array, ""],
     batch: PagedBatch,
+    ahead: Any = ((), ()),
     *,
     eps: float,
     sharding: Sharding,
     implementation: str,
+    chain: Chain = Chain(),  # noqa: B008
 ) -> tuple[Float[Array, "T N H"], KVCache]:
     """Norm and rotate q and k, write k and v to their pages, and attend over the pages.
 
@@ -57,14 +60,14 @@ def paged_attention(
         implementation: the kernels, as `pallas_kernels` names them.
     """
 
-    def on_shard(qkv, q_norm, k_norm, rope, cache, layer, batch):
+    def on_shard(qkv, q_norm, k_norm, rope, cache, layer, batch, ahead):
         new = (qkv, q_norm, k_norm, *rope, batch.slot_mapping)
         options = {"eps": eps, "implementation": implementation}
         scale = qkv.shape[-1] ** -0.5
         if batch.query_starts is None:
             out, *cache = decode_step(
                 *new, *cache, batch.block_tables, batch.context_lens, layer,
-                scale=scale, **options,
+                *ahead, scale=scale, chain=chain, **options,
             )  # fmt: skip
             return out, KVCache(*cache)
         q, *cache = norm_rope_write(*new, *cache, layer, **options)
@@ -87,9 +90,9 @@ def paged_attention(
     rows, whole = spec("batch"), spec()
     return sharding.shard_map(
         on_shard,
-        (spec("batch", "kv_heads"), whole, whole, rows, cache_spec, whole, rows),
+        (spec("batch", "kv_heads"), whole, whole, rows, cache_spec, whole, rows, whole),
         (spec("batch", "heads"), cache_spec),
-    )(qkv, q_norm, k_norm, rope, cache, layer, batch)
+    )(qkv, q_norm, k_norm, rope, cache, layer, batch, ahead)
 
 
 def dense_attention(

@@ -28,6 +28,27 @@ from pallas_kernels import (
     supports_fused_linear,
     supports_gated_linear,
 )
+from pallas_kernels.ahead import Ahead, Chain
+
+
+class Help(NamedTuple):
+    """Which weights the kernels of a layer fetch for those after them, and how."""
+
+    chain: Chain = Chain()
+    qkv: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    merge: tuple[str, ...] = ()
+    o: tuple[str, ...] = ()
+    gate_up: tuple[str, ...] = ()
+    down: tuple[str, ...] = ()
+
+
+HELP = Help()  # the probe replaces it
+
+
+def weights_ahead(linears) -> tuple[Ahead, ...]:
+    """The weights of some layers, as the kernels take them."""
+    return tuple(Ahead(linear.weight[...], layer) for linear, layer in linears)
 
 
 class Choice(NamedTuple):
@@ -130,7 +151,7 @@ class _PlainLinear:
 
     def linear(
         self, x, linear, layer=None, *,
-        norm=None, gated=False, residual=None, then=None, dtype=None,
+        norm=None, gated=False, residual=None, then=None, dtype=None, ahead=(),
     ):  # fmt: skip
         x, norm = _split(x, norm)
         if norm is not None:
@@ -151,7 +172,7 @@ class DenseBackend(_PlainLinear):
 
     mask: Bool[Array, "B S S"]
 
-    def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+    def attend(self, qkv, q_norm, k_norm, rope, cache, layer, ahead=((), ())):
         return dense_attention(qkv, q_norm, k_norm, rope, layer, self.mask), cache
 
     def experts(self, x, gate_up, down, scores, choice, layer, *, norm, then=None):
@@ -173,10 +194,11 @@ class XlaBackend(_PlainLinear):
     attention: str
     collectives: Collectives | None = None  # without them all sums over devices are XLA's
 
-    def attend(self, qkv, q_norm, k_norm, rope, cache, layer):
+    def attend(self, qkv, q_norm, k_norm, rope, cache, layer, ahead=((), ())):
         weights = (None if norm is None else norm.weight[...] for norm in (q_norm, k_norm))
         return paged_attention(
-            qkv, *weights, rope, cache, layer, self.batch, eps=q_norm.eps if q_norm else 0.0,
+            qkv, *weights, rope, cache, layer, self.batch, tuple(map(weights_ahead, ahead)),
+            chain=HELP.chain, eps=q_norm.eps if q_norm else 0.0,
             sharding=self.sharding, implementation=self.attention,
         )  # fmt: skip
 
@@ -289,7 +311,7 @@ class GpuBackend(XlaBackend):
 
     def linear(
         self, x, linear, layer=None, *,
-        norm=None, gated=False, residual=None, then=None, dtype=None,
+        norm=None, gated=False, residual=None, then=None, dtype=None, ahead=(),
     ):  # fmt: skip
         x, norm = _split(x, norm)
         plan = self.plan(linear, len(x), x.dtype, gated=gated, residual=residual is not None)
@@ -309,13 +331,15 @@ class GpuBackend(XlaBackend):
         def stacked(weight):
             return weight[None] if layer is None else weight
 
-        def on_shard(x, weight, norm_weight, residual, layer, then, collectives):
+        chain = HELP.chain
+
+        def on_shard(x, weight, norm_weight, residual, layer, then, collectives, ahead):
             if plan.one_row:
                 y = fused_linear(
                     x.reshape(1, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
                     norm_weight,
                     None if plan.summed or residual is None else residual.reshape(1, -1),
-                    eps=eps, gated=gated, dtype=dtype or x.dtype,
+                    ahead, chain=chain, eps=eps, gated=gated, dtype=dtype or x.dtype,
                 ).reshape(plan.rows, *plan.out)  # fmt: skip
             elif plan.many_rows:
                 rows = x.reshape(plan.rows, plan.width)
@@ -343,6 +367,7 @@ class GpuBackend(XlaBackend):
                 spec(),
                 spec(),
                 Collectives.spec(self.sharding),
+                spec(),
             ),
             out_spec,
         )(
@@ -353,6 +378,7 @@ class GpuBackend(XlaBackend):
             jnp.int32(0) if layer is None else layer,
             self._joining(then, (plan.rows, *plan.out), x.dtype) if plan.one_shot else None,
             self.collectives,
+            weights_ahead(ahead),
         )
 
     def plan(

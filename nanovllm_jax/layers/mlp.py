@@ -22,7 +22,12 @@ class MLP(nnx.Module):
         self.down_proj = Linear(hidden, ffn, **rest)
 
     def __call__(
-        self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt
+        self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt,
+        ahead=lambda _: (),
     ) -> Hidden:
-        gated = backend.linear(x, self.gate_up_proj, layer, norm=norm, gated=True)
-        return backend.linear(gated, self.down_proj, layer, residual=x, then=then)
+        gated = backend.linear(
+            x, self.gate_up_proj, layer, norm=norm, gated=True, ahead=ahead("gate_up")
+        )
+        return backend.linear(
+            gated, self.down_proj, layer, residual=x, then=then, ahead=ahead("down")
+        )

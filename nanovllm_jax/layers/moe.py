@@ -33,7 +33,8 @@ class MoE(nnx.Module):
         self.down_proj = Linear({**experts, **hidden}, {ffn: expert_size}, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt
+        self, x: Hidden, norm: RMSNorm, layer: Int32[Array, ""], backend: Backend, then: NormAt,
+        ahead=None,
     ) -> Hidden:
         scores = backend.linear(x, self.router, layer, norm=norm, dtype=jnp.float32)
         return backend.experts(

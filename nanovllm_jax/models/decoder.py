@@ -16,6 +16,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from nanovllm_jax.layers import backend as backend_module
 from nanovllm_jax.layers.backend import Backend
 from nanovllm_jax.layers.linear import Embedding, Linear
 from nanovllm_jax.layers.mlp import MLP
@@ -46,10 +47,13 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.o_proj = Linear(hidden, heads, bias=c.o_bias, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend, then: NormAt):
-        qkv = backend.linear(x, self.qkv_proj, layer, norm=norm)
-        out, cache = backend.attend(qkv, self.q_norm, self.k_norm, rope, cache, layer)
-        return backend.linear(out, self.o_proj, layer, residual=x, then=then), cache
+    def __call__(self, x, norm: RMSNorm, rope, cache, layer, backend: Backend, then: NormAt, ahead):
+        qkv = backend.linear(x, self.qkv_proj, layer, norm=norm, ahead=ahead("qkv"))
+        out, cache = backend.attend(
+            qkv, self.q_norm, self.k_norm, rope, cache, layer, (ahead("attention"), ahead("merge"))
+        )
+        out = backend.linear(out, self.o_proj, layer, residual=x, then=then, ahead=ahead("o"))
+        return out, cache
 
 
 class DecoderLayer(nnx.Module):
@@ -72,13 +76,25 @@ class DecoderLayer(nnx.Module):
         """Run one layer: number `layer` of all, and `place` among those of its kind."""
         to_mlp = self.post_attention_layernorm.at(layer)
         to_next_layer = self.input_layernorm.at(layer + 1)  # after the last layer nobody uses it
-        x, cache = self.self_attn(x, self.input_layernorm, rope, cache, layer, backend, to_mlp)
+        weights = {
+            "qkv": (self.self_attn.qkv_proj, jnp.minimum(layer + 1, self.config.num_layers - 1)),
+            "o": (self.self_attn.o_proj, layer),
+        }
+        if kind == "mlp":
+            weights |= {"gate_up": (self.mlp.gate_up_proj, place), "down": (self.mlp.down_proj, place)}
+
+        def ahead(name):
+            return tuple(weights[n] for n in getattr(backend_module.HELP, name) if n in weights)
+
+        x, cache = self.self_attn(
+            x, self.input_layernorm, rope, cache, layer, backend, to_mlp, ahead
+        )
         x = backend.constrain(x, "activation_tokens", "activation_embed")
         norm = self.post_attention_layernorm
         if len(numbers := self.config.layers_of(f"{kind}.")) < self.config.num_layers:
             norm = norm.of_layers(numbers)  # then one number names the layer in both stacks
         feed_forward: MLP | MoE = getattr(self, kind)
-        x = feed_forward(x, norm, place, backend, to_next_layer)
+        x = feed_forward(x, norm, place, backend, to_next_layer, ahead)
         return backend.constrain(x, "activation_tokens", "activation_embed"), cache
 
 
