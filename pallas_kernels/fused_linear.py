@@ -18,12 +18,18 @@ from pallas_kernels.ahead import Ahead, Chain
 _CHUNKS = (2048, 1024, 512, 256, 128)
 # Rows of the weight that a program multiplies, at most.
 _MAX_BLOCK = 4
+# Rows of x, at most: more would be bound by arithmetic, which tensor cores do faster.
+MOST_ROWS = 8
+# Columns that a program with several rows of x reads at a time.
+_FEW_COLUMNS = 1024
 
 
-def supports_fused_linear(num_rows: int, num_out: int, width: int, dtype: DTypeLike) -> bool:
-    """Whether `fused_linear` takes such a layer: one row of 16-bit numbers, of an even shape."""
+def supports_fused_linear(
+    num_rows: int, num_out: int, width: int, dtype: DTypeLike, most_rows: int = 1
+) -> bool:
+    """Whether `fused_linear` takes such a layer: few rows of 16-bit numbers, of an even shape."""
     two_bytes = jnp.dtype(dtype).itemsize == 2
-    return num_rows == 1 and two_bytes and num_out % _MAX_BLOCK == 0 and chunk_of(width) > 0
+    return num_rows <= most_rows and two_bytes and num_out % _MAX_BLOCK == 0 and chunk_of(width) > 0
 
 
 def chunk_of(width: int) -> int:
@@ -33,11 +39,11 @@ def chunk_of(width: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("eps", "gated", "dtype", "chain", "interpret"))
 def fused_linear(
-    x: Float[Array, "1 K"],
+    x: Float[Array, "B K"],
     weight: Float[Array, "L N K"],
     layer: Int32[Array, ""],
     norm: Float[Array, "L K"] | None = None,
-    residual: Float[Array, "1 N"] | None = None,
+    residual: Float[Array, "B N"] | None = None,
     ahead: tuple[Ahead, ...] = (),
     *,
     eps: float = 0.0,
@@ -45,7 +51,7 @@ def fused_linear(
     dtype: DTypeLike | None = None,
     chain: Chain = Chain(),  # noqa: B008
     interpret: bool | None = None,
-) -> Float[Array, "1 N"]:
+) -> Float[Array, "B N"]:
     """Return residual + rms_norm(x) @ weight[layer].T in one Triton kernel.
 
     One row leaves no work for tensor cores: reading the weights and starting kernels take all the
@@ -66,13 +72,16 @@ def fused_linear(
     """
     num_rows, width = x.shape
     num_out = weight.shape[1] // (1 + gated)
-    if not supports_fused_linear(num_rows, num_out, width, x.dtype) or weight.shape[2] != width:
+    if not supports_fused_linear(num_rows, num_out, width, x.dtype, MOST_ROWS) or weight.shape[2] != width:
         raise ValueError(
             f"fused_linear takes one row of 16 bits, outputs in multiples of {_MAX_BLOCK} and "
             f"inputs in multiples of {_CHUNKS[-1]}, not {x.dtype}{x.shape} with {weight.shape}"
         )
     # Few outputs are spread over more programs. Measured on an H100 at the shapes of 0.6B and 8B.
-    block = _MAX_BLOCK if num_out >= 2048 else 2
+    block, num_warps = (_MAX_BLOCK if num_out >= 2048 else 2), 4
+    if num_rows > 1:
+        block = block if num_rows == 2 and not gated else 2
+        num_warps = 4 if width > _FEW_COLUMNS else 2  # fewer warps add up fewer lanes' sums
     kernel = functools.partial(
         _kernel, block=block, eps=eps, normed=norm is not None, residual=residual is not None,
         gated=gated, chain=None if use_interpreter(interpret) else chain,
@@ -84,8 +93,8 @@ def fused_linear(
     return pl.pallas_call(
         kernel,
         grid=(num_out // block,),
-        out_shape=jax.ShapeDtypeStruct((1, num_out), dtype or x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        out_shape=jax.ShapeDtypeStruct((num_rows, num_out), dtype or x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="fused_linear",
     )(x, weight.reshape(-1, width), jnp.reshape(layer, 1), *optional, *help_next)
@@ -104,13 +113,15 @@ def _kernel(
     n = pl.program_id(0) * block + jnp.arange(block)
     w_rows = layer * (num_out * (1 + gated)) + n
     halves = [w_rows + half * num_out for half in range(1 + gated)]
-    outs = row_products(x_ref, 0, w_ref, halves, (inputs[0], layer, eps) if normed else None)
-    out = outs[0]
-    if gated:
-        out = out / (1 + jnp.exp(-out)) * outs[1]
-    if residual:
-        out += plgpu.load(inputs[-1].at[0, n]).astype(jnp.float32)
-    plgpu.store(out_ref.at[0, n], out.astype(out_ref.dtype))
+    rows = range(x_ref.shape[0])
+    norm = (inputs[0], layer, eps) if normed else None
+    for row, outs in zip(rows, rows_products(x_ref, rows, w_ref, halves, norm), strict=True):
+        out = outs[0]
+        if gated:
+            out = out / (1 + jnp.exp(-out)) * outs[1]
+        if residual:
+            out += plgpu.load(inputs[-1].at[row, n]).astype(jnp.float32)
+        plgpu.store(out_ref.at[row, n], out.astype(out_ref.dtype))
     if chain is not None:
         chaining.end(chain, help_next)
 
@@ -123,22 +134,30 @@ def row_products(x_ref, row, w_ref, blocks, norm):
         norm: the weights [L, K] of an RMSNorm of the row, the layer, and its eps; None: no norm.
             Its factor is the same for the whole row: it is summed up on the way and applied last.
     """
+    return rows_products(x_ref, [row], w_ref, blocks, norm)[0]
+
+
+def rows_products(x_ref, rows, w_ref, blocks, norm):
+    """What `row_products` returns for each of several rows of x; w is loaded once."""
     width, one = x_ref.shape[1], jnp.arange(1)
-    chunk = chunk_of(width)
+    chunk = chunk_of(width) if len(rows) == 1 else min(chunk_of(width), _FEW_COLUMNS)
     # Sums per column chunk, added up over the columns only at the end. The loop is unrolled: its
     # loads do not depend on one another and are all under way at once.
-    sums = [jnp.zeros((len(rows), chunk), jnp.float32) for rows in blocks]
-    squares = jnp.zeros((1, chunk), jnp.float32)
+    sums = [[jnp.zeros((len(b), chunk), jnp.float32) for b in blocks] for _ in rows]
+    squares = [jnp.zeros((1, chunk), jnp.float32) for _ in rows]
     for start in range(0, width, chunk):
         cols = start + jnp.arange(chunk)
-        w = [load_tile(w_ref, rows, cols) for rows in blocks]
-        x = load_tile(x_ref, row + one, cols).astype(jnp.float32)
+        w = [load_tile(w_ref, b, cols) for b in blocks]
         if norm is not None:
-            squares += x * x
-            x *= load_tile(norm[0], norm[1] + one, cols).astype(jnp.float32)
-        sums = [s + tile.astype(jnp.float32) * x for s, tile in zip(sums, w, strict=True)]
-    outs = [s.sum(axis=1) for s in sums]
+            scale = load_tile(norm[0], norm[1] + one, cols).astype(jnp.float32)
+        for i, row in enumerate(rows):
+            x = load_tile(x_ref, row + one, cols).astype(jnp.float32)
+            if norm is not None:
+                squares[i] += x * x
+                x *= scale
+            sums[i] = [s + tile.astype(jnp.float32) * x for s, tile in zip(sums[i], w, strict=True)]
+    outs = [[s.sum(axis=1) for s in row] for row in sums]
     if norm is None:
         return outs
-    inv_rms = lax.rsqrt(squares.sum() / width + norm[2])
-    return [out * inv_rms for out in outs]
+    inv_rms = [lax.rsqrt(s.sum() / width + norm[2]) for s in squares]
+    return [[out * inv for out in row] for row, inv in zip(outs, inv_rms, strict=True)]

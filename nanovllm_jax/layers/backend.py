@@ -41,6 +41,7 @@ class Help(NamedTuple):
     o: tuple[str, ...] = ()
     gate_up: tuple[str, ...] = ()
     down: tuple[str, ...] = ()
+    rows: int = 1  # up to which products are `fused_linear`
 
 
 HELP = Help()  # the probe replaces it
@@ -336,9 +337,9 @@ class GpuBackend(XlaBackend):
         def on_shard(x, weight, norm_weight, residual, layer, then, collectives, ahead):
             if plan.one_row:
                 y = fused_linear(
-                    x.reshape(1, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
+                    x.reshape(plan.rows, plan.width), weight.reshape(len(weight), -1, plan.width), layer,
                     norm_weight,
-                    None if plan.summed or residual is None else residual.reshape(1, -1),
+                    None if plan.summed or residual is None else residual.reshape(plan.rows, -1),
                     ahead, chain=chain, eps=eps, gated=gated, dtype=dtype or x.dtype,
                 ).reshape(plan.rows, *plan.out)  # fmt: skip
             elif plan.many_rows:
@@ -392,7 +393,7 @@ class GpuBackend(XlaBackend):
         num_out, num_inputs = math.prod(out), math.prod(width)
         axes = [m for axis in linear.in_axes for m in sharding.mesh_axes(axis)]
         summed = tuple(m for m in axes if sharding.mesh.shape[m] > 1)
-        one_row = supports_fused_linear(rows, num_out, num_inputs, dtype)
+        one_row = supports_fused_linear(rows, num_out, num_inputs, dtype, HELP.rows)
         # A product without a norm before it, and with a residual after it.
         one_shot = residual and summed == (AXIS,) and self._sums((rows, num_out), dtype)
         gated_bias = gated and linear.bias is not None  # comes before the gate, not after it
