@@ -14,12 +14,12 @@ part() { # part SECONDS COMMAND...: not longer than what is left
   echo "--- rc ${PIPESTATUS[0]} at $SECONDS s"
 }
 nvidia-smi --query-gpu=name,clocks.sm,clocks.mem --format=csv,noheader
-part 45 probes17/rows_check.py
-part 130 probes17/early.py --batch 1 --variants all --budget 115
-part 70 probes17/mosaic_stream.py --budget 45
+part 45 probes/rows_check.py
+part 130 probes/early.py --batch 1 --variants all --budget 115
+part 70 probes/mosaic_stream.py --budget 45
 ROWS="today all-late-early rows rows-early rows-near-late-early rows-all-early"
-part 60 probes17/early.py --batch 4 --variants $ROWS --budget 50 --rounds 4
-part 60 probes17/early.py --batch 8 --variants $ROWS --budget 50 --rounds 4
-part 60 probes17/early.py --batch 2 --variants $ROWS --budget 50 --rounds 4
-part 60 probes17/early.py --batch 16 --variants today early all-late-early all-early merge-early --budget 50 --rounds 4
+part 60 probes/early.py --batch 4 --variants $ROWS --budget 50 --rounds 4
+part 60 probes/early.py --batch 8 --variants $ROWS --budget 50 --rounds 4
+part 60 probes/early.py --batch 2 --variants $ROWS --budget 50 --rounds 4
+part 60 probes/early.py --batch 16 --variants today early all-late-early all-early merge-early --budget 50 --rounds 4
 echo "=== done at $SECONDS s"

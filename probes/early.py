@@ -1,7 +1,7 @@
 """Decode steps of small batches whose kernels help each other, beside today's.
 
-    python probes17/early.py --batch 1 --variants all        # on an H100
-    python probes17/early.py --aot --batch 1 --variants all  # compile only, without a GPU
+    python probes/early.py --batch 1 --variants all        # on an H100
+    python probes/early.py --aot --batch 1 --variants all  # compile only, without a GPU
 
 Variants change `nanovllm_jax.layers.backend.HELP`, nothing else. The program is the engine's own
 `decode_steps` (K steps a call). Checks: tokens of 32 greedy and 32 sampled steps and every bit of

@@ -1,7 +1,7 @@
 """A persistent Mosaic kernel that streams a decoder's weights: bandwidth, exchanges, and both.
 
-    python probes17/mosaic_stream.py            # on an H100
-    python probes17/mosaic_stream.py --aot      # compile only
+    python probes/mosaic_stream.py            # on an H100
+    python probes/mosaic_stream.py --aot      # compile only
 
 Each of 128 programs owns rows of every product. One warpgroup copies its rows into a ring of 16 KiB
 stages by TMA and never waits for others. The other multiplies by wgmma: a stage is 8 rows of 1,024
