@@ -146,15 +146,22 @@ def check(llm, oracle, kinds, prompts=None):
     return results
 
 
+# Log probabilities that are closer than this may come in either order: it is up to the processor.
+TIE = 1e-4
+
+
 def check_scores(found, token_ids, logprobs, count):
     """Compare an output's scores with log probabilities [tokens, V]."""
     assert len(found) == len(token_ids)
     for scores, token, expected in zip(found, token_ids, logprobs, strict=True):
-        order = np.argsort(-expected, kind="stable")[:count].tolist()
-        assert {*scores} == {token, *order}
+        last = np.sort(expected)[-count]
+        assert token in scores
+        assert len(scores) == count + (scores[token].rank > count)
+        assert all(expected[other] > last - TIE for other in scores if other != token)
         for other, entry in scores.items():
-            assert abs(entry.logprob - expected[other]) < 1e-4
-            assert entry.rank == 1 + (expected > expected[other]).sum()
+            assert abs(entry.logprob - expected[other]) < TIE
+            surely = 1 + (expected > expected[other] + TIE).sum()
+            assert surely <= entry.rank <= (expected > expected[other] - TIE).sum()
 
 
 @pytest.mark.parametrize("kinds", [[], *([kind] for kind in KINDS), KINDS], ids="-".join)
