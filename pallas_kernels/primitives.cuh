@@ -1,0 +1,201 @@
+// The PTX instructions (sm_90) that CUDA kernels of this folder use, each as a function with a name.
+// NVRTC compiles this file in front of a kernel, without any header. tests/cuda_machine.h has the
+// same functions in C++, to run kernels on a CPU.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Shared memory has addresses of 32 bits of its own, which its instructions take.
+__device__ inline u32 shared_address(const void* p) {
+  return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// Ends the kernel with an error if a loop of waiting goes on for about 20 s: a wrong count would
+// otherwise hang the GPU, without a message. Healthy waits end before the clock is looked at once.
+struct Deadline {
+  u32 rounds = 0;
+  u64 end = 0;
+
+  __device__ inline void check(u32 rounds_per_look = 4096) {
+    if (++rounds % rounds_per_look != 0) return;
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (end == 0) end = now + 20000000000ull;
+    if (now > end) asm volatile("trap;");
+  }
+};
+
+// ---- Barriers in shared memory (mbarrier), for which copies and warps wait
+
+// One thread sets up a barrier whose phase ends after this many arrivals, and the bytes expected.
+__device__ inline void barrier_init(u64* bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+               :: "r"(shared_address(bar)), "r"(arrivals) : "memory");
+}
+
+// Makes new barriers visible to copies; the thread that has set them up calls it once.
+__device__ inline void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Arrives, and adds bytes of copies that the phase must wait for as well.
+__device__ inline void barrier_expect(u64* bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :: "r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+
+// Arrives. What this thread has read or written before is done when the phase ends.
+__device__ inline void barrier_arrive(u64* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(bar)) : "memory");
+}
+
+// Waits until the phase of this parity has ended: 0 for the first, then 1, 0, and so on. For a new
+// barrier, parity 1 counts as ended. The hardware may suspend a thread for a while in each round,
+// so the clock is looked at after fewer rounds.
+__device__ inline void barrier_wait(u64* bar, u32 parity) {
+  Deadline deadline;
+  while (true) {
+    u32 ended;
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}" : "=r"(ended) : "r"(shared_address(bar)), "r"(parity) : "memory");
+    if (ended) return;
+    deadline.check(256);
+  }
+}
+
+// One thread starts a copy to shared memory, which tells `bar` when its bytes have arrived. Both
+// addresses and `bytes` are multiples of 16.
+__device__ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+               " [%0], [%1], %2, [%3];"
+               :: "r"(shared_address(to)), "l"(global), "r"(bytes), "r"(shared_address(bar))
+               : "memory");
+}
+
+// The threads 0 to 255, which compute, wait for one another. Barrier 0 is __syncthreads's.
+__device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// ---- Words that blocks send each other through global memory, each beside a number
+
+// Reads two words and their numbers {word, number, word, number} anew, from where all blocks see
+// the same. Pairs of 8 bytes arrive as one; the two pairs may be of different age.
+__device__ inline uint4 look(const uint4* p) {
+  uint4 r;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
+  return r;
+}
+
+// Writes a word and its number, which arrive together.
+__device__ inline void tell(uint2* p, u32 word, u32 number) {
+  asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};"
+               :: "l"(p), "r"(word), "r"(number) : "memory");
+}
+
+// Writes two words with the same number, in one instruction.
+__device__ inline void tell2(uint4* p, u32 w0, u32 w1, u32 number) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %3, %2, %3};"
+               :: "l"(p), "r"(w0), "r"(w1), "r"(number) : "memory");
+}
+
+// ---- Tensor cores: all lanes of a warp call these together. Lane t holds, with g = t / 4 and
+// k = 2 (t % 4), pairs of bfloat16:
+//   A [16, 16]: a0 = [g, k..k+1], a1 = [g + 8, k..], a2 = [g, k + 8..], a3 = [g + 8, k + 8..]
+//   B [16, 8]:  b0 = [k..k+1, g], b1 = [k + 8.., g]
+//   C [16, 8]:  c[0], c[1] = [g, k..k+1], c[2], c[3] = [g + 8, k..k+1], in float32
+
+// C += A B for A [16, 16].
+__device__ inline void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// C += A B for A [16, 8] and B [8, 8]: the first half of the above.
+__device__ inline void mma8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
+               " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(b0));
+}
+
+// Loads four matrices of 8 x 8 bfloat16. Lane 8 i + j gives the address of row j of matrix i, 16
+// bytes. r[i] = matrix i [g, k..k+1].
+__device__ inline void load_matrices(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same, transposed: r[i] = matrix i [k..k+1, g].
+__device__ inline void load_matrices_transposed(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
+               : "memory");
+}
+
+// ---- Other lanes' values: all lanes of a warp call these together
+
+// The value of the lane whose number differs in the bits of `bits`.
+__device__ inline float shuffle_xor(float value, int bits) {
+  float r;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(r) : "f"(value), "r"(bits));
+  return r;
+}
+
+// The value of lane `lane`.
+__device__ inline u32 shuffle(u32 value, int lane) {
+  u32 r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, -1;" : "=r"(r) : "r"(value), "r"(lane));
+  return r;
+}
+
+// ---- Numbers
+
+// Two float32 as a pair of bfloat16, rounded to nearest even; the instruction names the upper one
+// first.
+__device__ inline u32 pack(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// The lower one of a pair of bfloat16, which is the upper half of a float32.
+__device__ inline float low_of(u32 pair) {
+  float r;
+  asm("mov.b32 %0, %1;" : "=f"(r) : "r"(pair << 16));
+  return r;
+}
+
+// The upper one of a pair.
+__device__ inline float high_of(u32 pair) {
+  float r;
+  asm("mov.b32 %0, %1;" : "=f"(r) : "r"(pair & 0xffff0000u));
+  return r;
+}
+
+// 2 to the power of x, to about 2 units in the last place; results below 1e-38 are 0.
+__device__ inline float exp_2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// 1 / sqrt(x), to about 2 units in the last place.
+__device__ inline float rsqrt_of(float x) {
+  float r;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// x / (1 + exp(-x)).
+__device__ inline float silu(float x) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(1.0f + exp_2(-1.4426950408889634f * x)));
+  return x * r;
+}
