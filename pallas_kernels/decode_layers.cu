@@ -23,6 +23,9 @@ constexpr float MASKED = -1e30f;
 // A stage of the ring holds 8 rows of up to 1,024 weights, or 32 keys and 32 values. Rows are
 // padded, so that the 16-byte words that are read at once lie in different banks.
 constexpr int UNIT = 8, CHUNK = 1024, POSITIONS = 32, TILE = 8;
+#ifndef LEAST_PART
+#define LEAST_PART 64
+#endif
 constexpr int PITCH = 2 * CHUNK + 64;
 constexpr int KV_PITCH = 2 * HEAD_DIM + 16;
 constexpr int STAGE_BYTES = (larger(UNIT * PITCH, 2 * POSITIONS * KV_PITCH) + 127) & ~127;
@@ -31,6 +34,7 @@ constexpr int GROUP_UNITS = 8;  // units whose sums a warp keeps at once
 constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
 constexpr int INPUT_PITCH = 2 * WIDEST + (WIDEST % 64 ? 0 : 64);  // an odd number of 64 bytes
 constexpr int OWN_ROWS = UNIT * ((HIDDEN / UNIT + BLOCKS - 1) / BLOCKS);
+constexpr int PIECES = (HIDDEN / 8 + 31) / 32;  // of the hidden state, each for a warp
 
 struct Attention {
   float raw[GROUP + 2][HEAD_DIM];
@@ -47,22 +51,32 @@ struct Shared {
     Attention attention;
   };
   float residual[OWN_ROWS][BATCH];              // the rows that this block adds to
-  float squares[WARPS][BATCH];                  // sums of the product's input, for its norm
+  float squares[BATCH][PIECES];                 // sums of the product's input, for its norm
   u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "shared memory");
 
-// Where the words of each exchange lie in `mail`, in words of 8 bytes with their numbers.
-constexpr int MAIL_HIDDEN = 0;                                    // pairs of bfloat16
-constexpr int MAIL_QKV = MAIL_HIDDEN + BATCH * HIDDEN / 2;        // pairs
-constexpr int MAIL_PART = MAIL_QKV + BATCH * QKV / 2;             // float32
-constexpr int MAIL_MAXIMUM = MAIL_PART + BATCH * SPLITS * ATTENDED;  // float32: maximum, total
-constexpr int MAIL_ATTENDED = MAIL_MAXIMUM + 2 * BATCH * SPLITS * HEADS;  // pairs
-constexpr int MAIL_MIDDLE = MAIL_ATTENDED + BATCH * ATTENDED / 2;  // pairs
-constexpr int MAIL_GATED = MAIL_MIDDLE + BATCH * HIDDEN / 2;      // pairs
-constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;
+// Where each exchange of a layer has its words, of 4 bytes. All but LSE are pairs of bfloat16.
+constexpr int LSE_PITCH = (SPLITS + 3) / 4 * 4;
+constexpr int MAIL_HIDDEN = 0;
+constexpr int MAIL_QKV = MAIL_HIDDEN + BATCH * HIDDEN / 2;
+constexpr int MAIL_PART = MAIL_QKV + BATCH * QKV / 2;
+constexpr int MAIL_LSE = MAIL_PART + BATCH * SPLITS * ATTENDED / 2;
+constexpr int MAIL_MIDDLE = MAIL_LSE + BATCH * HEADS * LSE_PITCH;
+constexpr int MAIL_GATED = MAIL_MIDDLE + BATCH * HIDDEN / 2;
+constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;  // of a layer
 
 extern __shared__ __align__(128) unsigned char shared[];
+
+// The parts that a context is cut into, and the old positions of each: at least 64.
+struct Parts {
+  int old, per, count;
+  __device__ explicit Parts(int context) {
+    old = max(context - 1, 0);
+    per = max(LEAST_PART, ((old + SPLITS - 1) / SPLITS + POSITIONS - 1) / POSITIONS * POSITIONS);
+    count = max((old + per - 1) / per, 1);
+  }
+};
 
 // The first of a block's units, when all blocks share them.
 __device__ int first_of(int units, int block) { return units * block / BLOCKS; }
@@ -141,23 +155,35 @@ __device__ float sum_of_warp(float x) {
   return x;
 }
 
-__device__ bool has(uint4 item, u32 number) { return item.y == number && item.w == number; }
+// Whether all words of an item are there: `tell` never sends a zero, with which they begin.
+__device__ bool has(uint4 item) { return item.x && item.y && item.z && item.w; }
 
-// Looks until the two words of an item are there.
-__device__ uint4 await(const uint4* item, u32 number) {
-  uint4 found = look(item);
-  for (Deadline deadline; !has(found, number); found = look(item)) deadline.check();
-  return found;
+// Looks at items until all are there. Those that are not wanted count as being there.
+template <int COUNT>
+__device__ void await(uint4 (&found)[COUNT], const uint4* const (&items)[COUNT],
+                      const bool (&wanted)[COUNT]) {
+  Deadline deadline;
+  bool all;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) found[i] = make_uint4(0, 0, 0, 0);
+  do {
+    deadline.check();
+    all = true;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      if (wanted[i] && !has(found[i])) found[i] = look(items[i]);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) all &= !wanted[i] || has(found[i]);
+  } while (!all);
 }
 
 struct Worker {
   Shared& s;
-  uint2* mail;
   int thread, warp, lane, quad, row;  // row and quad: of this lane in an mma's fragments
   Place place;
 
-  __device__ Worker(Shared& ring, uint2* mail)
-      : s(ring), mail(mail), thread(threadIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+  __device__ Worker(Shared& ring)
+      : s(ring), thread(threadIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
         quad(threadIdx.x % 4), row(threadIdx.x % 32 / 4) {}
 
   __device__ unsigned char* acquire() {
@@ -170,68 +196,117 @@ struct Worker {
     place.step();
   }
 
-  // Looking is traffic. So one warp looks at a few of the items until they are there; by then most
-  // others are, too.
-  __device__ void expect(const uint4* items, int count, u32 number) {
-    if (warp == 0) await(items + (size_t)lane * count / 32, number);
-    sync_computing();
-  }
-
-  // Receives [BATCH, WIDTH] as the input of a product. With a norm, its weights are applied here,
-  // and the root mean square to the product's result (`inverse`).
+  // Receives [BATCH, WIDTH] as the input of a product, 8 values a lane. With a norm, its weights
+  // are applied here, and the root mean square to the product's result (`inverse`).
   template <int WIDTH, bool NORM>
-  __device__ void receive(int at, u32 number, const u16* norm) {
-    constexpr int ITEMS = WIDTH / 4, PER = (ITEMS + THREADS - 1) / THREADS;
-    constexpr int MOST = PER > 4 ? 1 : PER > 2 ? 2 : PER > 1 ? 4 : 8;  // sequences at once
-    constexpr int ROWS = MOST < BATCH ? MOST : BATCH;
-    const uint4* items = reinterpret_cast<const uint4*>(mail + at);
-    uint2 scales[PER];
-    if (NORM) {
+  __device__ void receive(const u32* words, const u16* norm) {
+    constexpr int ITEMS = WIDTH / 8, PIECES = (ITEMS + 31) / 32, ALL = BATCH * PIECES;
+    constexpr int MINE = (ALL + WARPS - 1) / WARPS, COUNT = MINE < 8 ? MINE : 8;
+    for (int first = warp; first < ALL; first += WARPS * COUNT) {
+      uint4 found[COUNT], scale[COUNT];
+      const uint4* items[COUNT];
+      bool wanted[COUNT];
 #pragma unroll
-      for (int j = 0; j < PER; j++)
-        if (j * THREADS + thread < ITEMS)
-          scales[j] = reinterpret_cast<const uint2*>(norm)[j * THREADS + thread];
-    }
-    expect(items, BATCH * ITEMS, number);
-    for (int first = 0; first < BATCH; first += ROWS) {
-      uint4 found[ROWS][PER];
-      bool all;
-      Deadline deadline;
-      do {
-        deadline.check();
-        all = true;
+      for (int i = 0; i < COUNT; i++) {
+        int piece = first + i * WARPS, item = piece % PIECES * 32 + lane;
+        wanted[i] = piece < ALL && item < ITEMS;
+        items[i] = reinterpret_cast<const uint4*>(words) + piece / PIECES * ITEMS + item;
+        if (NORM && wanted[i]) scale[i] = reinterpret_cast<const uint4*>(norm)[item];
+      }
+      await(found, items, wanted);
 #pragma unroll
-        for (int i = 0; i < ROWS; i++)
-#pragma unroll
-          for (int j = 0; j < PER; j++)
-            if (j * THREADS + thread < ITEMS)
-              found[i][j] = look(items + (first + i) * ITEMS + j * THREADS + thread);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++)
-#pragma unroll
-          for (int j = 0; j < PER; j++)
-            if (j * THREADS + thread < ITEMS) all &= has(found[i][j], number);
-      } while (!all);
-#pragma unroll
-      for (int i = 0; i < ROWS; i++) {
+      for (int i = 0; i < COUNT; i++) {
+        int piece = first + i * WARPS, sequence = piece / PIECES;
         float squares = 0;
-#pragma unroll
-        for (int j = 0; j < PER; j++) {
-          int item = j * THREADS + thread;
-          if (item >= ITEMS) continue;
-          u32 lower = found[i][j].x, upper = found[i][j].z;
+        if (wanted[i]) {
           if (NORM) {
-            float a = low_of(lower), b = high_of(lower), c = low_of(upper), d = high_of(upper);
-            squares += a * a + b * b + c * c + d * d;
-            lower = pack(a * low_of(scales[j].x), b * high_of(scales[j].x));
-            upper = pack(c * low_of(scales[j].y), d * high_of(scales[j].y));
+            squares = scale_pair(found[i].x, scale[i].x) + scale_pair(found[i].y, scale[i].y) +
+                      scale_pair(found[i].z, scale[i].z) + scale_pair(found[i].w, scale[i].w);
           }
-          *reinterpret_cast<uint2*>(s.input[first + i] + 8 * item) = make_uint2(lower, upper);
+          put(sequence, piece % PIECES * 32 + lane, found[i]);
         }
         if (NORM) {
           squares = sum_of_warp(squares);
-          if (lane == 0) s.squares[warp][first + i] = squares;
+          if (lane == 0 && piece < ALL) s.squares[sequence][piece % PIECES] = squares;
         }
+      }
+    }
+    sync_computing();
+  }
+
+  __device__ void put(int sequence, int item, uint4 values) {
+    *reinterpret_cast<uint4*>(s.input[sequence] + 16 * item) = values;
+  }
+
+  // Multiplies a pair by another; returns the sum of its squares before that.
+  __device__ static float scale_pair(u32& pair, u32 by) {
+    float a = low_of(pair), b = high_of(pair);
+    pair = pack(a * low_of(by), b * high_of(by));
+    return a * a + b * b;
+  }
+
+  // Receives the attention's outputs of all parts of the contexts, each with the base-2 logarithm
+  // of its softmax's denominator, and merges them as the input of a product.
+  __device__ void receive_attended(const u32* parts, const u32* lse, const int* contexts) {
+    constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
+    constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
+    constexpr int COUNT = MINE < 8 / AT_ONCE ? MINE : 8 / AT_ONCE, WORDS = (AT_ONCE + 3) / 4;
+    for (int first = thread; first < ALL; first += THREADS * COUNT) {
+      float y[COUNT][8] = {}, highest[COUNT], total[COUNT];
+      int count[COUNT], most = 1;
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        int item = first + i * THREADS;
+        highest[i] = MASKED;
+        total[i] = 0;
+        count[i] = item < ALL ? Parts(contexts[item / ITEMS]).count : 0;
+        most = max(most, count[i]);
+      }
+      for (int part = 0; part < most; part += AT_ONCE) {
+        constexpr int EACH = AT_ONCE + WORDS;
+        uint4 found[COUNT * EACH];
+        const uint4* items[COUNT * EACH];
+        bool wanted[COUNT * EACH];
+#pragma unroll
+        for (int i = 0; i < COUNT * EACH; i++) {
+          int item = first + i / EACH * THREADS, head = item / OF_HEAD, j = i % EACH;
+          wanted[i] = part + (j < AT_ONCE ? j : 4 * (j - AT_ONCE)) < count[i / EACH];
+          items[i] = j < AT_ONCE
+              ? reinterpret_cast<const uint4*>(parts) + (head * SPLITS + part + j) * OF_HEAD +
+                    item % OF_HEAD
+              : reinterpret_cast<const uint4*>(lse + head * LSE_PITCH + part) + j - AT_ONCE;
+        }
+        await(found, items, wanted);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++) {
+            if (part + j >= count[i]) continue;
+            uint4 word = found[i * EACH + AT_ONCE + j / 4], v = found[i * EACH + j];
+            float of_part = __uint_as_float(j % 4 == 0   ? word.x
+                                            : j % 4 == 1 ? word.y
+                                            : j % 4 == 2 ? word.z
+                                                         : word.w);
+            float higher = fmaxf(highest[i], of_part);
+            float shrink = exp_2(highest[i] - higher), weight = exp_2(of_part - higher);
+            highest[i] = higher;
+            total[i] = total[i] * shrink + weight;
+            u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+              y[i][2 * k] = y[i][2 * k] * shrink + weight * low_of(pairs[k]);
+              y[i][2 * k + 1] = y[i][2 * k + 1] * shrink + weight * high_of(pairs[k]);
+            }
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        int item = first + i * THREADS;
+        float scale = 1 / total[i];
+        if (item < ALL)
+          put(item / ITEMS, item % ITEMS,
+              make_uint4(pack(y[i][0] * scale, y[i][1] * scale), pack(y[i][2] * scale, y[i][3] * scale),
+                         pack(y[i][4] * scale, y[i][5] * scale), pack(y[i][6] * scale, y[i][7] * scale)));
       }
     }
     sync_computing();
@@ -241,7 +316,7 @@ struct Worker {
   __device__ float inverse(int sequence) {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) sum += s.squares[i][sequence];
+    for (int i = 0; i < PIECES; i++) sum += s.squares[sequence][i];
     return rsqrt_of(sum / HIDDEN + EPS);
   }
 
@@ -255,13 +330,15 @@ struct Worker {
       float sums[GROUP_UNITS][2][4] = {};
       for (int column = 0; column < WIDTH; column += CHUNK) {
         constexpr int STEPS = CHUNK / 32 / WARPS;
-        uint4 x[STEPS];
+        uint4 x[STEPS], x8[STEPS];  // of sequence `row`, and of that plus 8
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-          x[i] = make_uint4(0, 0, 0, 0);
+          x[i] = x8[i] = make_uint4(0, 0, 0, 0);
           int at = column + (i * WARPS + warp) * 32;
           if (at < WIDTH && row < BATCH)
             x[i] = *reinterpret_cast<const uint4*>(s.input[row] + 2 * at + 16 * quad);
+          if (at < WIDTH && row + 8 < BATCH)
+            x8[i] = *reinterpret_cast<const uint4*>(s.input[row + 8] + 2 * at + 16 * quad);
         }
 #pragma unroll
         for (int unit = 0; unit < GROUP_UNITS; unit++) {
@@ -272,17 +349,20 @@ struct Worker {
             int at = (i * WARPS + warp) * 32;
             if (column + at >= WIDTH) continue;
             uint4 w = *reinterpret_cast<const uint4*>(stage + 2 * at);
-            mma16(sums[unit][i % 2], x[i].x, 0, x[i].y, 0, w.x, w.y);
-            mma16(sums[unit][i % 2], x[i].z, 0, x[i].w, 0, w.z, w.w);
+            mma16(sums[unit][i % 2], x[i].x, x8[i].x, x[i].y, x8[i].y, w.x, w.y);
+            mma16(sums[unit][i % 2], x[i].z, x8[i].z, x[i].w, x8[i].w, w.z, w.w);
           }
           release();
         }
       }
 #pragma unroll
       for (int unit = 0; unit < GROUP_UNITS; unit++)
-        if (row < BATCH)
-          *reinterpret_cast<float2*>(&s.parts[warp][unit][row][2 * quad]) = make_float2(
-              sums[unit][0][0] + sums[unit][1][0], sums[unit][0][1] + sums[unit][1][1]);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (row + 8 * i < BATCH)
+            *reinterpret_cast<float2*>(&s.parts[warp][unit][row + 8 * i][2 * quad]) =
+                make_float2(sums[unit][0][2 * i] + sums[unit][1][2 * i],
+                            sums[unit][0][2 * i + 1] + sums[unit][1][2 * i + 1]);
       sync_computing();
       done(first, min(GROUP_UNITS, units - first));
       sync_computing();
@@ -347,8 +427,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     const u16* __restrict__ k_norm, const u16* __restrict__ o, const u16* __restrict__ post_norm,
     const u16* __restrict__ gate_up, const u16* __restrict__ down, const float* __restrict__ cos,
     const float* __restrict__ sin, const int* __restrict__ slots, const int* __restrict__ tables,
-    const int* __restrict__ contexts, const u16*, const u16*, const uint2*, u16* hidden,
-    u16* k_cache, u16* v_cache, uint2* mail) {
+    const int* __restrict__ contexts, const u16*, const u16*, const u32*, u16* hidden,
+    u16* k_cache, u16* v_cache, u32* mail) {
   Shared& s = *reinterpret_cast<Shared*>(shared);
   const int block = blockIdx.x, thread = threadIdx.x;
   if (thread == 0) {
@@ -369,11 +449,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   const int ffn_units = first_of(FFN / UNIT, block + 1) - ffn_first;
   const int split = block % SPLITS, head = block / SPLITS % KV_HEADS;
   const int sequence = block / SPLITS / KV_HEADS;
-  int begin = 0, end = 0;  // of the old positions
+  int begin = 0, end = 0, last_part = -1;  // of the old positions
   if (block < TASKS) {
-    int old = max(contexts[sequence] - 1, 0), per = (old + SPLITS - 1) / SPLITS;
-    begin = min(split * per, old);
-    end = min(begin + per, old);
+    Parts parts(contexts[sequence]);
+    begin = min(split * parts.per, parts.old);
+    end = min(begin + parts.per, parts.old);
+    last_part = parts.count - 1;
   }
   constexpr size_t LAYER_OF_CACHE = (size_t)PAGES * PAGE * KV_HEADS * HEAD_DIM;
 
@@ -396,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     return;
   }
 
-  Worker w(s, mail);
+  Worker w(s);
   const int warp = w.warp, lane = w.lane, quad = w.quad, row = w.row;
   for (int i = thread; i < TILE * KV_PITCH / 4; i += THREADS) {
     reinterpret_cast<u32*>(s.query)[i] = 0;
@@ -416,15 +497,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     u32 word = reinterpret_cast<const u32*>(x)[at];
     s.residual[2 * pair][b] = low_of(word);
     s.residual[2 * pair + 1][b] = high_of(word);
-    tell(mail + MAIL_HIDDEN + at, word, 1);
+    tell(mail + MAIL_HIDDEN + at, word);
   }
   sync_computing();
 
   for (int layer = 0; layer < LAYERS; layer++) {
-    const u32 number = layer + 1;
+    u32* const words = mail + layer * MAIL_WORDS;
 
     // ---- queries, keys and values
-    w.receive<HIDDEN, true>(MAIL_HIDDEN, number, input_norm + layer * HIDDEN);
+    w.receive<HIDDEN, true>(words + MAIL_HIDDEN, input_norm + layer * HIDDEN);
     w.product<HIDDEN>(qkv_units, [&](int first, int units) {
       pairs(units, [&](int unit, int b, int pair) {
         int at = (qkv_first + first + unit) * UNIT / 2 + pair;
@@ -437,20 +518,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           y.x += low_of(bias);
           y.y += high_of(bias);
         }
-        tell(mail + MAIL_QKV + b * QKV / 2 + at, pack(y.x, y.y), number);
+        tell(words + MAIL_QKV + b * QKV / 2 + at, pack(y.x, y.y));
       });
     });
 
     // ---- attention of one head's queries to a part of one sequence
-    if (block < TASKS) {
+    if (split <= last_part) {
       Attention& a = s.attention;
-      constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 4;
-      auto items = reinterpret_cast<const uint4*>(mail + MAIL_QKV + sequence * QKV / 2) + head * ITEMS;
-      w.expect(items, ITEMS, number);
+      constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 8;
       for (int i = thread; i < ITEMS; i += THREADS) {
-        uint4 found = await(items + i, number);
-        reinterpret_cast<float4*>(a.raw)[i] = make_float4(low_of(found.x), high_of(found.x),
-                                                          low_of(found.z), high_of(found.z));
+        auto from = reinterpret_cast<const uint4*>(words + MAIL_QKV + sequence * QKV / 2);
+        uint4 found[1];
+        await<1>(found, {from + head * ITEMS + i}, {true});
+        u32 pairs[4] = {found[0].x, found[0].y, found[0].z, found[0].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          reinterpret_cast<float2*>(a.raw)[4 * i + j] = make_float2(low_of(pairs[j]), high_of(pairs[j]));
       }
       sync_computing();
       const int slot = slots[sequence];
@@ -485,7 +568,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           u32 lower = pack(y[0], y[1]), upper = pack(y[2], y[3]);
           reinterpret_cast<u32*>(to)[i / 2] = lower;
           reinterpret_cast<u32*>(to)[i / 2 + HEAD_DIM / 4] = upper;
-          if (!is_query && slot >= 0 && split == SPLITS - 1) {
+          if (!is_query && slot >= 0 && split == last_part) {
             u16* cache = is_value ? v_cache : k_cache;
             cache += layer * LAYER_OF_CACHE + ((size_t)slot * KV_HEADS + head) * HEAD_DIM;
             reinterpret_cast<u32*>(cache)[i / 2] = lower;
@@ -510,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           w.attend(q, stage, stage + POSITIONS * KV_PITCH, count, maximum, total, sums);
         w.release();
       }
-      if (warp == WARPS - 1 && split == SPLITS - 1)  // and the last the new position
+      if (warp == WARPS - 1 && split == last_part)  // and the last the new position
         w.attend(q, s.key[0], s.value[0], 1, maximum, total, sums);
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
@@ -538,44 +621,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           y.y += weight * part.y;
         }
         int of_head = sequence * HEADS + head * GROUP + g;
-        if (SPLITS == 1) {
-          tell(mail + MAIL_ATTENDED + of_head * HEAD_DIM / 2 + pair, pack(y.x / all, y.y / all),
-               number);
-        } else {
-          int part = of_head * SPLITS + split;
-          auto to = reinterpret_cast<uint4*>(mail + MAIL_PART) + part * HEAD_DIM / 2 + pair;
-          tell2(to, __float_as_uint(y.x), __float_as_uint(y.y), number);
-          if (pair == 0)
-            tell2(reinterpret_cast<uint4*>(mail + MAIL_MAXIMUM) + part, __float_as_uint(highest),
-                  __float_as_uint(all), number);
+        tell(words + MAIL_PART + (of_head * SPLITS + split) * HEAD_DIM / 2 + pair,
+             pack(y.x / all, y.y / all));
+        if (pair == 0) {
+          u32* lse = words + MAIL_LSE + of_head * LSE_PITCH;
+          tell(lse + split, __float_as_uint(highest + log_2(all)));
+          if (split == last_part)  // so that readers find whole items
+            for (int j = split + 1; j < LSE_PITCH; j++) tell(lse + j, __float_as_uint(MASKED));
         }
       }
       sync_computing();
-    }
-
-    // ---- the parts of the contexts, merged: a lane for each part of a pair of elements
-    if (SPLITS > 1) {
-      int first = first_of(BATCH * ATTENDED / 2, block);
-      int count = (first_of(BATCH * ATTENDED / 2, block + 1) - first) * SPLITS;
-      for (int i = thread; i < (count + 31 & ~31); i += THREADS) {
-        int element = first + min(i, count - 1) / SPLITS, part = i % SPLITS;
-        int from = element / (HEAD_DIM / 2) * SPLITS + part, pair = element % (HEAD_DIM / 2);
-        uint4 y = await(reinterpret_cast<const uint4*>(mail + MAIL_PART) + from * HEAD_DIM / 2 + pair, number);
-        uint4 m = await(reinterpret_cast<const uint4*>(mail + MAIL_MAXIMUM) + from, number);
-        float highest = __uint_as_float(m.x);
-#pragma unroll
-        for (int j = SPLITS / 2; j; j >>= 1) highest = fmaxf(highest, shuffle_xor(highest, j));
-        float weight = exp_2(__uint_as_float(m.x) - highest), total = weight * __uint_as_float(m.z);
-        float a = weight * __uint_as_float(y.x), b = weight * __uint_as_float(y.z);
-#pragma unroll
-        for (int j = SPLITS / 2; j; j >>= 1) {
-          total += shuffle_xor(total, j);
-          a += shuffle_xor(a, j);
-          b += shuffle_xor(b, j);
-        }
-        if (part == 0 && i < count)
-          tell(mail + MAIL_ATTENDED + element, pack(a / total, b / total), number);
-      }
     }
 
     // ---- the projection of the attention's output, and the residual
@@ -586,33 +641,33 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       y.y = s.residual[own + 1][b] += y.y;
       return pack(y.x, y.y);
     };
-    w.receive<ATTENDED, false>(MAIL_ATTENDED, number, nullptr);
+    w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
     w.product<ATTENDED>(own_units, [&](int first, int units) {
       pairs(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
-        tell(mail + MAIL_MIDDLE + at, add(first, unit, b, pair), number);
+        tell(words + MAIL_MIDDLE + at, add(first, unit, b, pair));
       });
     });
 
     // ---- gate and up
-    w.receive<HIDDEN, true>(MAIL_MIDDLE, number, post_norm + layer * HIDDEN);
+    w.receive<HIDDEN, true>(words + MAIL_MIDDLE, post_norm + layer * HIDDEN);
     w.product<HIDDEN>(2 * ffn_units, [&](int first, int units) {
       pairs(units / 2, [&](int unit, int b, int pair) {
         float2 gate = w.sum(2 * unit, b, pair), up = w.sum(2 * unit + 1, b, pair);
         float inverse = w.inverse(b);
         u32 y = pack(silu(gate.x * inverse) * up.x * inverse, silu(gate.y * inverse) * up.y * inverse);
         int at = b * FFN / 2 + (ffn_first + first / 2 + unit) * UNIT / 2 + pair;
-        tell(mail + MAIL_GATED + at, y, number);
+        tell(words + MAIL_GATED + at, y);
       });
     });
 
     // ---- down, and the residual
-    w.receive<FFN, false>(MAIL_GATED, number, nullptr);
+    w.receive<FFN, false>(words + MAIL_GATED, nullptr);
     w.product<FFN>(own_units, [&](int first, int units) {
       pairs(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
         u32 y = add(first, unit, b, pair);
-        if (layer + 1 < LAYERS) tell(mail + MAIL_HIDDEN + at, y, number + 1);
+        if (layer + 1 < LAYERS) tell(words + MAIL_WORDS + MAIL_HIDDEN + at, y);
         else reinterpret_cast<u32*>(hidden)[at] = y;
       });
     });

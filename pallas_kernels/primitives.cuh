@@ -79,10 +79,9 @@ __device__ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar
 // The threads 0 to 255, which compute, wait for one another. Barrier 0 is __syncthreads's.
 __device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
-// ---- Words that blocks send each other through global memory, each beside a number
+// ---- Words that blocks send each other through global memory, which begins with zeros
 
-// Reads two words and their numbers {word, number, word, number} anew, from where all blocks see
-// the same. Pairs of 8 bytes arrive as one; the two pairs may be of different age.
+// Reads four words anew, from where all blocks see the same. Each may be there or not.
 __device__ inline uint4 look(const uint4* p) {
   uint4 r;
   asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -90,16 +89,11 @@ __device__ inline uint4 look(const uint4* p) {
   return r;
 }
 
-// Writes a word and its number, which arrive together.
-__device__ inline void tell(uint2* p, u32 word, u32 number) {
-  asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};"
-               :: "l"(p), "r"(word), "r"(number) : "memory");
-}
-
-// Writes two words with the same number, in one instruction.
-__device__ inline void tell2(uint4* p, u32 w0, u32 w1, u32 number) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %3, %2, %3};"
-               :: "l"(p), "r"(w0), "r"(w1), "r"(number) : "memory");
+// Sends a word: a pair of bfloat16, or a float32. Zero means "not yet", and so it goes out as what
+// is its equal to both: +0 and -0 as a pair, -0 as a float32.
+__device__ inline void tell(u32* p, u32 word) {
+  if (word == 0) word = 0x80000000u;
+  asm volatile("st.volatile.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory");
 }
 
 // ---- Tensor cores: all lanes of a warp call these together. Lane t holds, with g = t / 4 and
@@ -183,6 +177,13 @@ __device__ inline float high_of(u32 pair) {
 __device__ inline float exp_2(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// The logarithm to the base 2 of x, to about 2^-22.
+__device__ inline float log_2(float x) {
+  float r;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
 

@@ -1,0 +1,116 @@
+"""Build CUDA kernels for the CPU, and run them there in any order; see `cuda_machine.cpp`."""
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{_HERE}", "-c")
+# Kernels read bytes of shared memory as any type, and a variable without a value holds garbage.
+_KERNEL_FLAGS = ("-O1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-w")
+_KERNEL_FLAGS += ("-fsanitize=alignment,bounds", "-fsanitize-recover=all")
+
+
+class MachineError(RuntimeError):
+    """The kernel did what a GPU would not do, or not always do well; says where."""
+
+
+class _Array(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("item", ctypes.c_uint64)]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("blocks", "threads", "shared_bytes", "arrays")),
+        ("seed", ctypes.c_uint64),
+        ("limit_seconds", ctypes.c_double),
+        ("array", ctypes.POINTER(_Array)),
+    ]
+
+
+def problem() -> str | None:
+    """Why no kernel can be built here, or None."""
+    return None if shutil.which("g++") else "there is no g++"
+
+
+def build(source: str, defines: Mapping[str, object], *, machine_flags: tuple[str, ...] = ()):
+    """Compile a kernel, once for equal arguments.
+
+    Args:
+        source: CUDA code, without `primitives.cuh`, with one `extern "C" __global__` function, which
+            takes pointers only. Its shared memory is called `shared`.
+        defines: values by macro.
+        machine_flags: compiler options of the machine itself.
+
+    Returns:
+        kernel(grid, threads, shared_bytes, seed, *arrays, limit_seconds=120.0) -> None. It runs
+        the kernel on contiguous numpy arrays (bfloat16 as uint16 or ml_dtypes.bfloat16; uint2 and
+        uint4 as uint32), and writes into those whose pointers are not `const`. An array that is
+        given twice is one piece of memory. `seed` draws the order; 0: warps in turns.
+
+    Raises:
+        RuntimeError: g++ refuses the source.
+        MachineError: (kernel) it went wrong; the message says where.
+    """
+    return _build(source, tuple((k, str(v)) for k, v in defines.items()), machine_flags)
+
+
+@functools.cache
+def _build(source: str, defines: tuple[tuple[str, str], ...], machine_flags: tuple[str, ...]):
+    (name,) = re.findall(r'extern\s+"C"\s+__global__[^;{]*?\b(?!__)(\w+)\s*\(', source)
+    text = '#include "cuda_machine.h"\n'
+    text += "".join(f"#define {key} {value}\n" for key, value in defines)
+    text += f'#line 1 "kernel.cu"\n{source}\nMACHINE_KERNEL({name})\n'
+    kernel = _compile(text, *_KERNEL_FLAGS)
+    machine = _compile((_HERE / "cuda_machine.cpp").read_text(), "-O2", *machine_flags)
+    library = kernel.with_name(f"{kernel.stem}-{machine.stem}.so")
+    _call("g++", "-shared", kernel, machine, "-o", library)
+    return functools.partial(_run, ctypes.CDLL(str(library)))
+
+
+@functools.cache
+def _compile(text: str, *flags: str) -> Path:
+    name = hashlib.sha256("\n".join((*flags, text)).encode()).hexdigest()[:16]
+    source = Path(_folder().name) / f"{name}.cpp"
+    source.write_text(text)
+    _call("g++", *_FLAGS, *flags, source, "-o", source.with_suffix(".o"))
+    return source.with_suffix(".o")
+
+
+def _call(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ refuses the kernel:\n{done.stderr}")
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """The folder of all that this process builds, which goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="cuda_machine-")
+
+
+def _run(
+    library: ctypes.CDLL,
+    grid: int,
+    threads: int,
+    shared_bytes: int,
+    seed: int,
+    *arrays: np.ndarray,
+    limit_seconds: float = 120.0,
+) -> None:
+    for array in arrays:
+        assert array.flags.c_contiguous and array.flags.writeable, "contiguous, and not read-only"
+    described = (_Array * len(arrays))(*((a.ctypes.data, a.nbytes, a.itemsize) for a in arrays))
+    launch = _Launch(grid, threads, shared_bytes, len(arrays), seed, limit_seconds, described)
+    error = ctypes.create_string_buffer(20000)
+    library.machine_run(ctypes.byref(launch), error, ctypes.c_uint64(len(error)))
+    if error.value:
+        raise MachineError(error.value.decode())

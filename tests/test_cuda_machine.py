@@ -1,0 +1,388 @@
+"""The machine that runs CUDA kernels on the CPU: its functions, its orders, and what it notices."""
+
+import re
+from pathlib import Path
+
+import cuda_machine
+import ml_dtypes
+import numpy as np
+import pytest
+from cuda_machine import MachineError
+
+pytestmark = pytest.mark.skipif(bool(cuda_machine.problem()), reason=str(cuda_machine.problem()))
+
+SEEDS = range(6)  # 0: in turns
+SHARED = "extern __shared__ __align__(128) unsigned char shared[];"
+EVERY = (Path(__file__).parent / "every_primitive.cu").read_text()
+
+
+def kernel(parameters, body, **defines):
+    source = f'extern "C" __global__ void test({parameters}) {{\n{SHARED}\n{body}\n}}'
+    return cuda_machine.build(source, defines)
+
+
+def draw_bfloat16(random, *shape):
+    return random.standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+
+def halves(array, row, column):
+    """The pair of bfloat16 at [row, column] and [row, column + 1], for lanes' indices."""
+    bits = array.view(np.uint16).astype(np.uint32)
+    return bits[row, column] | bits[row, column + 1] << 16
+
+
+LANE = np.arange(32)
+G, K = LANE // 4, LANE % 4 * 2  # of a lane, as primitives.cuh has it
+
+
+@pytest.mark.parametrize("depth", [16, 8])
+def test_products(depth):
+    random = np.random.default_rng(0)
+    a, b = draw_bfloat16(random, 16, depth), draw_bfloat16(random, depth, 8)
+    c = random.standard_normal((16, 8)).astype(np.float32)
+    transposed = np.ascontiguousarray(b.T)
+    pairs_a = [halves(a, G + i % 2 * 8, K + i // 2 * 8) for i in range(depth // 4)]
+    pairs_b = [halves(transposed, G, K + i * 8) for i in range(depth // 8)]
+    operands = np.stack([*pairs_a, *pairs_b], -1)  # [32, 6 or 3]
+    rows, columns = np.stack([G, G, G + 8, G + 8], -1), np.stack([K, K + 1, K, K + 1], -1)
+    sums = np.ascontiguousarray(c[rows, columns])  # [32, 4]
+    count = operands.shape[1]
+    arguments = ", ".join(f"o[{i}]" for i in range(count))
+    run = kernel(
+        "const u32* operands, float* sums",
+        f"const u32* o = operands + threadIdx.x * {count};\n"
+        "float c[4]; for (int i = 0; i < 4; i++) c[i] = sums[threadIdx.x * 4 + i];\n"
+        f"mma{depth}(c, {arguments});\n"
+        "for (int i = 0; i < 4; i++) sums[threadIdx.x * 4 + i] = c[i];",
+    )
+    run(1, 32, 0, 1, operands, sums)
+    expected = c + a.astype(np.float32) @ b.astype(np.float32)
+    np.testing.assert_allclose(sums, expected[rows, columns], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_load_matrices(transposed):
+    """Rows lie anywhere, in their lanes' own places."""
+    random = np.random.default_rng(1)
+    matrices = draw_bfloat16(random, 4, 8, 8)
+    places = random.permutation(32).astype(np.int32)
+    result = np.zeros((32, 4), np.uint32)
+    name = "load_matrices_transposed" if transposed else "load_matrices"
+    run = kernel(
+        "const u16* matrices, const int* places, u32* result",
+        "const int t = threadIdx.x; unsigned char* row = shared + places[t] * 16; u32 r[4];\n"
+        "for (int i = 0; i < 8; i++) reinterpret_cast<u16*>(row)[i] = matrices[t * 8 + i];\n"
+        f"__syncwarp();\n{name}(r, row);\n"
+        "for (int i = 0; i < 4; i++) result[t * 4 + i] = r[i];",
+    )
+    run(1, 32, 512, 1, matrices, places, result)
+    if transposed:
+        matrices = np.ascontiguousarray(np.swapaxes(matrices, 1, 2))
+    expected = np.stack([halves(m, G, K) for m in matrices], -1)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_shuffles():
+    values = np.random.default_rng(2).standard_normal(64).astype(np.float32)
+    xored, taken = np.zeros_like(values), np.zeros_like(values)
+    run = kernel(
+        "const float* values, float* xored, float* taken",
+        "const int t = threadIdx.x; xored[t] = shuffle_xor(values[t], 5);\n"
+        "taken[t] = __uint_as_float(shuffle(__float_as_uint(values[t]), (t * 7 + 3) % 32));",
+    )
+    run(1, 64, 0, 1, values, xored, taken)
+    lanes = np.arange(32)
+    for warp in (slice(0, 32), slice(32, 64)):
+        np.testing.assert_array_equal(xored[warp], values[warp][lanes ^ 5])
+        np.testing.assert_array_equal(taken[warp], values[warp][(lanes * 7 + 3) % 32])
+
+
+def test_numbers():
+    """Halves of a pair are rounded as everywhere else; functions are those of numpy."""
+    x = np.random.default_rng(3).standard_normal((4096, 2)).astype(np.float32) * 8
+    x[:8, 0] = [0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3e38]
+    pairs = np.zeros(4096, np.uint32)
+    back, functions = np.zeros((4096, 2), np.float32), np.zeros((4096, 3), np.float32)
+    run = kernel(
+        "const float* x, u32* pairs, float* back, float* functions",
+        "for (int i = threadIdx.x; i < 4096; i += 32) {\n"
+        "pairs[i] = pack(x[2 * i], x[2 * i + 1]);\n"
+        "back[2 * i] = low_of(pairs[i]); back[2 * i + 1] = high_of(pairs[i]);\n"
+        "const float y = x[2 * i + 1]; float* f = functions + 3 * i;\n"
+        "f[0] = exp_2(y); f[1] = rsqrt_of(y * y); f[2] = silu(y); }",
+    )
+    run(1, 32, 0, 1, x, pairs, back, functions)
+    rounded = x.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(back, rounded.astype(np.float32))
+    same = pairs.view(np.uint16).reshape(-1, 2) == rounded.view(np.uint16)
+    assert (same | np.isnan(x)).all()
+    y = x[:, 1]
+    expected = np.stack([np.exp2(y), 1 / abs(y), y / (1 + np.exp(-y))], -1)
+    np.testing.assert_allclose(functions, expected, rtol=1e-5)
+
+
+RING = """
+const int stages = 3, t = threadIdx.x, lane = t % 32;
+u64* full = reinterpret_cast<u64*>(shared + stages * 1024);
+u64* empty = full + stages;
+if (t == 0) {
+  for (int i = 0; i < stages; i++) { barrier_init(full + i, 1); barrier_init(empty + i, 8); }
+  barriers_ready();
+}
+__syncthreads();
+int stage = 0;
+u32 parity = 0;
+float sum = 0;
+for (int n = 0; n < ROUNDS; n++) {
+  if (t == 256) {
+    barrier_wait(empty + stage, parity ^ 1);
+    barrier_expect(full + stage, 1024);
+    for (int half = 0; half < 2; half++)
+      copy_in(shared + stage * 1024 + half * 512,
+              x + (blockIdx.x * ROUNDS + n) * 256 + half * 128, 512, full + stage);
+  } else if (t < 256) {
+    WAIT;
+    sum += reinterpret_cast<const float*>(shared + stage * 1024)[t];
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + stage);
+  }
+  if (++stage == stages) { stage = 0; parity ^= 1; }
+}
+if (t < 256) sums[blockIdx.x * 256 + t] = sum;
+"""
+WAIT = "barrier_wait(full + stage, parity)"
+
+
+def run_ring(seed, wait=WAIT, ring=RING):
+    x = np.random.default_rng(seed).standard_normal((4, 20, 256)).astype(np.float32)
+    sums = np.zeros((4, 256), np.float32)
+    run = kernel("const float* x, float* sums", ring, WAIT=wait, ROUNDS=20)
+    run(4, 288, 3 * 1024 + 48, seed, x, sums)
+    return sums, x.sum(1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_ring_of_copies(seed):
+    sums, expected = run_ring(seed)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_reading_before_a_copy_has_arrived_gives_nan(seed):
+    sums, _ = run_ring(seed, wait="")
+    assert np.isnan(sums).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_copy_over_what_is_still_read_gives_nan(seed):
+    """The copying warp does not wait until a stage has been read."""
+    hasty = RING.replace("barrier_wait(empty + stage, parity ^ 1);", "")
+    with pytest.raises(MachineError, match=r"more arrivals|deadlock") if not seed else _nothing():
+        sums, _ = run_ring(seed, ring=hasty)
+        assert np.isnan(sums).any()
+
+
+EXCHANGE = """
+const int t = threadIdx.x, blocks = gridDim.x;
+float value = start[blockIdx.x];
+for (u32 n = 1; n <= ROUNDS; n++) {
+  // Each block sends its number to all, two copies of it, and sums what all have sent.
+  uint4* half = mail + (n & 1) * blocks;
+  if (t == 0) SEND;
+  float sum = 0;
+  if (t < 32) {
+    for (int i = t; i < blocks; i += 32) {
+      Deadline deadline;
+      uint4 words;
+      while (words = look(half + i), !(CHECK)) deadline.check();
+      sum += 0.5f * (__uint_as_float(words.x) + __uint_as_float(words.z));
+    }
+    for (int bits = 16; bits; bits /= 2) sum += shuffle_xor(sum, bits);
+    if (t == 0) *reinterpret_cast<float*>(shared) = sum;
+  }
+  __syncthreads();
+  value = *reinterpret_cast<float*>(shared) / blocks + blockIdx.x;
+  __syncthreads();
+}
+if (t == 0) result[blockIdx.x] = value;
+"""
+TELL2 = "tell2(half + blockIdx.x, __float_as_uint(value), __float_as_uint(value), n)"
+BOTH = "words.y == n && words.w == n"
+
+
+def run_exchange(seed, send=TELL2, check=BOTH, rounds=10):
+    blocks = 6
+    value = np.random.default_rng(seed).standard_normal(blocks).astype(np.float32)
+    result = np.zeros_like(value)
+    run = kernel(
+        "const float* start, uint4* mail, float* result",
+        EXCHANGE,
+        SEND=send,
+        CHECK=check,
+        ROUNDS=rounds,
+    )
+    run(blocks, 64, 16, seed, value, np.zeros((2, blocks, 4), np.uint32), result)
+    for _ in range(rounds):
+        value = value.mean() + np.arange(blocks)
+    return result, value
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_exchange_between_blocks(seed):
+    result, expected = run_exchange(seed)
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+
+
+def test_two_pairs_may_be_of_different_age():
+    """A reader who looks at one of the two numbers alone takes the other word too early."""
+
+    def is_right(seed):
+        result, expected = run_exchange(seed, check="words.y == n")
+        return np.allclose(result, expected, rtol=1e-5)
+
+    assert not all(is_right(seed) for seed in range(1, 20))
+
+
+def test_the_same_seed_gives_the_same_order_and_another_seed_another():
+    run = kernel(
+        "uint4* order",
+        "if (threadIdx.x == 0) { uint4 last = look(order); order->x = last.x * 7 + blockIdx.x; }",
+    )
+
+    def order(seed):
+        word = np.ones(4, np.uint32)
+        run(8, 32, 0, seed, word)
+        return int(word[0])
+
+    orders = [order(seed) for seed in range(1, 9)]
+    assert orders == [order(seed) for seed in range(1, 9)]
+    assert len(set(orders)) > 4
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_barrier_that_nobody_ends_is_a_deadlock(seed):
+    run = kernel(
+        "float* x",
+        "u64* bar = reinterpret_cast<u64*>(shared);\n"
+        "if (threadIdx.x == 0) barrier_init(bar, 2);\n"
+        "__syncthreads();\nif (threadIdx.x == 0) barrier_arrive(bar);\nbarrier_wait(bar, 0);",
+    )
+    where = r"block 1, warp 0: barrier_wait of line 6 .*parity 0; 1 arrivals and 0 bytes missing"
+    with pytest.raises(MachineError, match=rf"(?s)deadlock.*{where}.*lanes 0 1"):
+        run(2, 32, 16, seed, np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_word_that_nobody_sends_is_a_deadlock(seed):
+    with pytest.raises(MachineError, match=r"(?s)deadlock: some only look.*look of line"):
+        run_exchange(seed, send="if (blockIdx.x != 2) " + TELL2)
+
+
+def test_a_kernel_without_an_end_is_stopped():
+    run = kernel("float* x", "while (true) __syncwarp();")
+    with pytest.raises(MachineError, match="not done after 1 seconds"):
+        run(1, 32, 0, 1, np.zeros(1, np.float32), limit_seconds=0.5)
+
+
+# What the machine refuses: (where the test's lines begin, in one block of 32 threads, what it says)
+BAR = (
+    "u64* bar = reinterpret_cast<u64*>(shared + 1024);\nconst int lane = threadIdx.x;\n"
+    "if (lane == 0) { barrier_init(bar, 1); barriers_ready(); }\n__syncwarp();\n"
+)
+ONE = BAR + "if (lane == 0) { barrier_expect(bar, 64); %s }\nbarrier_wait(bar, 0);"
+REFUSED = {
+    "misaligned copy": (ONE % "copy_in(shared + 8, x, 64, bar);", "line 7: .*misaligned"),
+    "misaligned source": (ONE % "copy_in(shared, x + 1, 64, bar);", "misaligned"),
+    "copy of odd size": (ONE % "copy_in(shared, x, 40, bar);", "not a multiple of 16"),
+    "copy beyond shared memory": (
+        ONE % "copy_in(shared + 1024, x, 64, bar);",
+        "64 bytes from 1024 on are not within the 1056 bytes",
+    ),
+    "copy from beyond an array": (ONE % "copy_in(shared, x + 240, 128, bar);", "any array"),
+    "copy before the barriers are ready": (
+        "u64* bar = reinterpret_cast<u64*>(shared);\n"
+        "if (threadIdx.x == 0) { barrier_init(bar, 1); copy_in(shared + 16, x, 16, bar); }",
+        r"before barriers_ready",
+    ),
+    "the end before a copy": (ONE.replace("\nbarrier_wait(bar, 0);", "") % "copy_in(shared, x, 64, bar);", "copies under way"),
+    "fewer bytes than expected": (ONE % "copy_in(shared, x, 32, bar);", "deadlock.*32 bytes missing"),
+    "no barrier": ("barrier_wait(reinterpret_cast<u64*>(shared), 0);", "there is no barrier"),
+    "overwritten barrier": (BAR + "*bar = 0;\n__syncwarp();\nbarrier_arrive(bar);", "written over"),
+    "too many arrivals": (BAR + "if (lane == 0) barrier_expect(bar, 16);\n__syncwarp();\nbarrier_arrive(bar);", "more arrivals"),
+    "different collectives": (
+        "if (threadIdx.x < 7) __syncwarp(); else x[threadIdx.x] = shuffle_xor(1.0f, 1);",
+        "while other lanes are in (__syncwarp|shuffle_xor)",
+    ),
+    "a product at two places": (
+        "float c[4] = {};\nif (threadIdx.x < 7) mma8(c, 0, 0, 0);\nelse mma8(c, 0, 0, 0);",
+        "in mma8, while other lanes are in mma8 of line [45]",
+    ),
+    "a lane is missing": ("if (threadIdx.x) __syncwarp();", "deadlock"),
+    "misaligned load": ("x[0] = reinterpret_cast<float4*>(x + threadIdx.x)->x;", "line 3: misaligned"),
+    "misaligned row": ("u32 r[4]; load_matrices(r, shared + 4 * threadIdx.x);", "misaligned"),
+    "index outside a local array": (
+        "float c[4] = {}; x[threadIdx.x] = c[threadIdx.x];",
+        "line 3: index outside",
+    ),
+    "store outside shared memory": ("shared[1056 + threadIdx.x] = 1;", "outside its shared memory"),
+    "store outside an array": ("x[256 + threadIdx.x] = 1;", "outside the array of argument 0"),
+    "look outside an array": ("look(reinterpret_cast<uint4*>(x) + 64);", "any array"),
+    "stack overflow": (
+        "volatile float big[16300];\nfor (int i = 0; i < 16300; i++) big[i] = i;\nx[0] = big[3];",
+        "stack is too small",
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("what", REFUSED)
+def test_it_refuses(what, seed):
+    body, message = REFUSED[what]
+    with pytest.raises(MachineError, match=f"(?s){message}"):
+        kernel("float* x", body)(1, 32, 1056, seed, np.zeros(256, np.float32))
+
+
+def test_computing_threads_alone_can_wait_for_one_another():
+    run = kernel("float* x", "sync_computing();")
+    with pytest.raises(MachineError, match="thread 2.*does not compute"):
+        run(1, 288, 0, 1, np.zeros(1, np.float32))
+
+
+def test_shared_memory_is_nan_before_it_is_written():
+    result = np.zeros(32, np.float32)
+    run = kernel("float* x", "x[threadIdx.x] = reinterpret_cast<float*>(shared)[threadIdx.x];")
+    run(1, 32, 128, 1, result)
+    assert np.isnan(result).all()
+
+
+def test_arguments():
+    run = kernel("const float* a, float* b", "b[threadIdx.x] = a[threadIdx.x] + 1;")
+    x = np.arange(32, dtype=np.float32)
+    run(1, 32, 0, 1, x, x)  # one piece of memory
+    np.testing.assert_array_equal(x, np.arange(1, 33))
+    with pytest.raises(MachineError, match="takes 2 arrays, not 1"):
+        run(1, 32, 0, 1, x)
+    with pytest.raises(MachineError, match="argument 1 has items of 8 bytes, not 4"):
+        run(1, 32, 0, 1, x, x.astype(np.float64))
+    with pytest.raises(MachineError, match="multiple of 32 threads"):
+        run(1, 33, 0, 1, x, x)
+    with pytest.raises(RuntimeError, match="kernel.cu:3"):
+        kernel("float* x", "x[0] = nothing;")
+
+
+@pytest.mark.parametrize("flags", [(), ("-DMACHINE_WITH_UCONTEXT",)])
+def test_every_primitive(flags):
+    """It knows each function that kernels can use on a GPU, on each kind of processor."""
+    primitives = (Path(__file__).parents[1] / "pallas_kernels" / "primitives.cuh").read_text()
+    names = set(re.findall(r"__device__ inline \w+ (\w+)\(", primitives)) - {"shared_address"}
+    assert "silu" in names and all(re.search(rf"\b{name}\(", EVERY) for name in names)
+    random = np.random.default_rng(4)
+    matrices = draw_bfloat16(random, 16, 16)
+    mail = np.zeros((256, 4), np.uint32)
+    mail[:, 1], mail[:, 2] = 3, np.arange(256)
+    run = cuda_machine.build(EVERY, {}, extra_flags=flags)
+    for seed in SEEDS:
+        told, numbers = np.zeros((256 * 3, 2), np.uint32), np.zeros(256, np.float32)
+        run(1, 288, 640, seed, matrices, mail, told, numbers)
+        assert (told[:256, 1] == 4).all() and (told[256:, 1] == 5).all()
+        np.testing.assert_array_equal(told[257::2, 0].reshape(8, 32), 32 * np.arange(8)[:, None] + np.full(32, 3))
