@@ -1,10 +1,10 @@
 // All layers of a decode step of 1 to 8 sequences, as one kernel: docs/decode_kernel.md draws it.
 //
 // A block is a multiprocessor's whole work. Its copying warp fetches this block's rows of every
-// weight, and its part of the old keys and values, through a ring in shared memory. It knows all
-// addresses from the start, and so it waits for no other block: while the blocks exchange what
-// they have computed, the weights of the next product arrive. The eight computing warps follow it
-// through the ring, and tell other blocks their results through `mail`.
+// weight through a ring in shared memory. It knows all addresses from the start, and so it waits
+// for no other block: while the blocks exchange what they have computed, the weights of the next
+// product arrive. The eight computing warps follow it through the ring, and tell other blocks their
+// results through `mail`. Keys and values go from memory straight to the warps' registers.
 //
 // Compiled for one shape; these are #defined before this text (sizes as in decode_layers.py):
 //   BATCH LAYERS HIDDEN HEADS KV_HEADS HEAD_DIM FFN PAGES PAGE TABLE EPS SCALE_LOG2E QK_NORM
@@ -20,15 +20,13 @@ constexpr int ATTENDED = HEADS * HEAD_DIM;
 constexpr int TASKS = BATCH * KV_HEADS * SPLITS;  // of attention, at most one a block
 constexpr float MASKED = -1e30f;
 
-// A stage of the ring holds 8 rows of up to 1,024 weights, or 32 keys and 32 values. Rows are
-// padded, so that the 16-byte words that are read at once lie in different banks.
-constexpr int UNIT = 8, CHUNK = 1024, POSITIONS = 32, TILE = 8;
-#ifndef LEAST_PART
-#define LEAST_PART 64
-#endif
+// A stage of the ring holds 8 rows of up to 1,024 weights. Rows are padded, so that the 16-byte
+// words that are read at once lie in different banks.
+constexpr int UNIT = 8, CHUNK = 1024;
 constexpr int PITCH = 2 * CHUNK + 64;
-constexpr int KV_PITCH = 2 * HEAD_DIM + 16;
-constexpr int STAGE_BYTES = (larger(UNIT * PITCH, 2 * POSITIONS * KV_PITCH) + 127) & ~127;
+constexpr int TILE = 8;         // positions that a warp attends to at once
+constexpr int LEAST_PART = TILE * WARPS;
+constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
 constexpr int GROUP_UNITS = 8;  // units whose sums a warp keeps at once
 
 constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
@@ -42,10 +40,10 @@ struct Attention {
 };
 
 struct Shared {
-  unsigned char ring[STAGES][STAGE_BYTES];
+  unsigned char ring[STAGES][UNIT * PITCH];
   unsigned char input[BATCH][INPUT_PITCH];      // of the product under way
-  unsigned char query[TILE][KV_PITCH];          // rows from GROUP on are zeros
-  unsigned char key[TILE][KV_PITCH], value[TILE][KV_PITCH];  // row 0: of the new position
+  u16 query[8][HEAD_DIM];                       // rows from GROUP on are zeros
+  u16 key[HEAD_DIM], value[HEAD_DIM];           // of the new position
   union {
     float parts[WARPS][GROUP_UNITS][BATCH][UNIT];  // each warp's sums of a product
     Attention attention;
@@ -68,12 +66,13 @@ constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;  // of a layer
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-// The parts that a context is cut into, and the old positions of each: at least 64.
+// The parts that a context is cut into, and the old positions of each: a tile for every warp, or
+// more.
 struct Parts {
   int old, per, count;
   __device__ explicit Parts(int context) {
     old = max(context - 1, 0);
-    per = max(LEAST_PART, ((old + SPLITS - 1) / SPLITS + POSITIONS - 1) / POSITIONS * POSITIONS);
+    per = max(LEAST_PART, (old / SPLITS + TILE) / TILE * TILE);
     count = max((old + per - 1) / per, 1);
   }
 };
@@ -127,23 +126,6 @@ struct Copier {
                     &s.full[place.slot]);
           step();
         }
-  }
-
-  // Keys and values of positions begin to end of one head.
-  __device__ void keys_and_values(const u16* keys, const u16* values, const int* table, int begin,
-                                  int end) {
-    for (; begin < end; begin += POSITIONS) {
-      int count = min(POSITIONS, end - begin), position = begin + lane;
-      acquire(count * 4 * HEAD_DIM);
-      if (lane < count) {
-        size_t row = (size_t)table[position / PAGE] * PAGE + position % PAGE;
-        unsigned char* to = s.ring[place.slot] + lane * KV_PITCH;
-        u64* full = &s.full[place.slot];
-        copy_in(to, keys + row * KV_HEADS * HEAD_DIM, 2 * HEAD_DIM, full);
-        copy_in(to + POSITIONS * KV_PITCH, values + row * KV_HEADS * HEAD_DIM, 2 * HEAD_DIM, full);
-      }
-      step();
-    }
   }
 };
 
@@ -381,18 +363,28 @@ struct Worker {
     return total;
   }
 
-  // One query group's attention to up to 8 positions, by one warp: an online softmax.
-  __device__ void attend(const u32 (&q)[HEAD_DIM / 16][2], const unsigned char* keys,
-                         const unsigned char* values, int count, float& maximum, float& total,
-                         float (&sums)[HEAD_DIM / TILE][4]) {
-    const int word = lane % 8 * KV_PITCH + lane / 8 * 16;  // of four 8 x 8 matrices in a row
+  // A lane's words of a position's key or value: it holds 8 elements of each 32.
+  __device__ void load(uint4 (&words)[HEAD_DIM / 32], const u16* from) const {
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 32; i++)
+      words[i] = from ? reinterpret_cast<const uint4*>(from)[4 * i + quad] : make_uint4(0, 0, 0, 0);
+  }
+};
+
+// One warp's online softmax over tiles of positions, for the queries of one group.
+struct Softmax {
+  float maximum = MASKED, total = 0;  // of query `row`; total: of this lane's positions
+  // Elements 32 i + 8 (n / 2) + 2 j + n % 2 in sums[4 i + j], where n is a column of the mma.
+  float sums[HEAD_DIM / 8][4] = {};
+  uint4 q[HEAD_DIM / 32];
+
+  // Returns the weights of this lane's two positions; `count` of the tile's exist.
+  __device__ u32 score(const uint4 (&k)[HEAD_DIM / 32], int quad, int count) {
     float scores[4] = {};
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 32; i++) {
-      u32 k[4];
-      load_matrices(k, keys + word + 64 * i);
-      mma16(scores, q[2 * i][0], 0, q[2 * i][1], 0, k[0], k[1]);
-      mma16(scores, q[2 * i + 1][0], 0, q[2 * i + 1][1], 0, k[2], k[3]);
+      mma16(scores, q[i].x, 0, q[i].y, 0, k[i].x, k[i].y);
+      mma16(scores, q[i].z, 0, q[i].w, 0, k[i].z, k[i].w);
     }
     bool first = 2 * quad < count, second = 2 * quad + 1 < count;
     float a = first ? scores[0] * SCALE_LOG2E : MASKED;
@@ -405,18 +397,21 @@ struct Worker {
     a = first ? exp_2(a - highest) : 0;
     b = second ? exp_2(b - highest) : 0;
     total = total * shrink + a + b;
-    u32 weights = pack(a, b), keep = (first ? 0xffff : 0) | (second ? 0xffff0000 : 0);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 8; i++) {
+      sums[i][0] *= shrink;
+      sums[i][1] *= shrink;
+    }
+    return pack(a, b);
+  }
+
+  __device__ void add(u32 weights, const uint4 (&v)[HEAD_DIM / 32]) {
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 32; i++) {
-      u32 v[4];
-      load_matrices_transposed(v, values + word + 64 * i);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        float(&out)[4] = sums[4 * i + j];
-        out[0] *= shrink;
-        out[1] *= shrink;
-        mma8(out, weights, 0, v[j] & keep);  // what lies past the context may be NaN
-      }
+      mma8(sums[4 * i], weights, 0, transpose(v[i].x));
+      mma8(sums[4 * i + 1], weights, 0, transpose(v[i].y));
+      mma8(sums[4 * i + 2], weights, 0, transpose(v[i].z));
+      mma8(sums[4 * i + 3], weights, 0, transpose(v[i].w));
     }
   }
 };
@@ -463,9 +458,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     for (int layer = 0; layer < LAYERS; layer++) {
       copier.rows<HIDDEN>(qkv + (size_t)layer * QKV * HIDDEN, qkv_units,
                           [&](int i) { return (qkv_first + i) * UNIT; });
-      size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
-      copier.keys_and_values(k_cache + cached, v_cache + cached, tables + sequence * TABLE, begin,
-                             end);
       copier.rows<ATTENDED>(o + (size_t)layer * HIDDEN * ATTENDED, own_units,
                             [&](int i) { return (own_first + i) * UNIT; });
       copier.rows<HIDDEN>(gate_up + (size_t)layer * 2 * FFN * HIDDEN, 2 * ffn_units, [&](int i) {
@@ -479,11 +471,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
   Worker w(s);
   const int warp = w.warp, lane = w.lane, quad = w.quad, row = w.row;
-  for (int i = thread; i < TILE * KV_PITCH / 4; i += THREADS) {
-    reinterpret_cast<u32*>(s.query)[i] = 0;
-    reinterpret_cast<u32*>(s.key)[i] = 0;
-    reinterpret_cast<u32*>(s.value)[i] = 0;
-  }
+  for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
 
   // Calls f(unit, sequence, pair) for each pair of rows of some units.
   auto pairs = [&](int units, auto f) {
@@ -525,6 +513,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     // ---- attention of one head's queries to a part of one sequence
     if (split <= last_part) {
       Attention& a = s.attention;
+      // The first keys and values are on their way while the new ones are waited for.
+      size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
+      auto row_of = [&](const u16* cache, int at) -> const u16* {
+        if (at >= end) return nullptr;
+        int page = tables[sequence * TABLE + at / PAGE];
+        return cache + cached + ((size_t)page * PAGE + at % PAGE) * KV_ROW;
+      };
+      uint4 k[HEAD_DIM / 32], v[HEAD_DIM / 32];
+      int tile = begin + warp * TILE;
+      w.load(k, row_of(k_cache, tile + row));
+      w.load(v, row_of(v_cache, tile + row));
       constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 8;
       for (int i = thread; i < ITEMS; i += THREADS) {
         auto from = reinterpret_cast<const uint4*>(words + MAIL_QKV + sequence * QKV / 2);
@@ -545,7 +544,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           for (int i = lane; i < HEAD_DIM; i += 32) squares += a.raw[r][i] * a.raw[r][i];
           inverse = rsqrt_of(sum_of_warp(squares) / HEAD_DIM + EPS);
         }
-        unsigned char* to = is_query ? s.query[r] : is_value ? s.value[0] : s.key[0];
+        u16* to = is_query ? s.query[r] : is_value ? s.value : s.key;
         const u16* scale = (is_query ? q_norm : k_norm) + layer * HEAD_DIM;
         // A lane turns pairs (i, i + half) and (i + 1, i + 1 + half).
         for (int i = 2 * lane; i < HEAD_DIM / 2; i += 64) {
@@ -578,31 +577,27 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       }
       sync_computing();
 
-      u32 q[HEAD_DIM / 16][2];
-#pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; i++) {
-        q[i][0] = reinterpret_cast<const u32*>(s.query[row])[8 * i + quad];
-        q[i][1] = reinterpret_cast<const u32*>(s.query[row])[8 * i + 4 + quad];
+      Softmax softmax;
+      w.load(softmax.q, s.query[row]);
+      for (; tile < end; tile += LEAST_PART) {
+        u32 weights = softmax.score(k, quad, end - tile);
+        w.load(k, row_of(k_cache, tile + LEAST_PART + row));
+        softmax.add(weights, v);
+        w.load(v, row_of(v_cache, tile + LEAST_PART + row));
       }
-      float maximum = MASKED, total = 0, sums[HEAD_DIM / TILE][4] = {};
-      // Warps 0 to 3 take the tiles of one stage, the others those of the next.
-      for (int i = begin; i < end; i += POSITIONS) {
-        const unsigned char* stage = w.acquire() + warp % 4 * TILE * KV_PITCH;
-        int count = min(POSITIONS, end - i) - warp % 4 * TILE;
-        if (count > 0 && warp / 4 == (i - begin) / POSITIONS % 2)
-          w.attend(q, stage, stage + POSITIONS * KV_PITCH, count, maximum, total, sums);
-        w.release();
+      if (warp == WARPS - 1 && split == last_part) {  // the new position
+        w.load(k, row == 0 ? s.key : nullptr);
+        w.load(v, row == 0 ? s.value : nullptr);
+        softmax.add(softmax.score(k, quad, 1), v);
       }
-      if (warp == WARPS - 1 && split == last_part)  // and the last the new position
-        w.attend(q, s.key[0], s.value[0], 1, maximum, total, sums);
-      total += shuffle_xor(total, 1);
+      float total = softmax.total + shuffle_xor(softmax.total, 1);
       total += shuffle_xor(total, 2);
       if (row < GROUP) {
 #pragma unroll
-        for (int i = 0; i < HEAD_DIM / TILE; i++)
-          *reinterpret_cast<float2*>(&a.sums[warp][row][i * TILE + 2 * quad]) =
-              make_float2(sums[i][0], sums[i][1]);
-        a.maximum[warp][row] = maximum;
+        for (int i = 0; i < HEAD_DIM / 8; i++)
+          *reinterpret_cast<float2*>(&a.sums[warp][row][i / 4 * 32 + quad * 8 + i % 4 * 2]) =
+              make_float2(softmax.sums[i][0], softmax.sums[i][1]);
+        a.maximum[warp][row] = softmax.maximum;
         a.total[warp][row] = total;
       }
       sync_computing();

@@ -68,10 +68,15 @@ __device__ inline void barrier_wait(u64* bar, u32 parity) {
 }
 
 // One thread starts a copy to shared memory, which tells `bar` when its bytes have arrived. Both
-// addresses and `bytes` are multiples of 16.
+// addresses and `bytes` are multiples of 16. The data is read once: it is the first to leave the
+// L2 cache, and what is exchanged stays there.
 __device__ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-               " [%0], [%1], %2, [%3];"
+  asm volatile("{\n"
+               ".reg .b64 policy;\n"
+               "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+               " [%0], [%1], %2, [%3], policy;\n"
+               "}"
                :: "r"(shared_address(to)), "l"(global), "r"(bytes), "r"(shared_address(bar))
                : "memory");
 }
@@ -118,19 +123,11 @@ __device__ inline void mma8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
                : "r"(a0), "r"(a1), "r"(b0));
 }
 
-// Loads four matrices of 8 x 8 bfloat16. Lane 8 i + j gives the address of row j of matrix i, 16
-// bytes. r[i] = matrix i [g, k..k+1].
-__device__ inline void load_matrices(u32 (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
-               : "memory");
-}
-
-// The same, transposed: r[i] = matrix i [k..k+1, g].
-__device__ inline void load_matrices_transposed(u32 (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
-               : "memory");
+// Transposes an 8 x 8 matrix of bfloat16: in, [g, k..k+1]; out, [k..k+1, g].
+__device__ inline u32 transpose(u32 pair) {
+  u32 r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+  return r;
 }
 
 // ---- Other lanes' values: all lanes of a warp call these together
