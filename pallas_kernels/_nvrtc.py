@@ -1,6 +1,6 @@
-"""Compile CUDA source to PTX text with NVRTC, the compiler library that comes with JAX's CUDA wheels.
+"""Compile CUDA source to PTX text with NVRTC, a library that comes with JAX's wheels for CUDA.
 
-It needs no GPU and no headers, so the source must not include any.
+It needs no GPU. CUDA's headers do not come with JAX, so the source must not include any.
 """
 
 import ctypes
@@ -62,7 +62,9 @@ def compile_to_ptx(source: str, name: str, architecture: str) -> str:
         )
     )
     try:
-        options = (ctypes.c_char_p * 2)(f"--gpu-architecture={architecture}".encode(), b"--std=c++17")
+        options = (ctypes.c_char_p * 2)(
+            f"--gpu-architecture={architecture}".encode(), b"--std=c++17"
+        )
         check(library.nvrtcCompileProgram(program, len(options), options))
         return _with_older_version(text("PTX"))
     finally:

@@ -139,13 +139,6 @@ __device__ inline float shuffle_xor(float value, int bits) {
   return r;
 }
 
-// The value of lane `lane`.
-__device__ inline u32 shuffle(u32 value, int lane) {
-  u32 r;
-  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, -1;" : "=r"(r) : "r"(value), "r"(lane));
-  return r;
-}
-
 // ---- Numbers
 
 // Two float32 as a pair of bfloat16, rounded to nearest even; the instruction names the upper one

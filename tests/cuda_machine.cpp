@@ -36,12 +36,10 @@ namespace {
 
 enum State { READY, LOOK, BARRIER, SYNC_COMPUTING, SYNC_THREADS, COLLECTIVE, ENDED };
 const char* const STATES[] = {"ready", "look", "barrier_wait", "sync_computing", "__syncthreads"};
-const char* const KINDS[] = {"__syncwarp", "shuffle_xor", "shuffle", "mma16", "mma8",
-                             "load_matrices", "load_matrices_transposed"};
+const char* const KINDS[] = {"__syncwarp", "shuffle_xor", "mma16", "mma8", "transpose"};
 
 constexpr u32 COMPUTING = 256;  // threads of sync_computing
 constexpr size_t STACK = 65536, GUARD = 4096;
-constexpr u64 STACK_END = 0x5a5aa5a55a5aa5a5;
 constexpr u64 BARRIER_MARK = 0xba221e2;  // upper half of a barrier's word; the lower: its number
 // Turns of every warp in which threads only look in vain, before that counts as a deadlock.
 constexpr u64 PATIENCE = 20000;
@@ -195,6 +193,10 @@ void suspend(State state, int line) {
   __builtin_unreachable();
 }
 
+bool all_are(unsigned char value, const unsigned char* p, u64 bytes) {
+  return std::all_of(p, p + bytes, [=](unsigned char byte) { return byte == value; });
+}
+
 u64 draw() {  // splitmix64
   u64 z = (running->random_state += 0x9e3779b97f4a7c15);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
@@ -263,7 +265,7 @@ void deliver_store(size_t place) {
   running->idle = 0;
 }
 
-// Waits in `state`, or lets those go on that do if as many as expected have come.
+// Lets those go on that wait in `state`, if as many as expected have come.
 void release_if_all(Block& block, State state, u32& count, u32 expected) {
   if (!count || count < expected) return;
   count = 0;
@@ -301,22 +303,22 @@ template <int K> void multiply(void* const* operands) {
     }
 }
 
-void load(bool transposed, void* const* operands) {
-  for (int t = 0; t < 32; t++)
-    for (int i = 0; i < 4; i++) {
-      auto at = [&](int row, int column) -> u32 {
-        if (transposed) std::swap(row, column);
-        return static_cast<const u16*>(static_cast<Rows*>(operands[8 * i + row])->row)[column];
-      };
-      const int g = t / 4, k = 2 * (t % 4);
-      static_cast<Rows*>(operands[t])->r[i] = at(g, k + 1) << 16 | at(g, k);
-    }
+void transpose_all(void* const* operands) {
+  u32 rows[32];
+  for (int t = 0; t < 32; t++) rows[t] = static_cast<Shuffle*>(operands[t])->value;
+  auto at = [&](int row, int column) -> u32 {
+    return rows[4 * row + column / 2] >> column % 2 * 16 & 0xffff;
+  };
+  for (int t = 0; t < 32; t++) {
+    const int g = t / 4, k = 2 * (t % 4);
+    static_cast<Shuffle*>(operands[t])->result = at(k + 1, g) << 16 | at(k, g);
+  }
 }
 
-void shuffle_all(bool by_xor, void* const* operands) {
+void shuffle_all(void* const* operands) {
   for (int t = 0; t < 32; t++) {
     Shuffle& s = *static_cast<Shuffle*>(operands[t]);
-    const int from = (by_xor ? t ^ s.which : s.which) & 31;
+    const int from = (t ^ s.which) & 31;
     s.result = static_cast<Shuffle*>(operands[from])->value;
   }
 }
@@ -324,12 +326,10 @@ void shuffle_all(bool by_xor, void* const* operands) {
 void compute(Kind kind, void* const* operands) {
   switch (kind) {
     case SYNCWARP: return;
-    case SHUFFLE_XOR: return shuffle_all(true, operands);
-    case SHUFFLE: return shuffle_all(false, operands);
+    case SHUFFLE_XOR: return shuffle_all(operands);
     case MMA16: return multiply<16>(operands);
     case MMA8: return multiply<8>(operands);
-    case LOAD: return load(false, operands);
-    case LOAD_TRANSPOSED: return load(true, operands);
+    case TRANSPOSE: return transpose_all(operands);
   }
 }
 
@@ -343,7 +343,8 @@ bool can_go(const Fiber& fiber) {
 void fiber_main() {
   running->kernel(running->pointers);
   Block& block = *current->warp->block;
-  if (*reinterpret_cast<u64*>(current->stack) != STACK_END) fail(0, "its stack is too small");
+  // A stack grows downwards from its end; nobody has written to its first bytes.
+  if (!all_are(0, current->stack, GUARD)) fail(0, "its stack is too small");
   block.live--;
   running->live--;
   release_if_all(block, SYNC_THREADS, block.in_sync_threads, block.live);
@@ -455,10 +456,6 @@ void schedule(double limit_seconds) {
 
 // ---- Memory
 
-bool untouched(const unsigned char* p, u64 bytes) {
-  return std::all_of(p, p + bytes, [](unsigned char byte) { return byte == 0xFF; });
-}
-
 // Memory for `bytes` between two guards, all 0xFF, aligned to no more than is promised.
 Memory guarded(u64 bytes, u64 alignment) {
   const u64 all = bytes + 2 * GUARD + 2 * alignment;
@@ -470,7 +467,7 @@ Memory guarded(u64 bytes, u64 alignment) {
   return memory;
 }
 bool guards_untouched(const Memory& m) {
-  return untouched(m.data - GUARD, GUARD) && untouched(m.data + m.bytes, GUARD);
+  return all_are(0xFF, m.data - GUARD, GUARD) && all_are(0xFF, m.data + m.bytes, GUARD);
 }
 
 }  // namespace
@@ -543,7 +540,6 @@ void collective(Kind kind, void* operands, int line) {
   for (int i = 0; i < 32; i++) warp.lanes[i].state = READY;
 }
 
-void check_row(const void* row, int line) { check_shared(row, 16, 16, line); }
 
 uint4 look(const uint4* p, int line) {
   check_global(p, 16, 16, line);
@@ -598,7 +594,7 @@ static std::string run(void (*kernel)(void**), const Parameter* parameters, u32 
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) return "no memory for the stacks";
   std::vector<Memory> memories;
-  const u32 speeds[] = {50, 300, 1000};
+  const u32 speeds[] = {100, 300, 1000};
   r.live = threads;
   r.blocks.resize(launch.blocks);
   r.warps.resize(threads / 32);
@@ -616,7 +612,6 @@ static std::string run(void (*kernel)(void**), const Parameter* parameters, u32 
     fiber.thread = i % launch.threads;
     fiber.warp = &r.warps[i / 32];
     fiber.stack = static_cast<unsigned char*>(stacks) + i * STACK;
-    *reinterpret_cast<u64*>(fiber.stack) = STACK_END;
     prepare(fiber, fiber_main);
     if (i % 32 == 0) {
       fiber.warp->block = &r.blocks[i / launch.threads];

@@ -41,10 +41,9 @@ extern unsigned char (*shared_of_block)[];
 namespace machine {
 
 // What all lanes of a warp do together, and their operands.
-enum Kind { SYNCWARP, SHUFFLE_XOR, SHUFFLE, MMA16, MMA8, LOAD, LOAD_TRANSPOSED };
+enum Kind { SYNCWARP, SHUFFLE_XOR, MMA16, MMA8, TRANSPOSE };
 struct Shuffle { u32 value; int which; u32 result; };
 struct Product { float* c; u32 a[4], b[2]; };
-struct Rows { u32* r; const void* row; };
 
 // Each takes the line of the kernel that calls, for messages.
 void init(u64* bar, int arrivals, int line);
@@ -55,9 +54,8 @@ void copy(void* to, const void* from, u32 bytes, u64* bar, int line);
 void sync_computing(int line);
 void sync_threads(int line);
 void collective(Kind kind, void* operands, int line);
-void check_row(const void* row, int line);
 uint4 look(const uint4* p, int line);
-void store(u32* p, u32 word, int line);
+void store(u32* p, u32 word, int line);  // each pair arrives as one
 
 // As Python gives an array, and the start of a kernel.
 struct Array { unsigned char* data; u64 bytes, item_bytes; };
@@ -136,27 +134,16 @@ inline void mma8(float (&c)[4], u32 a0, u32 a1, u32 b0, LINE) {
   machine::Product p{c, {a0, a1}, {b0}};
   machine::collective(machine::MMA8, &p, line);
 }
-inline void load_matrices(u32 (&r)[4], const void* row, LINE) {
-  machine::check_row(row, line);
-  machine::Rows rows{r, row};
-  machine::collective(machine::LOAD, &rows, line);
-}
-inline void load_matrices_transposed(u32 (&r)[4], const void* row, LINE) {
-  machine::check_row(row, line);
-  machine::Rows rows{r, row};
-  machine::collective(machine::LOAD_TRANSPOSED, &rows, line);
+inline u32 transpose(u32 pair, LINE) {
+  machine::Shuffle s{pair, 0, 0};
+  machine::collective(machine::TRANSPOSE, &s, line);
+  return s.result;
 }
 inline float shuffle_xor(float value, int bits, LINE) {
   machine::Shuffle s{__float_as_uint(value), bits, 0};
   machine::collective(machine::SHUFFLE_XOR, &s, line);
   return __uint_as_float(s.result);
 }
-inline u32 shuffle(u32 value, int lane, LINE) {
-  machine::Shuffle s{value, lane, 0};
-  machine::collective(machine::SHUFFLE, &s, line);
-  return s.result;
-}
-
 inline u32 pack(float low, float high) {
   auto rounded = [](float x) -> u32 {
     if (x != x) return 0x7fff;

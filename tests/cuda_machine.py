@@ -45,7 +45,7 @@ def build(source: str, defines: Mapping[str, object], *, machine_flags: tuple[st
     """Compile a kernel, once for equal arguments.
 
     Args:
-        source: CUDA code, without `primitives.cuh`, with one `extern "C" __global__` function, which
+        source: CUDA code, without `primitives.cuh`, with one `extern "C" __global__` function that
             takes pointers only. Its shared memory is called `shared`.
         defines: values by macro.
         machine_flags: compiler options of the machine itself.
