@@ -26,6 +26,7 @@ constexpr int UNIT = 8, CHUNK = 1024;
 constexpr int PITCH = 2 * CHUNK + 64;
 constexpr int TILE = 8;         // positions that a warp attends to at once
 constexpr int LEAST_PART = TILE * WARPS;
+constexpr int MOST_ASKED = 256;  // positions of a part that are fetched ahead
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
 constexpr int GROUP_UNITS = 8;  // units whose sums a warp keeps at once
 
@@ -126,6 +127,18 @@ struct Copier {
                     &s.full[place.slot]);
           step();
         }
+  }
+
+  // Asks for the first of a part's keys and values, so that the L2 cache has them when the warps
+  // load them.
+  __device__ void ask_for(const u16* cache, const int* table, int begin, int end) {
+    constexpr int SECTORS = 2 * HEAD_DIM / 32;  // of 32 bytes, in a row
+    int sectors = min(end - begin, MOST_ASKED) * SECTORS;
+    for (int i = lane; i < sectors; i += 32) {
+      int at = begin + i / SECTORS;
+      size_t row = (size_t)table[at / PAGE] * PAGE + at % PAGE;
+      fetch(cache + row * KV_ROW + i % SECTORS * 16);
+    }
   }
 };
 
@@ -456,6 +469,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   if (thread >= THREADS) {
     Copier copier{s, thread - THREADS};
     for (int layer = 0; layer < LAYERS; layer++) {
+      size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
+      copier.ask_for(k_cache + cached, tables + sequence * TABLE, begin, end);
+      copier.ask_for(v_cache + cached, tables + sequence * TABLE, begin, end);
       copier.rows<HIDDEN>(qkv + (size_t)layer * QKV * HIDDEN, qkv_units,
                           [&](int i) { return (qkv_first + i) * UNIT; });
       copier.rows<ATTENDED>(o + (size_t)layer * HIDDEN * ATTENDED, own_units,

@@ -81,6 +81,11 @@ __device__ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar
                : "memory");
 }
 
+// Asks for the 32 bytes at this address to be in the L2 cache soon.
+__device__ inline void fetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
+}
+
 // The threads 0 to 255, which compute, wait for one another. Barrier 0 is __syncthreads's.
 __device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 

@@ -117,6 +117,7 @@ inline void barrier_wait(u64* bar, u32 parity, LINE) { machine::wait(bar, parity
 inline void copy_in(void* to, const void* global, u32 bytes, u64* bar, LINE) {
   machine::copy(to, global, bytes, bar, line);
 }
+inline void fetch(const void* global) {}
 inline void sync_computing(LINE) { machine::sync_computing(line); }
 inline void __syncthreads(LINE) { machine::sync_threads(line); }
 inline void __syncwarp(LINE) { machine::collective(machine::SYNCWARP, nullptr, line); }
