@@ -24,7 +24,7 @@ constexpr float MASKED = -1e30f;
 // words that are read at once lie in different banks.
 constexpr int UNIT = 8, CHUNK = 1024;
 constexpr int PITCH = 2 * CHUNK + 64;
-constexpr int TILE = 8;         // positions that a warp attends to at once
+constexpr int TILE = 16;        // positions that a warp attends to at once
 constexpr int LEAST_PART = TILE * WARPS;
 constexpr int MOST_ASKED = 256;  // positions of a part that are fetched ahead
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
@@ -197,21 +197,23 @@ struct Worker {
   __device__ void receive(const u32* words, const u16* norm) {
     constexpr int ITEMS = WIDTH / 8, PIECES = (ITEMS + 31) / 32, ALL = BATCH * PIECES;
     constexpr int MINE = (ALL + WARPS - 1) / WARPS, COUNT = MINE < 8 ? MINE : 8;
+    // Blocks begin at different pieces, so that they do not all want the same words at once.
+    auto piece_of = [&](int i) { return (i + blockIdx.x) % ALL; };
     for (int first = warp; first < ALL; first += WARPS * COUNT) {
       uint4 found[COUNT], scale[COUNT];
       const uint4* items[COUNT];
       bool wanted[COUNT];
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int piece = first + i * WARPS, item = piece % PIECES * 32 + lane;
-        wanted[i] = piece < ALL && item < ITEMS;
+        int piece = piece_of(first + i * WARPS), item = piece % PIECES * 32 + lane;
+        wanted[i] = first + i * WARPS < ALL && item < ITEMS;
         items[i] = reinterpret_cast<const uint4*>(words) + piece / PIECES * ITEMS + item;
         if (NORM && wanted[i]) scale[i] = reinterpret_cast<const uint4*>(norm)[item];
       }
       await(found, items, wanted);
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int piece = first + i * WARPS, sequence = piece / PIECES;
+        int piece = piece_of(first + i * WARPS), sequence = piece / PIECES;
         float squares = 0;
         if (wanted[i]) {
           if (NORM) {
@@ -222,7 +224,7 @@ struct Worker {
         }
         if (NORM) {
           squares = sum_of_warp(squares);
-          if (lane == 0 && piece < ALL) s.squares[sequence][piece % PIECES] = squares;
+          if (lane == 0 && first + i * WARPS < ALL) s.squares[sequence][piece % PIECES] = squares;
         }
       }
     }
@@ -246,15 +248,16 @@ struct Worker {
     constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
     constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
     constexpr int COUNT = MINE < 8 / AT_ONCE ? MINE : 8 / AT_ONCE, WORDS = (AT_ONCE + 3) / 4;
+    auto item_of = [&](int i) { return (i + 32 * blockIdx.x) % ALL; };  // as in `receive`
     for (int first = thread; first < ALL; first += THREADS * COUNT) {
       float y[COUNT][8] = {}, highest[COUNT], total[COUNT];
       int count[COUNT], most = 1;
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int item = first + i * THREADS;
+        int item = item_of(first + i * THREADS);
         highest[i] = MASKED;
         total[i] = 0;
-        count[i] = item < ALL ? Parts(contexts[item / ITEMS]).count : 0;
+        count[i] = first + i * THREADS < ALL ? Parts(contexts[item / ITEMS]).count : 0;
         most = max(most, count[i]);
       }
       for (int part = 0; part < most; part += AT_ONCE) {
@@ -264,7 +267,7 @@ struct Worker {
         bool wanted[COUNT * EACH];
 #pragma unroll
         for (int i = 0; i < COUNT * EACH; i++) {
-          int item = first + i / EACH * THREADS, head = item / OF_HEAD, j = i % EACH;
+          int item = item_of(first + i / EACH * THREADS), head = item / OF_HEAD, j = i % EACH;
           wanted[i] = part + (j < AT_ONCE ? j : 4 * (j - AT_ONCE)) < count[i / EACH];
           items[i] = j < AT_ONCE
               ? reinterpret_cast<const uint4*>(parts) + (head * SPLITS + part + j) * OF_HEAD +
@@ -296,9 +299,9 @@ struct Worker {
       }
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int item = first + i * THREADS;
+        int item = item_of(first + i * THREADS);
         float scale = 1 / total[i];
-        if (item < ALL)
+        if (first + i * THREADS < ALL)
           put(item / ITEMS, item % ITEMS,
               make_uint4(pack(y[i][0] * scale, y[i][1] * scale), pack(y[i][2] * scale, y[i][3] * scale),
                          pack(y[i][4] * scale, y[i][5] * scale), pack(y[i][6] * scale, y[i][7] * scale)));
@@ -375,56 +378,81 @@ struct Worker {
     }
     return total;
   }
-
-  // A lane's words of a position's key or value: it holds 8 elements of each 32.
-  __device__ void load(uint4 (&words)[HEAD_DIM / 32], const u16* from) const {
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 32; i++)
-      words[i] = from ? reinterpret_cast<const uint4*>(from)[4 * i + quad] : make_uint4(0, 0, 0, 0);
-  }
 };
 
 // One warp's online softmax over tiles of positions, for the queries of one group.
 struct Softmax {
-  float maximum = MASKED, total = 0;  // of query `row`; total: of this lane's positions
-  // Elements 32 i + 8 (n / 2) + 2 j + n % 2 in sums[4 i + j], where n is a column of the mma.
-  float sums[HEAD_DIM / 8][4] = {};
-  uint4 q[HEAD_DIM / 32];
+  static constexpr int WORDS = HEAD_DIM / 32;  // of 16 bytes, that a lane has of a row
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  uint4 q[WORDS];                     // of query lane / 4, as `load` gives them
+  float maximum = MASKED, total = 0;  // of that query; total: over this lane's positions
+  // Products of mmas whose rows are elements, and whose columns are queries (`store` says which).
+  float sums[2 * WORDS][4] = {};
 
-  // Returns the weights of this lane's two positions; `count` of the tile's exist.
-  __device__ u32 score(const uint4 (&k)[HEAD_DIM / 32], int quad, int count) {
-    float scores[4] = {};
+  // A lane's words of a key, value or query: 8 elements of each 32.
+  __device__ void load(uint4 (&words)[WORDS], const u16* from) const {
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 32; i++) {
-      mma16(scores, q[i].x, 0, q[i].y, 0, k[i].x, k[i].y);
-      mma16(scores, q[i].z, 0, q[i].w, 0, k[i].z, k[i].w);
-    }
-    bool first = 2 * quad < count, second = 2 * quad + 1 < count;
-    float a = first ? scores[0] * SCALE_LOG2E : MASKED;
-    float b = second ? scores[1] * SCALE_LOG2E : MASKED;
-    float highest = fmaxf(a, b);
-    highest = fmaxf(highest, shuffle_xor(highest, 1));
-    highest = fmaxf(maximum, fmaxf(highest, shuffle_xor(highest, 2)));
-    float shrink = exp_2(maximum - highest);
-    maximum = highest;
-    a = first ? exp_2(a - highest) : 0;
-    b = second ? exp_2(b - highest) : 0;
-    total = total * shrink + a + b;
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 8; i++) {
-      sums[i][0] *= shrink;
-      sums[i][1] *= shrink;
-    }
-    return pack(a, b);
+    for (int i = 0; i < WORDS; i++)
+      words[i] = from ? reinterpret_cast<const uint4*>(from)[4 * i + quad] : make_uint4(0, 0, 0, 0);
   }
 
-  __device__ void add(u32 weights, const uint4 (&v)[HEAD_DIM / 32]) {
+  // Returns the weights of keys lane / 4 and lane / 4 + 8, of which `count` exist, for query
+  // lane / 4: of positions 2 quad and 2 quad + 1, and of these plus 8.
+  __device__ uint2 score(const uint4 (&k)[2][WORDS], int count) {
+    float scores[2][4] = {}, s[4];
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / 32; i++) {
-      mma8(sums[4 * i], weights, 0, transpose(v[i].x));
-      mma8(sums[4 * i + 1], weights, 0, transpose(v[i].y));
-      mma8(sums[4 * i + 2], weights, 0, transpose(v[i].z));
-      mma8(sums[4 * i + 3], weights, 0, transpose(v[i].w));
+    for (int i = 0; i < 2 * WORDS; i++) {
+      uint4 x = q[i / 2], y = k[i % 2][i / 2];
+      mma16(scores[i % 2], x.x, 0, x.y, 0, y.x, y.y);
+      mma16(scores[i % 2], x.z, 0, x.w, 0, y.z, y.w);
+    }
+    float highest = maximum;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      s[i] = i / 2 * 8 + 2 * quad + i % 2 < count ? scores[i / 2][i % 2] * SCALE_LOG2E : MASKED;
+      highest = fmaxf(highest, s[i]);
+    }
+    highest = fmaxf(highest, shuffle_xor(highest, 1));
+    highest = fmaxf(highest, shuffle_xor(highest, 2));
+    float shrink = exp_2(maximum - highest);
+    maximum = highest;
+    total *= shrink;
+#pragma unroll
+    for (int i = 0; i < 4; i++) total += s[i] = exp_2(s[i] - highest);
+    float even = shuffle(shrink, 8 * quad), odd = shuffle(shrink, 8 * quad + 4);
+#pragma unroll
+    for (int i = 0; i < 2 * WORDS; i++) {
+      sums[i][0] *= even;
+      sums[i][1] *= odd;
+      sums[i][2] *= even;
+      sums[i][3] *= odd;
+    }
+    return make_uint2(pack(s[0], s[1]), pack(s[2], s[3]));
+  }
+
+  __device__ void add(uint2 weights, const uint4 (&v)[2][WORDS]) {
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+      mma16(sums[2 * i], transpose(v[0][i].x), transpose(v[0][i].y), transpose(v[1][i].x),
+            transpose(v[1][i].y), weights.x, weights.y);
+      mma16(sums[2 * i + 1], transpose(v[0][i].z), transpose(v[0][i].w), transpose(v[1][i].z),
+            transpose(v[1][i].w), weights.x, weights.y);
+    }
+  }
+
+  __device__ void store(float (&to)[GROUP][HEAD_DIM], float (&maxima)[GROUP],
+                        float (&totals)[GROUP]) const {
+    float all = total + shuffle_xor(total, 1);
+    all += shuffle_xor(all, 2);
+    const int row = lane / 4;
+    if (row < GROUP) {
+      maxima[row] = maximum;
+      totals[row] = all;
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * WORDS; i++) {
+      int query = 2 * quad + i % 2, at = i / 8 * 32 + row / 2 * 8 + i % 8 / 2 * 2 + row % 2;
+      if (query < GROUP) to[query][at] = sums[i / 4][i % 4];
     }
   }
 };
@@ -469,6 +497,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   if (thread >= THREADS) {
     Copier copier{s, thread - THREADS};
     for (int layer = 0; layer < LAYERS; layer++) {
+      if (copier.lane < own_units) {
+        size_t own = layer * HIDDEN + (own_first + copier.lane) * UNIT;
+        fetch(input_norm + own);
+        fetch(post_norm + own);
+      }
       size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
       copier.ask_for(k_cache + cached, tables + sequence * TABLE, begin, end);
       copier.ask_for(v_cache + cached, tables + sequence * TABLE, begin, end);
@@ -486,7 +519,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   }
 
   Worker w(s);
-  const int warp = w.warp, lane = w.lane, quad = w.quad, row = w.row;
+  const int warp = w.warp, lane = w.lane, row = w.row;
   for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
 
   // Calls f(unit, sequence, pair) for each pair of rows of some units.
@@ -536,10 +569,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
         int page = tables[sequence * TABLE + at / PAGE];
         return cache + cached + ((size_t)page * PAGE + at % PAGE) * KV_ROW;
       };
-      uint4 k[HEAD_DIM / 32], v[HEAD_DIM / 32];
+      Softmax softmax;
+      uint4 k[2][Softmax::WORDS], v[2][Softmax::WORDS];
       int tile = begin + warp * TILE;
-      w.load(k, row_of(k_cache, tile + row));
-      w.load(v, row_of(v_cache, tile + row));
+      auto load = [&](uint4 (&words)[2][Softmax::WORDS], const u16* cache) {
+        softmax.load(words[0], row_of(cache, tile + row));
+        softmax.load(words[1], row_of(cache, tile + row + 8));
+      };
+      load(k, k_cache);
+      load(v, v_cache);
       constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 8;
       for (int i = thread; i < ITEMS; i += THREADS) {
         auto from = reinterpret_cast<const uint4*>(words + MAIL_QKV + sequence * QKV / 2);
@@ -593,29 +631,20 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       }
       sync_computing();
 
-      Softmax softmax;
-      w.load(softmax.q, s.query[row]);
-      for (; tile < end; tile += LEAST_PART) {
-        u32 weights = softmax.score(k, quad, end - tile);
-        w.load(k, row_of(k_cache, tile + LEAST_PART + row));
+      softmax.load(softmax.q, s.query[row]);
+      while (tile < end) {
+        uint2 weights = softmax.score(k, end - tile);
+        tile += LEAST_PART;
+        load(k, k_cache);
         softmax.add(weights, v);
-        w.load(v, row_of(v_cache, tile + LEAST_PART + row));
+        load(v, v_cache);
       }
       if (warp == WARPS - 1 && split == last_part) {  // the new position
-        w.load(k, row == 0 ? s.key : nullptr);
-        w.load(v, row == 0 ? s.value : nullptr);
-        softmax.add(softmax.score(k, quad, 1), v);
+        softmax.load(k[0], row == 0 ? s.key : nullptr);
+        softmax.load(v[0], row == 0 ? s.value : nullptr);
+        softmax.add(softmax.score(k, 1), v);
       }
-      float total = softmax.total + shuffle_xor(softmax.total, 1);
-      total += shuffle_xor(total, 2);
-      if (row < GROUP) {
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; i++)
-          *reinterpret_cast<float2*>(&a.sums[warp][row][i / 4 * 32 + quad * 8 + i % 4 * 2]) =
-              make_float2(softmax.sums[i][0], softmax.sums[i][1]);
-        a.maximum[warp][row] = softmax.maximum;
-        a.total[warp][row] = total;
-      }
+      softmax.store(a.sums[warp], a.maximum[warp], a.total[warp]);
       sync_computing();
       for (int i = thread; i < GROUP * HEAD_DIM / 2; i += THREADS) {
         int g = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
@@ -634,7 +663,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
         int of_head = sequence * HEADS + head * GROUP + g;
         tell(words + MAIL_PART + (of_head * SPLITS + split) * HEAD_DIM / 2 + pair,
              pack(y.x / all, y.y / all));
-        if (pair == 0) {
+        if (SPLITS > 1 && pair == 0) {
           u32* lse = words + MAIL_LSE + of_head * LSE_PITCH;
           tell(lse + split, __float_as_uint(highest + log_2(all)));
           if (split == last_part)  // so that readers find whole items
@@ -652,7 +681,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       y.y = s.residual[own + 1][b] += y.y;
       return pack(y.x, y.y);
     };
-    w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
+    if (SPLITS == 1) w.receive<ATTENDED, false>(words + MAIL_PART, nullptr);
+    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
     w.product<ATTENDED>(own_units, [&](int first, int units) {
       pairs(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;

@@ -120,14 +120,6 @@ __device__ inline void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// C += A B for A [16, 8] and B [8, 8]: the first half of the above.
-__device__ inline void mma8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"
-               " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(b0));
-}
-
 // Transposes an 8 x 8 matrix of bfloat16: in, [g, k..k+1]; out, [k..k+1, g].
 __device__ inline u32 transpose(u32 pair) {
   u32 r;
@@ -141,6 +133,13 @@ __device__ inline u32 transpose(u32 pair) {
 __device__ inline float shuffle_xor(float value, int bits) {
   float r;
   asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(r) : "f"(value), "r"(bits));
+  return r;
+}
+
+// The value of lane `lane`.
+__device__ inline float shuffle(float value, int lane) {
+  float r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, -1;" : "=f"(r) : "f"(value), "r"(lane));
   return r;
 }
 

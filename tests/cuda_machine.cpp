@@ -36,7 +36,7 @@ namespace {
 
 enum State { READY, LOOK, BARRIER, SYNC_COMPUTING, SYNC_THREADS, COLLECTIVE, ENDED };
 const char* const STATES[] = {"ready", "look", "barrier_wait", "sync_computing", "__syncthreads"};
-const char* const KINDS[] = {"__syncwarp", "shuffle_xor", "mma16", "mma8", "transpose"};
+const char* const KINDS[] = {"__syncwarp", "shuffle_xor", "shuffle", "mma16", "transpose"};
 
 constexpr u32 COMPUTING = 256;  // threads of sync_computing
 constexpr size_t STACK = 65536, GUARD = 4096;
@@ -315,10 +315,10 @@ void transpose_all(void* const* operands) {
   }
 }
 
-void shuffle_all(void* const* operands) {
+void shuffle_all(bool by_xor, void* const* operands) {
   for (int t = 0; t < 32; t++) {
     Shuffle& s = *static_cast<Shuffle*>(operands[t]);
-    const int from = (t ^ s.which) & 31;
+    const int from = (by_xor ? t ^ s.which : s.which) & 31;
     s.result = static_cast<Shuffle*>(operands[from])->value;
   }
 }
@@ -326,9 +326,9 @@ void shuffle_all(void* const* operands) {
 void compute(Kind kind, void* const* operands) {
   switch (kind) {
     case SYNCWARP: return;
-    case SHUFFLE_XOR: return shuffle_all(operands);
+    case SHUFFLE_XOR: return shuffle_all(true, operands);
+    case SHUFFLE: return shuffle_all(false, operands);
     case MMA16: return multiply<16>(operands);
-    case MMA8: return multiply<8>(operands);
     case TRANSPOSE: return transpose_all(operands);
   }
 }

@@ -41,7 +41,7 @@ extern unsigned char (*shared_of_block)[];
 namespace machine {
 
 // What all lanes of a warp do together, and their operands.
-enum Kind { SYNCWARP, SHUFFLE_XOR, MMA16, MMA8, TRANSPOSE };
+enum Kind { SYNCWARP, SHUFFLE_XOR, SHUFFLE, MMA16, TRANSPOSE };
 struct Shuffle { u32 value; int which; u32 result; };
 struct Product { float* c; u32 a[4], b[2]; };
 
@@ -131,10 +131,6 @@ inline void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
   machine::Product p{c, {a0, a1, a2, a3}, {b0, b1}};
   machine::collective(machine::MMA16, &p, line);
 }
-inline void mma8(float (&c)[4], u32 a0, u32 a1, u32 b0, LINE) {
-  machine::Product p{c, {a0, a1}, {b0}};
-  machine::collective(machine::MMA8, &p, line);
-}
 inline u32 transpose(u32 pair, LINE) {
   machine::Shuffle s{pair, 0, 0};
   machine::collective(machine::TRANSPOSE, &s, line);
@@ -145,6 +141,12 @@ inline float shuffle_xor(float value, int bits, LINE) {
   machine::collective(machine::SHUFFLE_XOR, &s, line);
   return __uint_as_float(s.result);
 }
+inline float shuffle(float value, int lane, LINE) {
+  machine::Shuffle s{__float_as_uint(value), lane, 0};
+  machine::collective(machine::SHUFFLE, &s, line);
+  return __uint_as_float(s.result);
+}
+
 inline u32 pack(float low, float high) {
   auto rounded = [](float x) -> u32 {
     if (x != x) return 0x7fff;
