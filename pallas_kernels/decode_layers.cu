@@ -197,23 +197,21 @@ struct Worker {
   __device__ void receive(const u32* words, const u16* norm) {
     constexpr int ITEMS = WIDTH / 8, PIECES = (ITEMS + 31) / 32, ALL = BATCH * PIECES;
     constexpr int MINE = (ALL + WARPS - 1) / WARPS, COUNT = MINE < 8 ? MINE : 8;
-    // Blocks begin at different pieces, so that they do not all want the same words at once.
-    auto piece_of = [&](int i) { return (i + blockIdx.x) % ALL; };
     for (int first = warp; first < ALL; first += WARPS * COUNT) {
       uint4 found[COUNT], scale[COUNT];
       const uint4* items[COUNT];
       bool wanted[COUNT];
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int piece = piece_of(first + i * WARPS), item = piece % PIECES * 32 + lane;
-        wanted[i] = first + i * WARPS < ALL && item < ITEMS;
+        int piece = first + i * WARPS, item = piece % PIECES * 32 + lane;
+        wanted[i] = piece < ALL && item < ITEMS;
         items[i] = reinterpret_cast<const uint4*>(words) + piece / PIECES * ITEMS + item;
         if (NORM && wanted[i]) scale[i] = reinterpret_cast<const uint4*>(norm)[item];
       }
       await(found, items, wanted);
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int piece = piece_of(first + i * WARPS), sequence = piece / PIECES;
+        int piece = first + i * WARPS, sequence = piece / PIECES;
         float squares = 0;
         if (wanted[i]) {
           if (NORM) {
@@ -224,7 +222,7 @@ struct Worker {
         }
         if (NORM) {
           squares = sum_of_warp(squares);
-          if (lane == 0 && first + i * WARPS < ALL) s.squares[sequence][piece % PIECES] = squares;
+          if (lane == 0 && piece < ALL) s.squares[sequence][piece % PIECES] = squares;
         }
       }
     }
@@ -248,16 +246,15 @@ struct Worker {
     constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
     constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
     constexpr int COUNT = MINE < 8 / AT_ONCE ? MINE : 8 / AT_ONCE, WORDS = (AT_ONCE + 3) / 4;
-    auto item_of = [&](int i) { return (i + 32 * blockIdx.x) % ALL; };  // as in `receive`
     for (int first = thread; first < ALL; first += THREADS * COUNT) {
       float y[COUNT][8] = {}, highest[COUNT], total[COUNT];
       int count[COUNT], most = 1;
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int item = item_of(first + i * THREADS);
+        int item = first + i * THREADS;
         highest[i] = MASKED;
         total[i] = 0;
-        count[i] = first + i * THREADS < ALL ? Parts(contexts[item / ITEMS]).count : 0;
+        count[i] = item < ALL ? Parts(contexts[item / ITEMS]).count : 0;
         most = max(most, count[i]);
       }
       for (int part = 0; part < most; part += AT_ONCE) {
@@ -267,7 +264,7 @@ struct Worker {
         bool wanted[COUNT * EACH];
 #pragma unroll
         for (int i = 0; i < COUNT * EACH; i++) {
-          int item = item_of(first + i / EACH * THREADS), head = item / OF_HEAD, j = i % EACH;
+          int item = first + i / EACH * THREADS, head = item / OF_HEAD, j = i % EACH;
           wanted[i] = part + (j < AT_ONCE ? j : 4 * (j - AT_ONCE)) < count[i / EACH];
           items[i] = j < AT_ONCE
               ? reinterpret_cast<const uint4*>(parts) + (head * SPLITS + part + j) * OF_HEAD +
@@ -299,9 +296,9 @@ struct Worker {
       }
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
-        int item = item_of(first + i * THREADS);
+        int item = first + i * THREADS;
         float scale = 1 / total[i];
-        if (first + i * THREADS < ALL)
+        if (item < ALL)
           put(item / ITEMS, item % ITEMS,
               make_uint4(pack(y[i][0] * scale, y[i][1] * scale), pack(y[i][2] * scale, y[i][3] * scale),
                          pack(y[i][4] * scale, y[i][5] * scale), pack(y[i][6] * scale, y[i][7] * scale)));
@@ -496,19 +493,24 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
   if (thread >= THREADS) {
     Copier copier{s, thread - THREADS};
-    for (int layer = 0; layer < LAYERS; layer++) {
+    // What the warps will load without the ring is asked for a layer ahead.
+    auto ask = [&](int layer) {
+      if (layer == LAYERS) return;
       if (copier.lane < own_units) {
-        size_t own = layer * HIDDEN + (own_first + copier.lane) * UNIT;
-        fetch(input_norm + own);
-        fetch(post_norm + own);
+        fetch(input_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
+        fetch(post_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
       }
       size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
       copier.ask_for(k_cache + cached, tables + sequence * TABLE, begin, end);
       copier.ask_for(v_cache + cached, tables + sequence * TABLE, begin, end);
+    };
+    ask(0);
+    for (int layer = 0; layer < LAYERS; layer++) {
       copier.rows<HIDDEN>(qkv + (size_t)layer * QKV * HIDDEN, qkv_units,
                           [&](int i) { return (qkv_first + i) * UNIT; });
       copier.rows<ATTENDED>(o + (size_t)layer * HIDDEN * ATTENDED, own_units,
                             [&](int i) { return (own_first + i) * UNIT; });
+      ask(layer + 1);
       copier.rows<HIDDEN>(gate_up + (size_t)layer * 2 * FFN * HIDDEN, 2 * ffn_units, [&](int i) {
         return i % 2 * FFN + (ffn_first + i / 2) * UNIT;  // gate and up in turns
       });
