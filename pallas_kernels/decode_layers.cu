@@ -493,9 +493,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
   if (thread >= THREADS) {
     Copier copier{s, thread - THREADS};
-    // What the warps will load without the ring is asked for a layer ahead.
+    // What the warps will load without the ring.
     auto ask = [&](int layer) {
-      if (layer == LAYERS) return;
       if (copier.lane < own_units) {
         fetch(input_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
         fetch(post_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
@@ -504,13 +503,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       copier.ask_for(k_cache + cached, tables + sequence * TABLE, begin, end);
       copier.ask_for(v_cache + cached, tables + sequence * TABLE, begin, end);
     };
-    ask(0);
     for (int layer = 0; layer < LAYERS; layer++) {
+      ask(layer);
       copier.rows<HIDDEN>(qkv + (size_t)layer * QKV * HIDDEN, qkv_units,
                           [&](int i) { return (qkv_first + i) * UNIT; });
       copier.rows<ATTENDED>(o + (size_t)layer * HIDDEN * ATTENDED, own_units,
                             [&](int i) { return (own_first + i) * UNIT; });
-      ask(layer + 1);
       copier.rows<HIDDEN>(gate_up + (size_t)layer * 2 * FFN * HIDDEN, 2 * ffn_units, [&](int i) {
         return i % 2 * FFN + (ffn_first + i / 2) * UNIT;  // gate and up in turns
       });
