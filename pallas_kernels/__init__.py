@@ -38,6 +38,7 @@ from pallas_kernels.all_reduce import (
     supports_one_shot_norm,
 )
 from pallas_kernels.choose_experts import choose_experts
+from pallas_kernels.decode_layers import LayerWeights, decode_layers, plan_decode_layers
 from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.expert_rows import expert_rows, supports_expert_rows
 from pallas_kernels.filter_thresholds import filter_thresholds
@@ -50,9 +51,11 @@ from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
 __all__ = [
+    "LayerWeights",
     "Mailboxes",
     "addressable_pages",
     "choose_experts",
+    "decode_layers",
     "decode_step",
     "draw",
     "expert_mlp",
@@ -71,6 +74,7 @@ __all__ = [
     "one_shot_sum",
     "paged_decode",
     "paged_prefill",
+    "plan_decode_layers",
     "random_bits",
     "stream_words",
     "supports_expert_rows",
