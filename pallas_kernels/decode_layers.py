@@ -114,9 +114,7 @@ class Plan(NamedTuple):
         return cls(multiprocessors, splits, stages, 2, shared, mail)
 
 
-def plan_decode_layers(
-    weights: LayerWeights, k_cache: Any, batch: int, device: Any
-) -> Plan | None:
+def plan_decode_layers(weights: LayerWeights, k_cache: Any, batch: int, device: Any) -> Plan | None:
     """How the kernel would compute a step of `batch` sequences; None if it does not fit.
 
     It fits bfloat16 weights and caches of dense models on one Hopper GPU with enough
@@ -213,27 +211,31 @@ def _check(
     check_cache(k_cache, v_cache, s.heads, s.head_dim, jnp.int32(0))
     if s.layers != k_cache.shape[0] or s.kv_heads != k_cache.shape[3]:
         raise ValueError(f"qkv {weights.qkv.shape} does not fit the cache {k_cache.shape}")
-    per_group, norm = s.heads // s.kv_heads + 2, (s.layers, s.head_dim)
-    expected = LayerWeights(
-        input_norm=(s.layers, s.hidden),
-        qkv=(s.layers, s.kv_heads, per_group, s.head_dim, s.hidden),
-        qkv_bias=(s.layers, s.kv_heads, per_group, s.head_dim),
-        q_norm=norm,
-        k_norm=norm,
-        o=(s.layers, s.hidden, s.heads, s.head_dim),
-        post_norm=(s.layers, s.hidden),
-        gate_up=(s.layers, 2, s.ffn, s.hidden),
-        down=(s.layers, s.hidden, s.ffn),
-    )
     if (weights.q_norm is None) != (weights.k_norm is None):
         raise ValueError("there must be both of q_norm and k_norm, or none")
-    given = {f"weights.{key}": value for key, value in weights._asdict().items()}
-    shapes = {f"weights.{key}": shape for key, shape in expected._asdict().items()}
-    half = (s.batch, s.head_dim // 2)
-    given |= {"x": x, "cos": cos, "sin": sin, "slot_mapping": slot_mapping}
-    given |= {"block_tables": block_tables, "context_lens": context_lens}
-    shapes |= {"x": (s.batch, s.hidden), "cos": half, "sin": half, "slot_mapping": (s.batch,)}
-    shapes |= {"block_tables": (s.batch, s.table), "context_lens": (s.batch,)}
+    per_group = s.heads // s.kv_heads + 2
+    norm, head_norm, half = (s.layers, s.hidden), (s.layers, s.head_dim), (s.batch, s.head_dim // 2)
+    shapes = {
+        "input_norm": norm,
+        "qkv": (s.layers, s.kv_heads, per_group, s.head_dim, s.hidden),
+        "qkv_bias": (s.layers, s.kv_heads, per_group, s.head_dim),
+        "q_norm": head_norm,
+        "k_norm": head_norm,
+        "o": (s.layers, s.hidden, s.heads, s.head_dim),
+        "post_norm": norm,
+        "gate_up": (s.layers, 2, s.ffn, s.hidden),
+        "down": (s.layers, s.hidden, s.ffn),
+        "x": (s.batch, s.hidden),
+        "cos": half,
+        "sin": half,
+        "slot_mapping": (s.batch,),
+        "block_tables": (s.batch, s.table),
+        "context_lens": (s.batch,),
+    }
+    given = weights._asdict() | {
+        "x": x, "cos": cos, "sin": sin, "slot_mapping": slot_mapping,
+        "block_tables": block_tables, "context_lens": context_lens,
+    }  # fmt: skip
     for name, value in given.items():
         if value is not None and value.shape != shapes[name]:
             raise ValueError(f"{name} must be of shape {shapes[name]}, but is {value.shape}")
@@ -301,10 +303,12 @@ def _decode_layers_cuda(
     call = jax.ffi.ffi_call(
         _TARGET, results, input_output_aliases={updated + i: 1 + i for i in range(3)}
     )
-    source = kernel_source(
+    values = defines(
         sizes, plan, eps=eps, scale=scale, layers_without_rope=layers_without_rope,
         qkv_bias=weights.qkv_bias is not None, qk_norm=weights.q_norm is not None,
     )  # fmt: skip
+    source = "".join(f"#define {name} {value}\n" for name, value in values.items())
+    source += "\n".join(path.read_text() for path in _SOURCES)
     hidden, k_cache, v_cache, _ = call(
         *operands,
         name="decode_layers",
@@ -317,7 +321,7 @@ def _decode_layers_cuda(
     return hidden, k_cache, v_cache
 
 
-def kernel_source(
+def defines(
     sizes: Sizes,
     plan: Plan,
     *,
@@ -326,20 +330,16 @@ def kernel_source(
     layers_without_rope: tuple[int, ...],
     qkv_bias: bool,
     qk_norm: bool,
-) -> str:
-    """The CUDA source of the kernel for these sizes, as one text without includes."""
-    names = ("blocks", "splits", "stages", "in_flight")
-    values = {
-        **sizes._asdict(),
-        **{name: getattr(plan, name) for name in names},
-        "eps": _float(eps),
-        "scale_log2e": _float(scale * LOG2_E),
-        "no_rope_bits": f"{sum(1 << layer for layer in layers_without_rope):#x}ull",
-        "qkv_bias": int(qkv_bias),
-        "qk_norm": int(qk_norm),
+) -> dict[str, str]:
+    """What the kernel's source takes for granted, as the names and values of #defines."""
+    numbers = sizes._asdict() | plan._asdict()
+    del numbers["shared_bytes"], numbers["mail_words"]  # the source has its own formulas
+    numbers |= {"qkv_bias": int(qkv_bias), "qk_norm": int(qk_norm)}
+    return {name.upper(): str(value) for name, value in numbers.items()} | {
+        "EPS": _float(eps),
+        "SCALE_LOG2E": _float(scale * LOG2_E),
+        "NO_ROPE_BITS": f"{sum(1 << layer for layer in layers_without_rope):#x}ull",
     }
-    defines = "".join(f"#define {name.upper()} {value}\n" for name, value in values.items())
-    return defines + "\n".join(path.read_text() for path in _SOURCES)
 
 
 def _float(value: float) -> str:

@@ -291,26 +291,25 @@ class LinearPlan(NamedTuple):
 class GpuBackend(XlaBackend):
     """Serving with the project's own kernels, where they fit; elsewhere as `XlaBackend`.
 
-    A decode step of a few sequences takes one kernel for all layers on Hopper, or else a single
-    token in 16 bits one for a Linear and what surrounds it. Many tokens take
-    one for a gated Linear, which does not write what it puts through the gate. A small sum over
-    the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
+    A decode step of a few sequences takes one kernel for all layers, on Hopper. Elsewhere, a single
+    token in 16 bits takes one kernel for a Linear and what surrounds it. Many tokens take one for a
+    gated Linear, which does not write what it puts through the gate. A small sum over the GPUs that
+    share a layer takes one kernel, with the residual before it and the norm after it.
     """
 
-    one_kernel: bool = True  # for all layers of a decode step, where it fits
+    one_kernel: bool = False  # all layers of a decode step in one, where it fits
 
     def all_layers(self, x, weights, rope, cache, *, eps, layers_without_rope):
         mesh, batch = self.sharding.mesh, self.batch
-        decodes = batch.query_starts is None
-        if not (self.one_kernel and decodes and mesh.size == 1):
+        if not self.one_kernel or batch.query_starts is not None or mesh.size > 1:
             return None
         plan = plan_decode_layers(weights, cache.k, len(x), mesh.devices.flat[0])
         if plan is None:
             return None
-        head_dim = cache.k.shape[-1]
+        scale = cache.k.shape[-1] ** -0.5
         hidden, *cache = decode_layers(
             x, weights, *rope, batch.slot_mapping, *cache, batch.block_tables, batch.context_lens,
-            eps=eps, scale=head_dim**-0.5, layers_without_rope=layers_without_rope,
+            eps=eps, scale=scale, layers_without_rope=layers_without_rope,
             implementation="cuda", plan=plan,
         )  # fmt: skip
         return hidden, KVCache(*cache)

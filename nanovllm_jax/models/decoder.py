@@ -122,24 +122,21 @@ class Decoder(nnx.Module):
         x = backend.embed(self.embed_tokens, token_ids, to_first_layer)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
         rope = rope_angles(positions, self.config.rope, self.config.head_dim)
-        if isinstance(plain(x), Tracer) and (weights := self.layer_weights()) is not None:
-            c = self.config
-            at_once = backend.all_layers(
-                plain(x), weights, rope, cache,
-                eps=c.rms_norm_eps, layers_without_rope=c.layers_without_rope,
-            )  # fmt: skip
-            if at_once is not None:
-                return at_once
-        return self.run_layers(x, rope, backend, cache)
+        return self._all_layers(x, rope, backend, cache) or self.run_layers(x, rope, backend, cache)
 
-    def layer_weights(self) -> LayerWeights | None:
-        """The weights of all layers, for a backend that computes them at once.
-
-        None if the layers have more than it knows: experts, or biases after attention.
-        """
-        c, layers = self.config, self.layers
-        if c.num_experts or c.o_bias or c.mlp_bias:
+    def _all_layers(self, x: Hidden, rope: Angles, backend: Backend, cache: Any):
+        """All layers at once if the backend can, else None. Eagerly, each operation runs alone."""
+        c = self.config
+        if not isinstance(plain(x), Tracer) or c.num_experts or c.o_bias or c.mlp_bias:
             return None
+        return backend.all_layers(
+            plain(x), self.layer_weights(), rope, cache,
+            eps=c.rms_norm_eps, layers_without_rope=c.layers_without_rope,
+        )  # fmt: skip
+
+    def layer_weights(self) -> LayerWeights:
+        """The weights of layers without experts, and without biases of `o_proj` and the MLP."""
+        layers = self.layers
         attn, mlp = layers.self_attn, layers.mlp
 
         def value(module: RMSNorm | Linear | None) -> Any:
