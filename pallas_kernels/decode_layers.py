@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import _nvrtc
-from pallas_kernels._common import LOG2_E, check_cache, next_power_of_2
+from pallas_kernels._common import LOG2_E, check_cache
 from pallas_kernels.paged_decode import decode_step
 
 # XLA's own custom call for a kernel that comes as PTX text. It passes the kernel the addresses of
@@ -21,9 +21,9 @@ _TARGET = "__gpu$xla.gpu.ptx"
 _SOURCES = [Path(__file__).with_name(name) for name in ("primitives.cuh", "decode_layers.cu")]
 _THREADS = 288  # of a block: eight warps that compute and one that copies
 
-# Multiprocessors that a GPU must have: those of an H100 SXM, less a few. On smaller Hopper cards
-# nobody has measured whether the kernel wins.
-FEWEST_MULTIPROCESSORS = 128
+# Blocks of the kernel, each of which needs a multiprocessor. An H100 SXM has 132, but the sizes of
+# models divide by powers of two.
+BLOCKS = 128
 MOST_ROWS = 8  # sequences: the width of a tensor core's tile
 MOST_LAYERS = 64  # bits of the mask of layers without RoPE
 
@@ -75,43 +75,44 @@ class Plan(NamedTuple):
     stages: int  # of the ring in shared memory
     in_flight: int  # stages that are being filled, at most
     shared_bytes: int  # shared memory of a block
-    mail_words: int  # words of 8 bytes through which blocks exchange activations
+    mail_words: int  # words of 4 bytes through which blocks exchange activations
 
     @classmethod
-    def of(cls, sizes: Sizes, multiprocessors: int, most_shared: int) -> "Plan | None":
-        """The plan for a GPU; None if the kernel does not fit.
+    def of(cls, sizes: Sizes, most_shared: int) -> "Plan | None":
+        """The plan for some sizes; None if they are too large.
 
         Args:
             most_shared: bytes of shared memory that a block may have.
 
         The formulas are those of decode_layers.cu, which says what the arrays are for.
         """
-        s, warps, unit, chunk, positions, tile, units = sizes, 8, 8, 1024, 32, 8, 8
+        s, warps, unit, units = sizes, 8, 8, 8
         group, attended = s.heads // s.kv_heads, s.heads * s.head_dim
-        qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
-        heads = s.batch * s.kv_heads
-        if heads > multiprocessors:
+        qkv = attended + 2 * s.kv_heads * s.head_dim
+        if s.batch * s.kv_heads > BLOCKS:
             return None
-        splits = min(16, next_power_of_2(multiprocessors // heads + 1) // 2)
+        splits = 1
+        while splits < 16 and 2 * splits * s.batch * s.kv_heads <= BLOCKS:
+            splits *= 2
 
-        kv_pitch = 2 * s.head_dim + 16
-        stage = _up_to(128, max(unit * (2 * chunk + 64), 2 * positions * kv_pitch))
+        stage = unit * (2 * 1024 + 64)
         widest = max(s.hidden, attended, s.ffn)
-        input_pitch = 2 * widest + (0 if widest % 64 else 64)
-        own_rows = unit * math.ceil(s.hidden / unit / multiprocessors)
-        attention = (group + 2) * s.head_dim + warps * group * (s.head_dim + 2)  # float32
-        parts = warps * units * s.batch * unit
-        # Beside the ring: input; query, key and value; sums; residual; squares.
-        beside = s.batch * input_pitch + 3 * tile * kv_pitch + 4 * max(parts, attention)
-        beside += 4 * own_rows * s.batch + 4 * warps * s.batch
-        stages = min(12, (most_shared - beside - 8) // (stage + 16))
+        row = 2 * widest + (0 if widest % 64 else 64)
+        sums = max(
+            warps * units * s.batch * unit,  # of a product
+            (group + 2) * s.head_dim + warps * group * (s.head_dim + 2),  # of attention
+        )
+        own_rows, pieces = unit * math.ceil(s.hidden / unit / BLOCKS), math.ceil(s.hidden / 256)
+        beside = s.batch * row + 2 * (8 + 2) * s.head_dim
+        beside += 4 * (sums + own_rows * s.batch + s.batch * pieces)
+        beside += -beside % 8
+        stages = min(12, (most_shared - beside) // (stage + 16))
         if stages < 4:
             return None
-        shared = _up_to(8, stages * stage + beside) + 16 * stages
 
-        mail = s.batch * (s.hidden + (qkv + attended + s.ffn) // 2)
-        mail += s.batch * splits * (attended + 2 * s.heads)
-        return cls(multiprocessors, splits, stages, 2, shared, mail)
+        mail = s.batch * (2 * s.hidden + qkv + s.ffn + splits * attended) // 2
+        mail += s.batch * s.heads * math.ceil(splits / 4) * 4
+        return cls(BLOCKS, splits, stages, 2, stages * (stage + 16) + beside, s.layers * mail)
 
 
 def plan_decode_layers(weights: LayerWeights, k_cache: Any, batch: int, device: Any) -> Plan | None:
@@ -137,9 +138,9 @@ def plan_decode_layers(weights: LayerWeights, k_cache: Any, batch: int, device: 
     )
     if not fits or device.platform != "gpu" or device.compute_capability != "9.0":
         return None
-    if device.core_count < FEWEST_MULTIPROCESSORS or _nvrtc.problem() is not None:
+    if device.core_count < BLOCKS or _nvrtc.problem() is not None:
         return None
-    return Plan.of(s, device.core_count, device.shared_memory_per_block_optin)
+    return Plan.of(s, device.shared_memory_per_block_optin)
 
 
 @functools.partial(
@@ -290,9 +291,8 @@ def _decode_layers_cuda(
     x, weights, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens, *,
     sizes: Sizes, plan: Plan, eps, scale, layers_without_rope,
 ):  # fmt: skip
-    # The words that blocks exchange have numbers from 1 on beside them; so those of an earlier call
-    # must be wiped out.
-    mail = jnp.zeros((plan.mail_words, 2), jnp.uint32)
+    # A word that is zero has not arrived yet, so each call must begin with zeros.
+    mail = jnp.zeros(plan.mail_words, jnp.uint32)
     absent = jnp.zeros(1, x.dtype)
     operands = [
         x, *(absent if weight is None else weight for weight in weights), cos, sin, slot_mapping,
@@ -345,7 +345,3 @@ def defines(
 def _float(value: float) -> str:
     """The literal of a float in C."""
     return f"{float(value)!r}f"
-
-
-def _up_to(multiple: int, n: int) -> int:
-    return -(-n // multiple) * multiple
