@@ -24,6 +24,7 @@ _THREADS = 288  # of a block: eight warps that compute and one that copies
 # Blocks of the kernel, each of which needs a multiprocessor. An H100 SXM has 132, but the sizes of
 # models divide by powers of two.
 BLOCKS = 128
+MOST_SHARED = 232_448  # bytes of shared memory that a block may have on such a GPU
 MOST_ROWS = 8  # sequences: the width of a tensor core's tile
 MOST_LAYERS = 64  # bits of the mask of layers without RoPE
 
@@ -78,11 +79,8 @@ class Plan(NamedTuple):
     mail_words: int  # words of 4 bytes through which blocks exchange activations
 
     @classmethod
-    def of(cls, sizes: Sizes, most_shared: int) -> "Plan | None":
+    def of(cls, sizes: Sizes) -> "Plan | None":
         """The plan for some sizes; None if they are too large.
-
-        Args:
-            most_shared: bytes of shared memory that a block may have.
 
         The formulas are those of decode_layers.cu, which says what the arrays are for.
         """
@@ -106,7 +104,7 @@ class Plan(NamedTuple):
         beside = s.batch * row + 2 * (8 + 2) * s.head_dim
         beside += 4 * (sums + own_rows * s.batch + s.batch * pieces)
         beside += -beside % 8
-        stages = min(12, (most_shared - beside) // (stage + 16))
+        stages = min(12, (MOST_SHARED - beside) // (stage + 16))
         if stages < 4:
             return None
 
@@ -140,7 +138,7 @@ def plan_decode_layers(weights: LayerWeights, k_cache: Any, batch: int, device: 
         return None
     if device.core_count < BLOCKS or _nvrtc.problem() is not None:
         return None
-    return Plan.of(s, device.shared_memory_per_block_optin)
+    return Plan.of(s)
 
 
 @functools.partial(

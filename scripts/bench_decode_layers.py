@@ -9,7 +9,7 @@ hidden states, the new keys and values, and that nothing else of the cache has c
 row may read is NaN: positions not yet written, pages of nobody, padding rows. The kernel is WRONG
 if its error is above 3 times that of the plain layers.
 
-Then both are timed in turns, in loops of 8 steps as the engine's. Each shape has a process of its
+Then both are timed in turns, in loops of 8 steps; the engine's calls are loops, too. Each shape has a process of its
 own, which is killed when the time is up, since a kernel that fails takes the GPU's context along.
 """
 
@@ -58,7 +58,7 @@ MODELS = {
 CHECKED_LAYERS = 4
 CHECKED_CONTEXTS = (1, 2, 38, 256, 257, 400, 1500)
 PAGE = 256
-STEPS = 8  # of a timed call, as in the engine
+STEPS = 8  # of a timed call
 MOST_ROWS = 16  # of a checked step, padding included
 # As the engine compiles its programs.
 GPU_OPTIONS: dict[str, bool | str] = {
@@ -135,10 +135,9 @@ class Model:
         if self.tiny:
             return None
         weights = jax.eval_shape(self.layers_of, self.weights)
-        device: Any = self.sharding.mesh.devices.flat[0]
-        plan = Plan.of(Sizes.of(weights, cache.k, rows, 0), device.shared_memory_per_block_optin)
+        plan = Plan.of(Sizes.of(weights, cache.k, rows, 0))
         if plan is None:
-            raise ValueError(f"the kernel takes no {rows} rows of this model on {device}")
+            raise ValueError(f"the kernel takes no {rows} rows of this model")
         return plan
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import LayerWeights, decode_layers
-from pallas_kernels.decode_layers import Plan, Sizes, defines
+from pallas_kernels.decode_layers import MOST_SHARED, Plan, Sizes, defines
 
 pytestmark = pytest.mark.skipif(bool(cuda_machine.problem()), reason=str(cuda_machine.problem()))
 
@@ -35,7 +35,7 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS)
 def test_the_plan_has_the_kernels_formulas(model, batch):
     sizes = Sizes(batch, *model, pages=4, page=256, table=2)
-    plan = Plan.of(sizes, 232448)
+    plan = Plan.of(sizes)
     assert plan is not None
     declarations = SOURCE.split('extern "C"')[0]
     told = cuda_machine.build(
@@ -137,7 +137,7 @@ def run_kernel(case: Case, arguments, order: int):
     x, weights, cos, sin, slots, k_cache, v_cache, tables, contexts = arguments
     k_cache, v_cache = k_cache.copy(), v_cache.copy()
     sizes = Sizes.of(weights, k_cache, len(x), TABLE)
-    plan = Plan.of(sizes, 232448)
+    plan = Plan.of(sizes)
     assert plan is not None
     plan = plan._replace(blocks=case.blocks, splits=case.splits, stages=case.stages)
     kernel = cuda_machine.build(
@@ -151,7 +151,7 @@ def run_kernel(case: Case, arguments, order: int):
     given = [absent if weight is None else weight for weight in weights]
     hidden, mail = np.full_like(x, np.nan), np.zeros(plan.mail_words, np.uint32)
     kernel(
-        case.blocks, 288, 232448, order,
+        case.blocks, 288, MOST_SHARED, order,
         x, *given, cos, sin, slots, tables, contexts, k_cache, v_cache, mail,
         hidden, k_cache, v_cache, mail,
     )  # fmt: skip

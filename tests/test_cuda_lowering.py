@@ -52,7 +52,6 @@ def programs(tmp_path_factory):
         platform="gpu",
         compute_capability="9.0",
         core_count=132,
-        shared_memory_per_block_optin=232448,
         client=SimpleNamespace(platform_version="PJRT C API\ncuda 13000"),
     )
     with pytest.MonkeyPatch.context() as patch:

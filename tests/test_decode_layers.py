@@ -162,7 +162,7 @@ def test_an_eager_model_runs_operation_by_operation(at_once):
 
 def h100(**changes):
     values = {"platform": "gpu", "compute_capability": "9.0", "core_count": 132}
-    return SimpleNamespace(**(values | {"shared_memory_per_block_optin": 232448} | changes))
+    return SimpleNamespace(**(values | changes))
 
 
 def shapes_of(config, page=256, dtype="bfloat16", cache_dtype="bfloat16"):
@@ -220,7 +220,6 @@ def test_what_the_kernel_does_not_take_has_no_plan(why, with_nvrtc):
         h100(compute_capability="8.0"),
         h100(compute_capability="10.0"),
         h100(core_count=114),  # of an H100 PCIe, or less, of a part of an H100
-        h100(shared_memory_per_block_optin=65_536),
         jax.devices("cpu")[0],
     ],
 )
