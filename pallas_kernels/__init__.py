@@ -12,8 +12,8 @@ Every function of attention, `choose_experts` and `expert_mlp` take `implementat
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
-`decode_layers` computes all layers of a decode step of a few sequences. It is the one kernel in CUDA
-("cuda"), compiled where it runs; "xla" is its reference, too.
+`decode_layers` computes all layers of a decode step of a few sequences. It is the one kernel in
+CUDA ("cuda"), compiled where it runs; "xla" is its reference, too.
 
 One function is a Mosaic kernel only: `gated_linear` is the first product of a gated MLP for many
 rows, with its gate. Eight are Triton kernels only: `fused_linear` is the linear layer of a single

@@ -9,8 +9,9 @@ hidden states, the new keys and values, and that nothing else of the cache has c
 row may read is NaN: positions not yet written, pages of nobody, padding rows. The kernel is WRONG
 if its error is above 3 times that of the plain layers.
 
-Then both are timed in turns, in loops of 8 steps; the engine's calls are loops, too. Each shape has a process of its
-own, which is killed when the time is up, since a kernel that fails takes the GPU's context along.
+Then both are timed in turns, in loops of 8 steps; the engine's calls are loops, too. Each shape has
+a process of its own, which is killed when the time is up, since a kernel that fails takes the GPU's
+context along.
 """
 
 import functools
