@@ -25,7 +25,7 @@ _THREADS = 288  # of a block: eight warps that compute and one that copies
 # models divide by powers of two.
 BLOCKS = 128
 MOST_SHARED = 232_448  # bytes of shared memory that a block may have on such a GPU
-MOST_ROWS = 8  # sequences: the width of a tensor core's tile
+MOST_ROWS = 16  # sequences: the height of a tensor core's tile
 MOST_LAYERS = 64  # bits of the mask of layers without RoPE
 
 Implementation = Literal["cuda", "xla"]
@@ -110,7 +110,12 @@ class Plan(NamedTuple):
 
         mail = s.batch * (2 * s.hidden + qkv + s.ffn + splits * attended) // 2
         mail += s.batch * s.heads * math.ceil(splits / 4) * 4
-        return cls(BLOCKS, splits, stages, 2, stages * (stage + 16) + beside, s.layers * mail)
+        # Copies that are asked for long before their use stand in the way of the exchanges. The more
+        # a block must read in a layer, the more must be under way.
+        weights = 2 * s.hidden * (qkv + attended + 3 * s.ffn)
+        in_flight = min(4, max(1, round(weights / BLOCKS / 400_000)))
+        shared = stages * (stage + 16) + beside
+        return cls(BLOCKS, splits, stages, in_flight, shared, s.layers * mail)
 
 
 def plan_decode_layers(weights: LayerWeights, k_cache: Any, batch: int, device: Any) -> Plan | None:
