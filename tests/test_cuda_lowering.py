@@ -22,6 +22,7 @@ from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.tools.shapes import SHAPES, write_config
 from pallas_kernels import _nvrtc
+from pallas_kernels.decode_layers import MOST_ROWS
 
 # The kernels of a step on one GPU. The buckets are the ends of both families, and the sizes at
 # which decoding takes other kernels.
@@ -37,7 +38,7 @@ STEPS = {
     Bucket(1024, 512, True): PREFILL | {"gated_linear", "paged_decode"},
 }
 # What they are on one Hopper GPU where NVRTC is installed. One row has a kernel for its logits.
-WHOLE = {Bucket(0, n): {"decode_layers", "draw"} for n in (1, 4, 8)}
+WHOLE = {Bucket(0, n): {"decode_layers", "draw"} for n in (1, 4, MOST_ROWS)}
 WHOLE[Bucket(0, 1)] |= {"fused_linear"}
 FILTERS = {"filter_collect", "filter_choose"}  # on one GPU; on two, XLA and the sums
 ALSO_ON_TWO = {"one_shot_all_reduce"}
@@ -158,7 +159,7 @@ def test_few_rows_take_one_kernel_for_all_layers(programs, with_nvrtc, head_dim,
 @pytest.mark.parametrize(
     ("options", "bucket"),
     [
-        (dict(gpus=1), Bucket(0, 16)),
+        (dict(gpus=1), Bucket(0, 2 * MOST_ROWS)),
         (dict(gpus=2), Bucket(0, 1)),
         (dict(gpus=1, backend="triton"), Bucket(0, 1)),
         (dict(gpus=1, size="30B-A3B"), Bucket(0, 1)),
