@@ -364,6 +364,13 @@ struct Worker {
     }
   }
 
+  // Calls f(unit, sequence, pair) for each pair of rows of some units.
+  template <class F>
+  __device__ void each_pair(int units, F f) {
+    for (int i = thread; i < units * BATCH * 4; i += THREADS)
+      f(i / (BATCH * 4), i / 4 % BATCH, i % 4);
+  }
+
   // Two rows' sums over all warps.
   __device__ float2 sum(int unit, int sequence, int pair) {
     float2 total = make_float2(0, 0);
@@ -522,12 +529,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   const int warp = w.warp, lane = w.lane, row = w.row;
   for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
 
-  // Calls f(unit, sequence, pair) for each pair of rows of some units.
-  auto pairs = [&](int units, auto f) {
-    for (int i = thread; i < units * BATCH * 4; i += THREADS)
-      f(i / (BATCH * 4), i / 4 % BATCH, i % 4);
-  };
-
   // Every block begins with its own rows, told like those of a layer.
   for (int i = thread; i < own_units * UNIT / 2 * BATCH; i += THREADS) {
     int pair = i / BATCH, b = i % BATCH, at = b * HIDDEN / 2 + own_first * UNIT / 2 + pair;
@@ -544,7 +545,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     // ---- queries, keys and values
     w.receive<HIDDEN, true>(words + MAIL_HIDDEN, input_norm + layer * HIDDEN);
     w.product<HIDDEN>(qkv_units, [&](int first, int units) {
-      pairs(units, [&](int unit, int b, int pair) {
+      w.each_pair(units, [&](int unit, int b, int pair) {
         int at = (qkv_first + first + unit) * UNIT / 2 + pair;
         float2 y = w.sum(unit, b, pair);
         float inverse = w.inverse(b);
@@ -684,7 +685,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     if (SPLITS == 1) w.receive<ATTENDED, false>(words + MAIL_PART, nullptr);
     else w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
     w.product<ATTENDED>(own_units, [&](int first, int units) {
-      pairs(units, [&](int unit, int b, int pair) {
+      w.each_pair(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
         tell(words + MAIL_MIDDLE + at, add(first, unit, b, pair));
       });
@@ -693,7 +694,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     // ---- gate and up
     w.receive<HIDDEN, true>(words + MAIL_MIDDLE, post_norm + layer * HIDDEN);
     w.product<HIDDEN>(2 * ffn_units, [&](int first, int units) {
-      pairs(units / 2, [&](int unit, int b, int pair) {
+      w.each_pair(units / 2, [&](int unit, int b, int pair) {
         float2 gate = w.sum(2 * unit, b, pair), up = w.sum(2 * unit + 1, b, pair);
         float inverse = w.inverse(b);
         u32 y = pack(silu(gate.x * inverse) * up.x * inverse, silu(gate.y * inverse) * up.y * inverse);
@@ -705,7 +706,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     // ---- down, and the residual
     w.receive<FFN, false>(words + MAIL_GATED, nullptr);
     w.product<FFN>(own_units, [&](int first, int units) {
-      pairs(units, [&](int unit, int b, int pair) {
+      w.each_pair(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
         u32 y = add(first, unit, b, pair);
         if (layer + 1 < LAYERS) tell(words + MAIL_WORDS + MAIL_HIDDEN + at, y);
