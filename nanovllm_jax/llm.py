@@ -54,7 +54,7 @@ class LLM(LLMEngine):
         async_scheduling: let the device run one step ahead of the host; off only to debug.
         attention_backend: "triton" or "mosaic" (GPU; "mosaic" is prefill on Hopper, the rest stays
             Triton), "xla", or "auto", the default and fastest, which also computes all layers of a
-            decode step of up to 8 sequences in one kernel, where that fits the model and the GPU.
+            decode step of up to 16 sequences in one kernel, where that fits the model and the GPU.
         load_format: "auto" reads the weights; "dummy" makes random ones, to measure speed.
 
     Raises:

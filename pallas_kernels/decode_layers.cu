@@ -1,4 +1,4 @@
-// All layers of a decode step of 1 to 8 sequences, as one kernel: docs/decode_kernel.md draws it.
+// All layers of a decode step of 1 to 16 sequences, as one kernel: docs/decode_kernel.md draws it.
 //
 // A block is a multiprocessor's whole work. Its copying warp fetches this block's rows of every
 // weight through a ring in shared memory. It knows all addresses from the start, and so it waits

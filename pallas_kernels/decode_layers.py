@@ -110,8 +110,8 @@ class Plan(NamedTuple):
 
         mail = s.batch * (2 * s.hidden + qkv + s.ffn + splits * attended) // 2
         mail += s.batch * s.heads * math.ceil(splits / 4) * 4
-        # Copies that are asked for long before their use stand in the way of the exchanges. The more
-        # a block must read in a layer, the more must be under way.
+        # What is asked for long before its use stands in the way of the exchanges. The more a block
+        # must read in a layer, the more must be under way.
         weights = 2 * s.hidden * (qkv + attended + 3 * s.ffn)
         in_flight = min(4, max(1, round(weights / BLOCKS / 400_000)))
         shared = stages * (stage + 16) + beside
