@@ -60,41 +60,22 @@ def test_products(depth):
     np.testing.assert_allclose(sums, expected[rows, columns], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_load_matrices(transposed):
-    """Rows lie anywhere, in their lanes' own places."""
+def test_other_lanes_values():
+    """A matrix is transposed in each of two warps, and numbers change places."""
     random = np.random.default_rng(1)
-    matrices = draw_bfloat16(random, 4, 8, 8)
-    places = random.permutation(32).astype(np.int32)
-    result = np.zeros((32, 4), np.uint32)
-    name = "load_matrices_transposed" if transposed else "load_matrices"
+    matrices = draw_bfloat16(random, 2, 8, 8)
+    values = random.standard_normal(64).astype(np.float32)
+    pairs, xored = np.zeros((2, 32), np.uint32), np.zeros_like(values)
     run = kernel(
-        "const u16* matrices, const int* places, u32* result",
-        "const int t = threadIdx.x; unsigned char* row = shared + places[t] * 16; u32 r[4];\n"
-        "for (int i = 0; i < 8; i++) reinterpret_cast<u16*>(row)[i] = matrices[t * 8 + i];\n"
-        f"__syncwarp();\n{name}(r, row);\n"
-        "for (int i = 0; i < 4; i++) result[t * 4 + i] = r[i];",
+        "const u32* matrices, const float* values, u32* pairs, float* xored",
+        "const int t = threadIdx.x; pairs[t] = transpose(matrices[t]);\n"
+        "xored[t] = shuffle_xor(values[t], 5);",
     )
-    run(1, 32, 512, 1, matrices, places, result)
-    if transposed:
-        matrices = np.ascontiguousarray(np.swapaxes(matrices, 1, 2))
-    expected = np.stack([halves(m, G, K) for m in matrices], -1)
-    np.testing.assert_array_equal(result, expected)
-
-
-def test_shuffles():
-    values = np.random.default_rng(2).standard_normal(64).astype(np.float32)
-    xored, taken = np.zeros_like(values), np.zeros_like(values)
-    run = kernel(
-        "const float* values, float* xored, float* taken",
-        "const int t = threadIdx.x; xored[t] = shuffle_xor(values[t], 5);\n"
-        "taken[t] = __uint_as_float(shuffle(__float_as_uint(values[t]), (t * 7 + 3) % 32));",
-    )
-    run(1, 64, 0, 1, values, xored, taken)
-    lanes = np.arange(32)
+    run(1, 64, 0, 1, matrices.view(np.uint32), values, pairs, xored)
+    transposed = np.ascontiguousarray(np.swapaxes(matrices, 1, 2))
+    np.testing.assert_array_equal(pairs, [halves(m, G, K) for m in transposed])
     for warp in (slice(0, 32), slice(32, 64)):
-        np.testing.assert_array_equal(xored[warp], values[warp][lanes ^ 5])
-        np.testing.assert_array_equal(taken[warp], values[warp][(lanes * 7 + 3) % 32])
+        np.testing.assert_array_equal(xored[warp], values[warp][LANE ^ 5])
 
 
 def test_numbers():
@@ -102,14 +83,14 @@ def test_numbers():
     x = np.random.default_rng(3).standard_normal((4096, 2)).astype(np.float32) * 8
     x[:8, 0] = [0, -0.0, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8, 3e38]
     pairs = np.zeros(4096, np.uint32)
-    back, functions = np.zeros((4096, 2), np.float32), np.zeros((4096, 3), np.float32)
+    back, functions = np.zeros((4096, 2), np.float32), np.zeros((4096, 4), np.float32)
     run = kernel(
         "const float* x, u32* pairs, float* back, float* functions",
         "for (int i = threadIdx.x; i < 4096; i += 32) {\n"
         "pairs[i] = pack(x[2 * i], x[2 * i + 1]);\n"
         "back[2 * i] = low_of(pairs[i]); back[2 * i + 1] = high_of(pairs[i]);\n"
-        "const float y = x[2 * i + 1]; float* f = functions + 3 * i;\n"
-        "f[0] = exp_2(y); f[1] = rsqrt_of(y * y); f[2] = silu(y); }",
+        "const float y = x[2 * i + 1]; float* f = functions + 4 * i;\n"
+        "f[0] = exp_2(y); f[1] = rsqrt_of(y * y); f[2] = silu(y); f[3] = log_2(y * y); }",
     )
     run(1, 32, 0, 1, x, pairs, back, functions)
     rounded = x.astype(ml_dtypes.bfloat16)
@@ -117,8 +98,8 @@ def test_numbers():
     same = pairs.view(np.uint16).reshape(-1, 2) == rounded.view(np.uint16)
     assert (same | np.isnan(x)).all()
     y = x[:, 1]
-    expected = np.stack([np.exp2(y), 1 / abs(y), y / (1 + np.exp(-y))], -1)
-    np.testing.assert_allclose(functions, expected, rtol=1e-5)
+    expected = np.stack([np.exp2(y), 1 / abs(y), y / (1 + np.exp(-y)), np.log2(y * y)], -1)
+    np.testing.assert_allclose(functions, expected, rtol=1e-5, atol=1e-6)
 
 
 RING = """
@@ -187,45 +168,46 @@ def test_a_copy_over_what_is_still_read_is_noticed(seed):
 EXCHANGE = """
 const int t = threadIdx.x, blocks = gridDim.x;
 float value = start[blockIdx.x];
-for (u32 n = 1; n <= ROUNDS; n++) {
-  // Each block sends its number to all, two copies of it, and sums what all have sent.
-  uint4* half = mail + (n & 1) * blocks;
-  if (t == 0) SEND;
+for (int n = 0; n < ROUNDS; n++) {
+  // Each block sends its number to all, four copies of it, and sums what all have sent.
+  uint4* words = mail + n * blocks;
+  if (t < SENT) tell(reinterpret_cast<u32*>(words + blockIdx.x) + t, __float_as_uint(value));
   float sum = 0;
   if (t < 32) {
     for (int i = t; i < blocks; i += 32) {
       Deadline deadline;
-      uint4 words;
-      while (words = look(half + i), !(CHECK)) deadline.check();
-      sum += 0.5f * (__uint_as_float(words.x) + __uint_as_float(words.z));
+      uint4 item;
+      while (item = look(words + i), !(CHECK)) deadline.check();
+      sum += 0.5f * (__uint_as_float(item.x) + __uint_as_float(item.w));
     }
     for (int bits = 16; bits; bits /= 2) sum += shuffle_xor(sum, bits);
     if (t == 0) *reinterpret_cast<float*>(shared) = sum;
   }
   __syncthreads();
-  value = *reinterpret_cast<float*>(shared) / blocks + blockIdx.x;
+  value = *reinterpret_cast<float*>(shared) / blocks + SCALE * blockIdx.x;
   __syncthreads();
 }
 if (t == 0) result[blockIdx.x] = value;
 """
-TELL2 = "tell2(half + blockIdx.x, __float_as_uint(value), __float_as_uint(value), n)"
-BOTH = "words.y == n && words.w == n"
+ALL_FOUR = "item.x && item.y && item.z && item.w"
 
 
-def run_exchange(seed, send=TELL2, check=BOTH, rounds=10):
+def run_exchange(seed, sent="4", check=ALL_FOUR, rounds=10, scale=1):
+    """Exchange numbers; with a scale of 0, all of them are zero."""
     blocks = 6
-    value = np.random.default_rng(seed).standard_normal(blocks).astype(np.float32)
+    value = scale * np.random.default_rng(seed).standard_normal(blocks).astype(np.float32)
     result = np.zeros_like(value)
     run = kernel(
         "const float* start, uint4* mail, float* result",
         EXCHANGE,
-        SEND=send,
+        SENT=sent,
         CHECK=check,
         ROUNDS=rounds,
+        SCALE=scale,
     )
-    run(blocks, 64, 16, seed, value, np.zeros((2, blocks, 4), np.uint32), result)
+    run(blocks, 64, 16, seed, value, np.zeros((rounds, blocks, 4), np.uint32), result)
     for _ in range(rounds):
-        value = value.mean() + np.arange(blocks)
+        value = value.mean() + scale * np.arange(blocks)
     return result, value
 
 
@@ -235,11 +217,17 @@ def test_an_exchange_between_blocks(seed):
     np.testing.assert_allclose(result, expected, rtol=1e-5)
 
 
-def test_two_pairs_may_be_of_different_age():
-    """A reader who looks at one of the two numbers alone takes the other word too early."""
+@pytest.mark.parametrize("seed", SEEDS)
+def test_zeros_arrive(seed):
+    result, expected = run_exchange(seed, scale=0)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_words_of_an_item_arrive_one_by_one():
+    """A reader who looks at one of the four alone takes another word too early."""
 
     def is_right(seed):
-        result, expected = run_exchange(seed, check="words.y == n")
+        result, expected = run_exchange(seed, check="item.x")
         return np.allclose(result, expected, rtol=1e-5)
 
     assert not all(is_right(seed) for seed in range(1, 20))
@@ -277,7 +265,7 @@ def test_a_barrier_that_nobody_ends_is_a_deadlock(seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_word_that_nobody_sends_is_a_deadlock(seed):
     with pytest.raises(MachineError, match=r"(?s)deadlock: some only look.*look of line"):
-        run_exchange(seed, send="if (blockIdx.x != 2) " + TELL2)
+        run_exchange(seed, sent="(blockIdx.x == 2 ? 3 : 4)")
 
 
 def test_a_kernel_without_an_end_is_stopped():
@@ -328,7 +316,7 @@ REFUSED = {
     ),
     "a lane that is missing": ("if (t) __syncwarp();", "deadlock.*__syncwarp of line 1"),
     "misaligned load": ("x[0] = reinterpret_cast<float4*>(x + t)->x;", "line 1: misaligned"),
-    "misaligned row": ("u32 r[4]; load_matrices(r, shared + 4 * t);", "misaligned"),
+    "misaligned look": ("look(reinterpret_cast<uint4*>(x + 1));", "misaligned"),
     "index outside a local array": ("float c[4] = {};\nx[t] = c[t];", "line 2: index outside"),
     "store outside shared memory": ("shared[1056 + t] = 1;", "outside its shared memory"),
     "store outside an array": ("x[256 + t] = 1;", "outside the array of argument 0"),
@@ -396,14 +384,22 @@ def test_every_primitive(flags):
     names = set(re.findall(r"__device__ inline \w+ (\w+)\(", primitives)) - {"shared_address"}
     assert "silu" in names and all(re.search(rf"\b{name}\(", EVERY) for name in names)
     random = np.random.default_rng(4)
-    matrices = draw_bfloat16(random, 16, 16)
-    mail = np.zeros((256, 4), np.uint32)
-    mail[:, 1], mail[:, 2] = 3, np.arange(256)
+    matrix = draw_bfloat16(random, 16, 16)
+    m = matrix.astype(np.float32)
+    expected = m @ m[:, :8] + m[:, :8] @ m[:8, :8]  # [16, 8]
+    x = random.uniform(1, 2, (256, 2)).astype(ml_dtypes.bfloat16)
+    received = np.ones((256, 4), np.uint32)
+    received[:, 0] = x[:, 0].view(np.uint16)
+    received[:, 1] = x[:, 1].view(np.uint16).astype(np.uint32) << 16
+    y = x.astype(np.float32).sum(1)
+    functions = 2**y + y**-0.5 + np.log2(y) + y / (1 + np.exp(-y))
     run = cuda_machine.build(EVERY, {}, machine_flags=flags)
     for seed in SEEDS:
-        told, numbers = np.zeros((256 * 3, 2), np.uint32), np.zeros(256, np.float32)
-        run(1, 288, 640, seed, matrices, mail, told, numbers)
-        assert (told[:256, 1] == 4).all() and (told[256:, 1] == 5).all()
-        np.testing.assert_array_equal(
-            told[257::2, 0].reshape(8, 32), 32 * np.arange(8)[:, None] + np.full(32, 3)
-        )
+        sent, numbers = np.zeros(256, np.uint32), np.zeros((8, 32, 2), np.float32)
+        run(1, 288, 640, seed, matrix, received, sent, numbers)
+        told = sent.view(ml_dtypes.bfloat16).reshape(8, 32, 2).astype(np.float32)
+        np.testing.assert_allclose(told[..., 0], np.tile(expected[G, K], (8, 1)), rtol=2**-8)
+        np.testing.assert_allclose(told[..., 1], np.tile(expected[G, K + 1], (8, 1)), rtol=2**-8)
+        swapped = expected[(G ^ 1) + 8, K]
+        np.testing.assert_allclose(numbers[..., 0], np.tile(swapped, (8, 1)), rtol=1e-4)
+        np.testing.assert_allclose(numbers[..., 1].ravel(), functions, rtol=1e-4)
