@@ -597,8 +597,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
         for (int i = 0; i < HEAD_DIM / 8; i++)
           *reinterpret_cast<float2*>(&a.sums[warp][row][i / 4 * 32 + quad * 8 + i % 4 * 2]) =
               make_float2(softmax.sums[i][0], softmax.sums[i][1]);
-        a.maximum[warp][row] = softmax.maximum;
-        a.total[warp][row] = total;
+        if (quad == 0) {
+          a.maximum[warp][row] = softmax.maximum;
+          a.total[warp][row] = total;
+        }
       }
       sync_computing();
       for (int i = thread; i < GROUP * HEAD_DIM / 2; i += THREADS) {

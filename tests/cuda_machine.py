@@ -16,7 +16,7 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{_HERE}", "-c")
 # Kernels read bytes of shared memory as any type, and a variable without a value holds garbage.
 _KERNEL_FLAGS = ("-O1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-w")
-_KERNEL_FLAGS += ("-fsanitize=alignment,bounds", "-fsanitize-recover=all")
+_KERNEL_FLAGS += ("-fsanitize=alignment,bounds,thread", "-fsanitize-recover=all", "-g1")
 
 
 class MachineError(RuntimeError):
@@ -72,7 +72,7 @@ def build(
         (name,) = names
     pairs = tuple((key, str(value)) for key, value in defines.items())
     library = _build(source, tuple(names), pairs, machine_flags)
-    return functools.partial(_run, getattr(library, f"machine_run_{name}"))
+    return functools.partial(_run, library, name)
 
 
 @functools.cache
@@ -115,7 +115,8 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 def _run(
-    machine_run,
+    library: ctypes.CDLL,
+    name: str,
     grid: int,
     threads: int,
     shared_bytes: int,
@@ -128,6 +129,16 @@ def _run(
     described = (_Array * len(arrays))(*((a.ctypes.data, a.nbytes, a.itemsize) for a in arrays))
     launch = _Launch(grid, threads, shared_bytes, len(arrays), seed, limit_seconds, described)
     error = ctypes.create_string_buffer(20000)
-    machine_run(ctypes.byref(launch), error, ctypes.c_uint64(len(error)))
+    getattr(library, f"machine_run_{name}")(
+        ctypes.byref(launch), error, ctypes.c_uint64(len(error))
+    )
     if error.value:
-        raise MachineError(error.value.decode())
+        message = error.value.decode()
+        raise MachineError(re.sub(r"@(\w+)", lambda at: _line(library, at[1]), message))
+
+
+def _line(library: ctypes.CDLL, address: str) -> str:
+    """The line of the kernel's source at an address of its code."""
+    command = ["addr2line", "-i", "-e", library._name, address]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.findall(r"kernel\.cu:(\d+)", done.stdout)[0]
