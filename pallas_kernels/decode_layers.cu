@@ -449,7 +449,7 @@ struct Softmax {
     float all = total + shuffle_xor(total, 1);
     all += shuffle_xor(all, 2);
     const int row = lane / 4;
-    if (row < GROUP) {
+    if (row < GROUP && quad == 0) {
       maxima[row] = maximum;
       totals[row] = all;
     }

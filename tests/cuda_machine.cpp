@@ -17,6 +17,9 @@
 
 #undef shared
 
+#include "cuda_races.h"
+
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -50,6 +53,7 @@ struct Barrier {
   int64_t bytes = 0;      // that this phase still waits for
   u64 phase = 0;
   bool visible_to_copies = false;
+  Clock known, known_before;  // by those who arrive in this phase; in the last one that has ended
 };
 
 struct Block {
@@ -59,6 +63,8 @@ struct Block {
   std::vector<std::unique_ptr<Barrier>> barriers;
   u32 live, in_sync_computing = 0, in_sync_threads = 0;  // threads
   u32 copies = 0;                                        // under way
+  Clock known;  // by those who wait in sync_computing or __syncthreads
+  Cells cells;
 };
 
 struct Fiber {
@@ -70,6 +76,7 @@ struct Fiber {
   struct Warp* warp;
   Barrier* barrier;  // that it waits for in state BARRIER, until a phase of this parity has ended
   u32 parity;
+  Clock known;  // the own epoch is the present one
 };
 
 struct Warp {
@@ -81,13 +88,15 @@ struct Warp {
   void* operands[32];
 };
 
-struct Copy { Block* block; void* to; const void* from; u32 bytes; Barrier* barrier; };
+struct Copy { Block* block; void* to; const void* from; u32 bytes; Barrier* barrier; Clock known; };
 struct Store { u32* to; u32 word; };
 
 struct Memory {  // between two guards
   std::unique_ptr<unsigned char[]> all;
   unsigned char* data;
   u64 bytes;
+  bool is_const;
+  Cells cells;
 };
 
 struct Run {
@@ -185,11 +194,20 @@ void suspend(State state, int line) {
   machine_swap(&current->stack_pointer, running->scheduler);
 }
 
+// A line of the kernel's, also if its address in the code is given. Then cuda_machine.py looks for
+// the number.
+std::string line_at(u64 where) {
+  Dl_info info;
+  if (where < 1000000 || !dladdr(reinterpret_cast<void*>(where), &info))
+    return text("line %llu", where);
+  return text("line @%llx", where - reinterpret_cast<u64>(info.dli_fbase));
+}
+
 // The kernel has done what a GPU would not, or not always, do well. The fiber never goes on.
-[[noreturn]] void fail(int line, const std::string& what) {
-  running->error = text("block %u, thread %u, line %d: ", current->warp->block->number,
-                        current->thread, line) + what;
-  suspend(ENDED, line);
+[[noreturn]] void fail(u64 where, const std::string& what) {
+  running->error = text("block %u, thread %u, ", current->warp->block->number, current->thread) +
+                   line_at(where) + ": " + what;
+  suspend(ENDED, 0);
   __builtin_unreachable();
 }
 
@@ -216,14 +234,46 @@ void check_shared(const void* p, u64 bytes, u32 alignment, int line) {
   if (at % alignment) fail(line, text("byte %lld of shared memory is misaligned", at));
 }
 
-void check_global(const void* p, u64 bytes, u32 alignment, int line) {
+Memory* array_of(const void* p, u64 bytes) {
   const unsigned char* at = static_cast<const unsigned char*>(p);
-  if (reinterpret_cast<u64>(p) % alignment) fail(line, "misaligned address in global memory");
-  for (const Memory& array : running->arrays)
+  for (Memory& array : running->arrays)
     if (at >= array.data && bytes <= array.bytes &&
         static_cast<u64>(at - array.data) <= array.bytes - bytes)
-      return;
-  fail(line, text("%llu bytes are not within any array", bytes));
+      return &array;
+  return nullptr;
+}
+
+void check_global(const void* p, u64 bytes, u32 alignment, int line) {
+  if (reinterpret_cast<u64>(p) % alignment) fail(line, "misaligned address in global memory");
+  if (!array_of(p, bytes)) fail(line, text("%llu bytes are not within any array", bytes));
+}
+
+// Remembers an access, and checks that it races with none before.
+void note(const void* p, u64 bytes, bool is_write, bool is_word, u64 where) {
+  const unsigned char* at = static_cast<const unsigned char*>(p);
+  if (at >= current->stack && at < current->stack + STACK) return;
+  Block& block = *current->warp->block;
+  Cells* cells = &block.cells;
+  const unsigned char* first = block.memory;
+  const bool is_shared = at >= first && at + bytes <= first + running->shared_bytes;
+  if (!is_shared) {
+    Memory* array = array_of(p, bytes);
+    if (!array || array->is_const) return;
+    cells = &array->cells;
+    first = array->data;
+  }
+  const Access now{block.number, current->thread, current->known[current->thread], is_word, where};
+  for (u64 i = at - first; i < at - first + bytes; i += 2)
+    if (const Access* other = cells->at(i).note(now, is_write, current->known))
+      fail(where, text("byte %llu of %s races with what block %u, thread %u does in ", i,
+                       is_shared ? "shared memory" : "an array", other->block, other->thread) +
+                      line_at(other->where));
+}
+
+// What this thread has done is over for whoever learns what `clock` knows.
+void release(Clock& clock) {
+  join(clock, current->known);
+  current->known[current->thread]++;
 }
 
 Barrier& barrier_at(u64* bar, int line) {
@@ -243,6 +293,7 @@ void end_phase_if_complete(Barrier& barrier) {
   if (barrier.missing || barrier.bytes) return;
   barrier.phase++;
   barrier.missing = barrier.arrivals;
+  barrier.known_before = barrier.known;
 }
 
 void deliver_copy(size_t place) {
@@ -251,6 +302,7 @@ void deliver_copy(size_t place) {
   memcpy(copy.to, copy.from, copy.bytes);
   copy.block->copies--;
   copy.barrier->bytes -= copy.bytes;
+  join(copy.barrier->known, copy.known);
   running->idle = 0;
   end_phase_if_complete(*copy.barrier);
 }
@@ -271,10 +323,15 @@ void release_if_all(Block& block, State state, u32& count, u32 expected) {
   count = 0;
   Fiber* first = &running->fibers[static_cast<size_t>(block.number) * blockDim.x];
   for (u32 i = 0; i < blockDim.x; i++)
-    if (first[i].state == state) first[i].state = READY;
+    if (first[i].state == state) {
+      first[i].state = READY;
+      join(first[i].known, block.known);
+    }
+  block.known.assign(blockDim.x, 0);
 }
 void sync(State state, u32& count, u32 expected, int line) {
   current->state = state;
+  release(current->warp->block->known);
   count++;
   release_if_all(*current->warp->block, state, count, expected);
   if (current->state == state) suspend(state, line);
@@ -323,13 +380,23 @@ void shuffle_all(bool by_xor, void* const* operands) {
   }
 }
 
-void compute(Kind kind, void* const* operands) {
-  switch (kind) {
-    case SYNCWARP: return;
-    case SHUFFLE_XOR: return shuffle_all(true, operands);
-    case SHUFFLE: return shuffle_all(false, operands);
-    case MMA16: return multiply<16>(operands);
-    case TRANSPOSE: return transpose_all(operands);
+// __syncwarp alone orders what lanes do in memory.
+void order_lanes(Warp& warp) {
+  Clock all(blockDim.x);
+  for (int i = 0; i < 32; i++) join(all, warp.lanes[i].known);
+  for (int i = 0; i < 32; i++) {
+    warp.lanes[i].known = all;
+    warp.lanes[i].known[warp.lanes[i].thread]++;
+  }
+}
+
+void compute(Warp& warp) {
+  switch (warp.kind) {
+    case SYNCWARP: return order_lanes(warp);
+    case SHUFFLE_XOR: return shuffle_all(true, warp.operands);
+    case SHUFFLE: return shuffle_all(false, warp.operands);
+    case MMA16: return multiply<16>(warp.operands);
+    case TRANSPOSE: return transpose_all(warp.operands);
   }
 }
 
@@ -459,7 +526,8 @@ void schedule(double limit_seconds) {
 // Memory for `bytes` between two guards, all 0xFF, aligned to no more than is promised.
 Memory guarded(u64 bytes, u64 alignment) {
   const u64 all = bytes + 2 * GUARD + 2 * alignment;
-  Memory memory{std::unique_ptr<unsigned char[]>(new unsigned char[all]), nullptr, bytes};
+  Memory memory{std::unique_ptr<unsigned char[]>(new unsigned char[all]), nullptr, bytes, true,
+                Cells(bytes)};
   memset(memory.all.get(), 0xFF, all);
   const u64 first = reinterpret_cast<u64>(memory.all.get()) + GUARD;
   const u64 up = (3 * alignment - first % (2 * alignment)) % (2 * alignment);
@@ -483,6 +551,7 @@ void init(u64* bar, int arrivals, int line) {
   const u32 n = static_cast<u32>(arrivals);
   *bar = BARRIER_MARK << 32 | barriers.size();
   barriers.push_back(std::make_unique<Barrier>(Barrier{bar, n, n}));
+  barriers.back()->known.resize(blockDim.x);
 }
 
 void ready() {
@@ -492,6 +561,7 @@ void ready() {
 void arrive(u64* bar, u32 bytes, int line) {
   Barrier& barrier = barrier_at(bar, line);
   if (!barrier.missing) fail(line, "more arrivals than the barrier expects in a phase");
+  release(barrier.known);
   barrier.bytes += bytes;
   barrier.missing--;
   end_phase_if_complete(barrier);
@@ -502,6 +572,7 @@ void wait(u64* bar, u32 parity, int line) {
   current->barrier = &barrier_at(bar, line);
   current->parity = parity;
   if (!has_ended(*current->barrier, parity)) suspend(BARRIER, line);
+  join(current->known, current->barrier->known_before);
 }
 
 void copy(void* to, const void* from, u32 bytes, u64* bar, int line) {
@@ -510,9 +581,11 @@ void copy(void* to, const void* from, u32 bytes, u64* bar, int line) {
   if (!barrier.visible_to_copies) fail(line, "a copy before barriers_ready()");
   check_shared(to, bytes, 16, line);
   check_global(from, bytes, 16, line);
+  note(to, bytes, true, false, line);
   memset(to, 0xFF, bytes);
   current->warp->block->copies++;
-  running->copies.push_back({current->warp->block, to, from, bytes, &barrier});
+  running->copies.push_back({current->warp->block, to, from, bytes, &barrier, current->known});
+  current->known[current->thread]++;
 }
 
 void sync_computing(int line) {
@@ -535,7 +608,7 @@ void collective(Kind kind, void* operands, int line) {
   }
   warp.operands[current->thread % 32] = operands;
   if (++warp.arrived < 32) return suspend(COLLECTIVE, line);
-  compute(kind, warp.operands);
+  compute(warp);
   warp.arrived = 0;
   for (int i = 0; i < 32; i++) warp.lanes[i].state = READY;
 }
@@ -549,6 +622,7 @@ uint4 look(const uint4* p, int line) {
 
 void store(u32* p, u32 word, int line) {
   check_global(p, 4, 4, line);
+  note(p, 4, true, true, line);
   running->stores.push_back({p, word});
   if (!running->shuffled) deliver_store(0);
 }
@@ -578,6 +652,7 @@ static std::string run(void (*kernel)(void**), const Parameter* parameters, u32 
       r.arrays.push_back(guarded(array.bytes, 256));
       memcpy(r.arrays.back().data, array.data, array.bytes);
     }
+    r.arrays[place[i]].is_const &= parameters[i].is_const;
     pointers[i] = r.arrays[place[i]].data;
   }
   r.kernel = kernel;
@@ -606,11 +681,15 @@ static std::string run(void (*kernel)(void**), const Parameter* parameters, u32 
     block.live = launch.threads;
     memories.push_back(guarded(launch.shared_bytes, 128));
     block.memory = memories.back().data;
+    block.known.resize(launch.threads);
+    block.cells = Cells(launch.shared_bytes);
   }
   for (size_t i = 0; i < threads; i++) {
     Fiber& fiber = r.fibers[i];
     fiber.thread = i % launch.threads;
     fiber.warp = &r.warps[i / 32];
+    fiber.known.resize(launch.threads);
+    fiber.known[fiber.thread] = 1;
     fiber.stack = static_cast<unsigned char*>(stacks) + i * STACK;
     prepare(fiber, fiber_main);
     if (i % 32 == 0) {
@@ -651,3 +730,20 @@ extern "C" void __ubsan_handle_type_mismatch_v1(SourceLocation* at, void*) {
 extern "C" void __ubsan_handle_out_of_bounds(SourceLocation* at, void*) {
   machine::fail(static_cast<int>(at->line), "index outside an array");
 }
+
+// ---- What the compiler calls for accesses to memory (-fsanitize=thread)
+
+#define WHERE reinterpret_cast<u64>(__builtin_return_address(0)) - 1
+#define ACCESS(bytes)                                                                          \
+  extern "C" void __tsan_read##bytes(void* p) { machine::note(p, bytes, false, false, WHERE); } \
+  extern "C" void __tsan_write##bytes(void* p) { machine::note(p, bytes, true, false, WHERE); }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+extern "C" void __tsan_read_range(void* p, u64 bytes) { machine::note(p, bytes, false, false, WHERE); }
+extern "C" void __tsan_write_range(void* p, u64 bytes) { machine::note(p, bytes, true, false, WHERE); }
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}

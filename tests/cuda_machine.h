@@ -95,7 +95,7 @@ template <class... A> struct Entry<void(A...)> {
 }  // namespace machine
 
 #define MACHINE_KERNEL(name)                                                                     \
-  extern "C" __attribute__((visibility("default"))) void machine_run(                            \
+  extern "C" __attribute__((visibility("default"))) void machine_run_##name(                     \
       const machine::Launch* launch, char* error, u64 error_bytes) {                             \
     using Entry = machine::Entry<decltype(name)>;                                                \
     machine::run(Entry::call<name>, Entry::parameters, Entry::count, *launch, error, error_bytes); \

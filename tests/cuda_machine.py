@@ -16,7 +16,7 @@ _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{_HERE}", "-c")
 # Kernels read bytes of shared memory as any type, and a variable without a value holds garbage.
 _KERNEL_FLAGS = ("-O1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-w")
-_KERNEL_FLAGS += ("-fsanitize=alignment,bounds", "-fsanitize-recover=all")
+_KERNEL_FLAGS += ("-fsanitize=alignment,bounds,thread", "-fsanitize-recover=all", "-g1")
 
 
 class MachineError(RuntimeError):
@@ -41,13 +41,20 @@ def problem() -> str | None:
     return None if shutil.which("g++") else "there is no g++"
 
 
-def build(source: str, defines: Mapping[str, object], *, machine_flags: tuple[str, ...] = ()):
-    """Compile a kernel, once for equal arguments.
+def build(
+    source: str,
+    defines: Mapping[str, object],
+    *,
+    name: str | None = None,
+    machine_flags: tuple[str, ...] = (),
+):
+    """Compile a kernel; a source is compiled once for equal defines and flags.
 
     Args:
-        source: CUDA code, without `primitives.cuh`, with one `extern "C" __global__` function that
-            takes pointers only. Its shared memory is called `shared`.
+        source: CUDA code, without `primitives.cuh`. Its kernels are `extern "C" __global__`
+            functions that take pointers only, and call their shared memory `shared`.
         defines: values by macro.
+        name: of the kernel; a source with only one needs none.
         machine_flags: compiler options of the machine itself.
 
     Returns:
@@ -60,20 +67,30 @@ def build(source: str, defines: Mapping[str, object], *, machine_flags: tuple[st
         RuntimeError: g++ refuses the source.
         MachineError: (kernel) it went wrong; the message says where.
     """
-    return _build(source, tuple((k, str(v)) for k, v in defines.items()), machine_flags)
+    names = re.findall(r'extern\s+"C"\s+__global__[^;{]*?\b(?!__)(\w+)\s*\(', source)
+    if name is None:
+        (name,) = names
+    pairs = tuple((key, str(value)) for key, value in defines.items())
+    library = _build(source, tuple(names), pairs, machine_flags)
+    return functools.partial(_run, library, name)
 
 
 @functools.cache
-def _build(source: str, defines: tuple[tuple[str, str], ...], machine_flags: tuple[str, ...]):
-    (name,) = re.findall(r'extern\s+"C"\s+__global__[^;{]*?\b(?!__)(\w+)\s*\(', source)
+def _build(
+    source: str,
+    names: tuple[str, ...],
+    defines: tuple[tuple[str, str], ...],
+    machine_flags: tuple[str, ...],
+) -> ctypes.CDLL:
     text = '#include "cuda_machine.h"\n'
     text += "".join(f"#define {key} {value}\n" for key, value in defines)
-    text += f'#line 1 "kernel.cu"\n{source}\nMACHINE_KERNEL({name})\n'
+    text += f'#line 1 "kernel.cu"\n{source}\n'
+    text += "".join(f"MACHINE_KERNEL({name})\n" for name in names)
     kernel = _compile(text, *_KERNEL_FLAGS)
     machine = _compile((_HERE / "cuda_machine.cpp").read_text(), "-O2", *machine_flags)
     library = kernel.with_name(f"{kernel.stem}-{machine.stem}.so")
     _call("g++", "-shared", kernel, machine, "-o", library)
-    return functools.partial(_run, ctypes.CDLL(str(library)))
+    return ctypes.CDLL(str(library))
 
 
 @functools.cache
@@ -99,6 +116,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 def _run(
     library: ctypes.CDLL,
+    name: str,
     grid: int,
     threads: int,
     shared_bytes: int,
@@ -111,6 +129,16 @@ def _run(
     described = (_Array * len(arrays))(*((a.ctypes.data, a.nbytes, a.itemsize) for a in arrays))
     launch = _Launch(grid, threads, shared_bytes, len(arrays), seed, limit_seconds, described)
     error = ctypes.create_string_buffer(20000)
-    library.machine_run(ctypes.byref(launch), error, ctypes.c_uint64(len(error)))
+    getattr(library, f"machine_run_{name}")(
+        ctypes.byref(launch), error, ctypes.c_uint64(len(error))
+    )
     if error.value:
-        raise MachineError(error.value.decode())
+        message = error.value.decode()
+        raise MachineError(re.sub(r"@(\w+)", lambda at: _line(library, at[1]), message))
+
+
+def _line(library: ctypes.CDLL, address: str) -> str:
+    """The line of the kernel's source at an address of its code."""
+    command = ["addr2line", "-i", "-e", library._name, address]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.findall(r"kernel\.cu:(\d+)", done.stdout)[0]
