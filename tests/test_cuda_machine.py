@@ -300,7 +300,10 @@ REFUSED = {
         "deadlock.*32 bytes missing",
     ),
     "no barrier": ("barrier_wait(reinterpret_cast<u64*>(shared), 0);", "there is no barrier"),
-    "overwritten barrier": ("if (t == 0) *bar = 0;\n__syncwarp();\nbarrier_arrive(bar);", "written over"),
+    "overwritten barrier": (
+        "if (t == 0) *bar = 0;\n__syncwarp();\nbarrier_arrive(bar);",
+        "written over",
+    ),
     "a barrier set up twice": ("if (t == 0) barrier_init(bar, 1);", "set up before"),
     "too many arrivals": (
         "if (t == 0) barrier_expect(bar, 16);\n__syncwarp();\nbarrier_arrive(bar);",
@@ -311,7 +314,7 @@ REFUSED = {
         "while other lanes are in (__syncwarp|shuffle_xor)",
     ),
     "a product at two places": (
-        "float c[4] = {};\nif (t < 7) mma16(c, 0, 0, 0, 0, 0, 0);\nelse mma16(c, 0, 0, 0, 0, 0, 0);",
+        "float c[4];\nif (t < 7) mma16(c, 0, 0, 0, 0, 0, 0);\nelse mma16(c, 0, 0, 0, 0, 0, 0);",
         "in mma16, while other lanes are in mma16 of line [23]",
     ),
     "a lane that is missing": ("if (t) __syncwarp();", "deadlock.*__syncwarp of line 1"),
