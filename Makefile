@@ -41,7 +41,7 @@ test-all: $(VENV)/.installed-test  ## install, then run all tests
 # The tests that a new JAX can break. It needs a newer Python than the oldest JAX runs on:
 #     make test-newest VENV=.venv-newest PYTHON=python3.12
 NEWEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels all_reduce \
-    cuda_lowering layers sampler api cli demo_model))
+    cuda_lowering decode_layers layers sampler api cli demo_model))
 
 test-newest: $(VENV)/.installed-newest  ## the tests that a new JAX can break, without PyTorch
 	$(BIN)/python -c 'import jax; print("jax", jax.__version__)'

@@ -53,7 +53,8 @@ class LLM(LLMEngine):
         seed: 64 bits, from which requests that name no seed get their random streams (default 0).
         async_scheduling: let the device run one step ahead of the host; off only to debug.
         attention_backend: "triton" or "mosaic" (GPU; "mosaic" is prefill on Hopper, the rest stays
-            Triton), "xla", or "auto", the default and fastest.
+            Triton), "xla", or "auto", the default and fastest, which also computes all layers of a
+            decode step of up to 16 sequences in one kernel, where that fits the model and the GPU.
         load_format: "auto" reads the weights; "dummy" makes random ones, to measure speed.
 
     Raises:

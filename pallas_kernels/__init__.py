@@ -12,6 +12,9 @@ Every function of attention, `choose_experts` and `expert_mlp` take `implementat
 - "mosaic": prefill with Hopper's own instructions, in bfloat16; the rest is Triton's.
 - "xla": plain JAX, which runs on a CPU and which the kernels are compared with.
 
+`decode_layers` computes all layers of a decode step of a few sequences. It is the one kernel in
+CUDA ("cuda"), compiled where it runs; "xla" is its reference, too.
+
 One function is a Mosaic kernel only: `gated_linear` is the first product of a gated MLP for many
 rows, with its gate. Eight are Triton kernels only: `fused_linear` is the linear layer of a single
 row and `expert_rows` the experts of a few, `draw` samples tokens, with noise that `gumbel`,
@@ -21,7 +24,7 @@ arrays over the GPUs of a process.
 
 A kernel that does not take every shape and dtype says what it takes: `supports_fused_linear`,
 `supports_expert_rows`, `supports_gated_linear`, `supports_one_shot`, `supports_one_shot_norm`,
-`supports_mosaic_prefill`.
+`supports_mosaic_prefill`. `plan_decode_layers` says it with a plan, or None.
 `mosaic_problem` tells why a GPU does not run Mosaic's. How large a cache and a step may be is told
 by `addressable_pages` and `most_tokens`.
 """
@@ -38,6 +41,7 @@ from pallas_kernels.all_reduce import (
     supports_one_shot_norm,
 )
 from pallas_kernels.choose_experts import choose_experts
+from pallas_kernels.decode_layers import LayerWeights, decode_layers, plan_decode_layers
 from pallas_kernels.draw import draw, gumbel, random_bits, stream_words
 from pallas_kernels.expert_rows import expert_rows, supports_expert_rows
 from pallas_kernels.filter_thresholds import filter_thresholds
@@ -50,9 +54,11 @@ from pallas_kernels.paged_decode import decode_step, paged_decode
 from pallas_kernels.paged_prefill import paged_prefill
 
 __all__ = [
+    "LayerWeights",
     "Mailboxes",
     "addressable_pages",
     "choose_experts",
+    "decode_layers",
     "decode_step",
     "draw",
     "expert_mlp",
@@ -71,6 +77,7 @@ __all__ = [
     "one_shot_sum",
     "paged_decode",
     "paged_prefill",
+    "plan_decode_layers",
     "random_bits",
     "stream_words",
     "supports_expert_rows",

@@ -28,4 +28,5 @@ def kernels_in(text: str) -> list[str]:
     """The names of the kernels that a lowered program calls."""
     triton = r'custom_call @__gpu\$xla\.gpu\.triton.*?\bname = "(\w+)"'
     mosaic = r"custom_call @mosaic_gpu.*?\\00(?!stable_)(\w+)_mosaic_gpu\\00"
-    return re.findall(triton, text) + re.findall(mosaic, text)
+    cuda = r'custom_call @__gpu\$xla\.gpu\.ptx.*?\bkernel_type = "ptx", name = "(\w+)"'
+    return [name for kind in (triton, mosaic, cuda) for name in re.findall(kind, text)]

@@ -21,6 +21,8 @@ from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.sharding import Sharding
 from nanovllm_jax.tools.shapes import SHAPES, write_config
+from pallas_kernels import _nvrtc
+from pallas_kernels.decode_layers import MOST_ROWS
 
 # The kernels of a step on one GPU. The buckets are the ends of both families, and the sizes at
 # which decoding takes other kernels.
@@ -35,6 +37,9 @@ STEPS = {
     Bucket(64, 32, True): PREFILL | {"paged_decode", "paged_decode_combine"},
     Bucket(1024, 512, True): PREFILL | {"gated_linear", "paged_decode"},
 }
+# What they are on one Hopper GPU where NVRTC is installed. One row has a kernel for its logits.
+WHOLE = {Bucket(0, n): {"decode_layers", "draw"} for n in (1, 4, MOST_ROWS)}
+WHOLE[Bucket(0, 1)] |= {"fused_linear"}
 FILTERS = {"filter_collect", "filter_choose"}  # on one GPU; on two, XLA and the sums
 ALSO_ON_TWO = {"one_shot_all_reduce"}
 # The norm joins the sums of a few rows; that of one is part of the product after it.
@@ -47,6 +52,7 @@ def programs(tmp_path_factory):
     device = SimpleNamespace(
         platform="gpu",
         compute_capability="9.0",
+        core_count=132,
         client=SimpleNamespace(platform_version="PJRT C API\ncuda 13000"),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +61,7 @@ def programs(tmp_path_factory):
         patch.setattr(Traced, "lower", for_cuda)
 
         @functools.cache
-        def make(head_dim, gpus, size="0.6B", by_expert=False):
+        def make(head_dim, gpus, size="0.6B", by_expert=False, backend="auto"):
             path = tmp_path_factory.mktemp("model")
             write_config(replace(SHAPES[size], num_layers=2, head_dim=head_dim), path)
             rules = {"experts": "tensor", "expert_ffn": None} if by_expert else None
@@ -65,11 +71,24 @@ def programs(tmp_path_factory):
                 tensor_parallel_size=gpus,
                 sharding_rules=rules,
                 enable_mixed_chunk=True,
+                attention_backend=backend,
             )
             mesh = h100_mesh(**config.mesh_shape)
             return Programs(config, Sharding(mesh, config.sharding_rules))
 
         yield make
+
+
+@pytest.fixture(autouse=True)
+def without_nvrtc(monkeypatch):
+    """So that the tests are the same wherever they run."""
+    monkeypatch.setattr(_nvrtc, "problem", lambda: "it is not installed")
+
+
+@pytest.fixture
+def with_nvrtc(without_nvrtc, monkeypatch):
+    monkeypatch.setattr(_nvrtc, "problem", lambda: None)
+    monkeypatch.setattr(_nvrtc, "compile_to_ptx", lambda *_: "PTX")
 
 
 each_head_dim = pytest.mark.parametrize("head_dim", [64, 128])
@@ -120,6 +139,40 @@ def test_several_decode_steps_are_a_loop_of_known_length(programs, gpus, bucket)
     assert set(kernels_in(text)) == STEPS[bucket] | (ALSO_ON_TWO | norms if gpus > 1 else set())
     assert text.count("stablehlo.while") == 1
     assert re.search(rf"dense<{p.config.num_scheduler_steps}> : tensor<i32>", text)
+
+
+@each_head_dim
+@pytest.mark.parametrize("bucket", WHOLE, ids=lambda b: str(b.num_rows))
+def test_few_rows_take_one_kernel_for_all_layers(programs, with_nvrtc, head_dim, bucket):
+    """One a step; in a loop of steps, its mail is wiped in each."""
+    p = programs(head_dim, 1)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        one = p.lower_step(bucket, num_blocks=64).as_text()
+        several = p.decode_steps_spec(bucket, num_blocks=64).trace().lower().as_text()
+    for text in (one, several):
+        assert sorted(kernels_in(text)) == sorted(WHOLE[bucket])
+        assert len(re.findall(r"broadcast_in_dim .*xui32>", text)) == 1
+    loop = several[several.index("stablehlo.while") :]
+    assert "call @decode_layers" in loop
+
+
+@pytest.mark.parametrize(
+    ("options", "bucket"),
+    [
+        (dict(gpus=1), Bucket(0, 2 * MOST_ROWS)),
+        (dict(gpus=2), Bucket(0, 1)),
+        (dict(gpus=1, backend="triton"), Bucket(0, 1)),
+        (dict(gpus=1, size="30B-A3B"), Bucket(0, 1)),
+        (dict(gpus=1), Bucket(64, 8)),
+        (dict(gpus=1), Bucket(64, 32, True)),
+    ],
+    ids=str,
+)
+def test_other_steps_compute_layer_by_layer(programs, with_nvrtc, options, bucket):
+    p = programs(128, **options)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        found = kernels_in(p.lower_step(bucket, num_blocks=64).as_text())
+    assert "decode_layers" not in found and len(set(found)) > 2
 
 
 @each_number_of_gpus

@@ -111,6 +111,11 @@ def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):
     keys.append(key())
     (source.parent / "new.py").write_text("")
     keys.append(key())
+    for name in ("kernel.cu", "kernel.cuh"):
+        (source.parent / name).write_text("")
+        keys.append(key())
+        (source.parent / name).write_text("int x;")
+        keys.append(key())
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--some_flag")
     keys.append(key())
     with jax.default_matmul_precision("float32"):
@@ -118,7 +123,8 @@ def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):
     assert len(set(keys)) == len(keys)
 
     monkeypatch.delenv("LIBTPU_INIT_ARGS")
-    (source.parent / "new.py").unlink()
+    for name in ("new.py", "kernel.cu", "kernel.cuh"):
+        (source.parent / name).unlink()
     source.write_text("eps = 1")
     (source.parent / "notes.txt").write_text("no source")
     assert key() == keys[0]

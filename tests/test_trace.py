@@ -31,6 +31,7 @@ def test_time_is_counted_once_where_kernels_overlap():
         ("wrapped_scatter", "jit(decode_step)/jit(norm_rope_write)/scatter", "KV write"),
         ("nvjet_sm90_tst_48x64", "", "products"),
         ("fused_linear__2", "", "products"),
+        ("decode_layers", "", "all layers at once"),
         ("gated_linear_mosaic_gpu_kernel", "", "products"),
         ("expert_gate_up__2", "", "products"),
         ("triton_softmax_18", "jit(run)/jit(run_layer)/router/div", "products"),

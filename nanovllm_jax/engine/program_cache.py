@@ -24,6 +24,7 @@ from nanovllm_jax.engine.cache_folder import private_folder
 log = logging.getLogger("nanovllm_jax")
 
 SOURCES = (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent)
+KINDS = (".py", ".cu", ".cuh")  # of the files there that are sources
 
 # For each thread, `found_by_jax`: did JAX's own cache serve the last compilation?
 _thread = threading.local()
@@ -35,6 +36,11 @@ def _listen(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_listen)
+
+
+def sources_in(folder: Path) -> list[Path]:
+    """The source files below a folder, in the same order each time."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in KINDS)
 
 
 class ProgramCache:
@@ -62,7 +68,7 @@ class ProgramCache:
             log.warning("programs are lowered again at each start, not kept: %s", error)
         client = devices[0].client
         parts = [
-            *(path.read_bytes() for root in SOURCES for path in sorted(root.rglob("*.py"))),
+            *(path.read_bytes() for root in SOURCES for path in sources_in(root)),
             *(jax.__version__, jaxlib.version.__version__, client.platform_version),
             *(device.device_kind for device in devices),
             *(f"{name}={os.environ.get(name)}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),

@@ -91,6 +91,7 @@ class Programs:
             jax.tree.structure(self.weights),
             sharding,
             *self._attention_kernels(),
+            config.attention_backend == "auto",  # whoever names the kernels of attention gets those
             config.kvcache_block_size,
             config.model_config.vocab_size,
         )
@@ -446,7 +447,7 @@ class Programs:
             return None
         f, config = self.functions, self.config
         key_parts = (
-            *(self.model_config, f.prefill, f.decode, f.block_size, f.vocab_size),
+            *(self.model_config, f.prefill, f.decode, f.one_kernel, f.block_size, f.vocab_size),
             *(self.cache_dtype, config.max_num_seqs, self.row_width, MOST_EDITS),
             *(self.sharding.mesh.shape_tuple, sorted(self.sharding.rules.items(), key=str)),
             [(w.shape, w.dtype, w.sharding.spec) for w in jax.tree.leaves(weights)],

@@ -77,6 +77,7 @@ class StepFunctions:
     sharding: Sharding
     prefill: str  # attention kernels of a prefill, as pallas_kernels names them
     decode: str  # attention kernels of a decode step
+    one_kernel: bool  # all layers of a decode step in one kernel, where it fits
     block_size: int
     vocab_size: int  # without padding
 
@@ -250,7 +251,7 @@ class StepFunctions:
     ) -> XlaBackend:
         if attention == "xla":
             return XlaBackend(self.sharding, batch, attention)
-        return GpuBackend(self.sharding, batch, attention, collectives)
+        return GpuBackend(self.sharding, batch, attention, collectives, self.one_kernel)
 
     def _logits(self, model: Decoder, hidden, backend: XlaBackend) -> Float[Array, "B V"]:
         return backend.constrain(model.logits(hidden, backend), "batch", "vocab")

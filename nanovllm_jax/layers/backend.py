@@ -15,15 +15,19 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from nanovllm_jax.layers.attention import Angles, PagedBatch, dense_attention, paged_attention
 from nanovllm_jax.layers.collectives import AXIS, Collectives
+from nanovllm_jax.layers.kv_cache import KVCache
 from nanovllm_jax.layers.linear import Embedding, Layer, Linear, product
 from nanovllm_jax.layers.norm import Hidden, NormAt, Normed, RMSNorm, plain
 from nanovllm_jax.sharding import Sharding
 from pallas_kernels import (
+    LayerWeights,
     choose_experts,
+    decode_layers,
     expert_mlp,
     expert_rows,
     fused_linear,
     gated_linear,
+    plan_decode_layers,
     supports_expert_rows,
     supports_fused_linear,
     supports_gated_linear,
@@ -110,6 +114,27 @@ class Backend(Protocol):
         """Norm (if at all) and rotate q and k, attend, and return the cache with k and v, too."""
         ...
 
+    def all_layers(
+        self,
+        x: Float[Array, "T D"],
+        weights: LayerWeights,
+        rope: Angles,
+        cache: Any,
+        *,
+        eps: float,
+        layers_without_rope: tuple[int, ...],
+    ) -> tuple[Float[Array, "T D"], Any] | None:
+        """Compute all layers of a model without experts at once, where a backend can.
+
+        Args:
+            eps: the epsilon of all norms.
+            layers_without_rope: numbers of the layers that rotate nothing.
+
+        Returns:
+            Hidden states and the cache; or None: the layers are to be computed one by one.
+        """
+        ...
+
     def constrain(self, x: Hidden, *axes: str | None) -> Hidden:
         """Tell the compiler how an intermediate array with these logical axes is sharded."""
         ...
@@ -139,6 +164,9 @@ class _PlainLinear:
         if gated:
             y = jax.nn.silu(y[:, 0]) * y[:, 1]
         return y if residual is None else plain(residual) + y
+
+    def all_layers(self, x, weights, rope, cache, *, eps, layers_without_rope):
+        return None
 
     def norm(self, x, norm, layer):
         """The norm before a Linear, by whatever computes it best."""
@@ -263,10 +291,28 @@ class LinearPlan(NamedTuple):
 class GpuBackend(XlaBackend):
     """Serving with the project's own kernels, where they fit; elsewhere as `XlaBackend`.
 
-    A single token in 16 bits takes one kernel for a Linear and what surrounds it. Many tokens take
-    one for a gated Linear, which does not write what it puts through the gate. A small sum over
-    the GPUs that share a layer takes one kernel, with the residual before it and the norm after it.
+    A decode step of a few sequences takes one kernel for all layers, on Hopper. Elsewhere, a single
+    token in 16 bits takes one kernel for a Linear and what surrounds it. Many tokens take one for a
+    gated Linear, which does not write what it puts through the gate. A small sum over the GPUs that
+    share a layer takes one kernel, with the residual before it and the norm after it.
     """
+
+    one_kernel: bool = False  # all layers of a decode step in one, where it fits
+
+    def all_layers(self, x, weights, rope, cache, *, eps, layers_without_rope):
+        mesh, batch = self.sharding.mesh, self.batch
+        if not self.one_kernel or batch.query_starts is not None or mesh.size > 1:
+            return None
+        plan = plan_decode_layers(weights, cache.k, len(x), mesh.devices.flat[0])
+        if plan is None:
+            return None
+        scale = cache.k.shape[-1] ** -0.5
+        hidden, *cache = decode_layers(
+            x, weights, *rope, batch.slot_mapping, *cache, batch.block_tables, batch.context_lens,
+            eps=eps, scale=scale, layers_without_rope=layers_without_rope,
+            implementation="cuda", plan=plan,
+        )  # fmt: skip
+        return hidden, KVCache(*cache)
 
     def embed(self, table, token_ids, then=None):
         rows, spec = len(token_ids) // self.sharding.size("batch"), self.sharding.spec

@@ -16,13 +16,15 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from nanovllm_jax.layers.attention import Angles
 from nanovllm_jax.layers.backend import Backend
 from nanovllm_jax.layers.linear import Embedding, Linear
 from nanovllm_jax.layers.mlp import MLP
 from nanovllm_jax.layers.moe import MoE
-from nanovllm_jax.layers.norm import NormAt, RMSNorm, plain
+from nanovllm_jax.layers.norm import Hidden, NormAt, RMSNorm, plain
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.models.config import ModelConfig
+from pallas_kernels import LayerWeights
 
 
 class Attention(nnx.Module):
@@ -120,6 +122,43 @@ class Decoder(nnx.Module):
         x = backend.embed(self.embed_tokens, token_ids, to_first_layer)
         x = backend.constrain(x, "activation_tokens", "activation_embed")
         rope = rope_angles(positions, self.config.rope, self.config.head_dim)
+        return self._all_layers(x, rope, backend, cache) or self.run_layers(x, rope, backend, cache)
+
+    def _all_layers(self, x: Hidden, rope: Angles, backend: Backend, cache: Any):
+        """All layers at once if the backend can, else None. Eagerly, each operation runs alone."""
+        c = self.config
+        if not isinstance(plain(x), Tracer) or c.num_experts or c.o_bias or c.mlp_bias:
+            return None
+        return backend.all_layers(
+            plain(x), self.layer_weights(), rope, cache,
+            eps=c.rms_norm_eps, layers_without_rope=c.layers_without_rope,
+        )  # fmt: skip
+
+    def layer_weights(self) -> LayerWeights:
+        """The weights of layers without experts, and without biases of `o_proj` and the MLP."""
+        layers = self.layers
+        attn, mlp = layers.self_attn, layers.mlp
+
+        def value(module: RMSNorm | Linear | None) -> Any:
+            return None if module is None else module.weight[...]
+
+        bias = attn.qkv_proj.bias
+        return LayerWeights(
+            input_norm=value(layers.input_layernorm),
+            qkv=value(attn.qkv_proj),
+            qkv_bias=None if bias is None else bias[...],
+            q_norm=value(attn.q_norm),
+            k_norm=value(attn.k_norm),
+            o=value(attn.o_proj),
+            post_norm=value(layers.post_attention_layernorm),
+            gate_up=value(mlp.gate_up_proj),
+            down=value(mlp.down_proj),
+        )
+
+    def run_layers(
+        self, x: Hidden, rope: Angles, backend: Backend, cache: Any
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Run one layer after the other; returns hidden states and the cache."""
         no_rope = jnp.ones_like(rope[0]), jnp.zeros_like(rope[1])  # turns by nothing
         graph, weights = nnx.split(self.layers)
 

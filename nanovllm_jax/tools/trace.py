@@ -21,6 +21,7 @@ CATEGORIES = {
     "communication": r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective"
     r"|multi_gpu_barrier|psum",
     "KV write": r"norm_rope_write|reshape_and_cache|write_kv|\bcat\b|CatArray|index_(copy|put)",
+    "all layers at once": r"^decode_layers",
     "attention": r"paged_|mosaic_(de|pre)|flash|fmha|attention|attn|sdpa|combine",
     "products": r"nvjet|gemm|gemv|cublas|cutlass|split_?k|linear|dot_general|matmul|\b(add|b)?mm\b"
     r"|expert|router|\bmoe|_moe",  # with the choice of experts, and the sum of what they give
