@@ -239,7 +239,9 @@ CASES = {
         [[1, 33], [96, 32]],
     ),
     "four sequences in two parts, bias": (
-        Model(4, kv_heads=1, hidden=160, qk_norm=False, qkv_bias=True, splits=2, blocks=9, table=19),
+        Model(
+            4, hidden=160, kv_heads=1, qk_norm=False, qkv_bias=True, blocks=9, splits=2, table=19
+        ),
         [[128, 129, 130, 0], [257, 1, 258, 289]],
     ),
     "eight sequences, some layers without RoPE": (
