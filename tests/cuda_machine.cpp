@@ -10,8 +10,11 @@
 // Memory that nobody has written is full of 0xFF, which is NaN in every float type: shared memory,
 // the destination of a copy until it has arrived, and the surroundings of every array.
 //
-// What it does not notice: a plain load of another thread's memory outside all guards, and threads
-// that race between two places where this one would wait.
+// Two accesses to the same bytes that nothing has ordered are noticed in every order, see
+// cuda_races.h: in shared memory, and in global memory that the kernel may write.
+//
+// What it does not notice: loads from outside all arrays, stores beyond their guards, and a missing
+// fence between what threads write and what copies read or write.
 
 #include "cuda_machine.h"
 
@@ -588,6 +591,9 @@ void copy(void* to, const void* from, u32 bytes, u64* bar, int line) {
   current->known[current->thread]++;
 }
 
+// Only asks for what there is; it does nothing here.
+void fetch(const void* p, int line) { check_global(p, 1, 1, line); }
+
 void sync_computing(int line) {
   if (current->thread >= COMPUTING) fail(line, "sync_computing by a thread that does not compute");
   sync(SYNC_COMPUTING, current->warp->block->in_sync_computing, COMPUTING, line);
@@ -612,7 +618,6 @@ void collective(Kind kind, void* operands, int line) {
   warp.arrived = 0;
   for (int i = 0; i < 32; i++) warp.lanes[i].state = READY;
 }
-
 
 uint4 look(const uint4* p, int line) {
   check_global(p, 16, 16, line);
