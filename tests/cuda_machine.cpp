@@ -53,6 +53,7 @@ constexpr u64 PATIENCE = 20000;
 struct Barrier {
   u64* at;
   u32 arrivals, missing;  // of each phase; of this phase
+  u32 maker, epoch;       // the thread that has set it up, and when
   int64_t bytes = 0;      // that this phase still waits for
   u64 phase = 0;
   bool visible_to_copies = false;
@@ -285,7 +286,10 @@ Barrier& barrier_at(u64* bar, int line) {
   const u32 number = static_cast<u32>(*bar);
   if (*bar >> 32 != BARRIER_MARK || number >= barriers.size() || barriers[number]->at != bar)
     fail(line, "there is no barrier here, or something has written over it");
-  return *barriers[number];
+  Barrier& barrier = *barriers[number];
+  if (current->known[barrier.maker] < barrier.epoch)
+    fail(line, text("nothing says that thread %u has set up the barrier before", barrier.maker));
+  return barrier;
 }
 
 bool has_ended(const Barrier& barrier, u32 parity) { return (barrier.phase & 1) != parity; }
@@ -553,7 +557,9 @@ void init(u64* bar, int arrivals, int line) {
     if (other->at == bar) fail(line, "this barrier has been set up before");
   const u32 n = static_cast<u32>(arrivals);
   *bar = BARRIER_MARK << 32 | barriers.size();
-  barriers.push_back(std::make_unique<Barrier>(Barrier{bar, n, n}));
+  const u32 thread = current->thread;
+  barriers.push_back(
+      std::make_unique<Barrier>(Barrier{bar, n, n, thread, current->known[thread]}));
   barriers.back()->known.resize(blockDim.x);
 }
 

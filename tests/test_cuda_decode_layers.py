@@ -223,7 +223,7 @@ def find_error(model, contexts, seed, source=SOURCE):
 
 
 # Some ten values are rounded to bfloat16 in a row until a result is there, and add up: each by at
-# most 2^-9, by 0.1% as a rule. It makes 0.3% to 0.7%. A row, a head or a position that is missing
+# most 2^-9, by 0.1% as a rule. It makes 0.3% to 0.8%. A row, a head or a position that is missing
 # makes several percent.
 TOO_MUCH = 0.01
 

@@ -304,6 +304,10 @@ REFUSED = {
         "if (t == 0) *bar = 0;\n__syncwarp();\nbarrier_arrive(bar);",
         "written over",
     ),
+    "a barrier that another lane has just set up": (
+        "if (t == 0) barrier_init(bar + 1, 1);\nbarrier_wait(bar + 1, 1);",
+        "line 2: (nothing says that thread 0|there is no barrier)",
+    ),
     "a barrier set up twice": ("if (t == 0) barrier_init(bar, 1);", "set up before"),
     "too many arrivals": (
         "if (t == 0) barrier_expect(bar, 16);\n__syncwarp();\nbarrier_arrive(bar);",
