@@ -51,6 +51,9 @@ struct Shared {
   u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "shared memory");
+static_assert(BATCH * KV_HEADS * SPLITS <= BLOCKS && IN_FLIGHT <= STAGES, "plan");
+static_assert(BATCH <= 16 && GROUP <= 8 && LAYERS <= 64, "sizes");
+static_assert(HIDDEN % 32 == 0 && FFN % 32 == 0 && ATTENDED % 32 == 0, "sizes");
 
 // Where each exchange of a layer has its words. All but LSE are pairs of bfloat16.
 constexpr int LSE_PITCH = parts_of(SPLITS, 4) * 4;
