@@ -360,7 +360,7 @@ struct Worker {
                             sums[unit][0][2 * i + 1] + sums[unit][1][2 * i + 1]);
       sync_computing();
       done(first, min(GROUP_UNITS, units - first));
-      sync_computing();
+      if (first + GROUP_UNITS < units) sync_computing();
     }
   }
 
@@ -537,7 +537,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     s.residual[2 * pair + 1][b] = high_of(word);
     tell(mail + MAIL_HIDDEN + at, word);
   }
-  sync_computing();
 
   for (int layer = 0; layer < LAYERS; layer++) {
     u32* const words = mail + layer * MAIL_WORDS;
@@ -579,6 +578,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       };
       load(k, k_cache);
       load(v, v_cache);
+      sync_computing();  // the sums of the product, which lie in the same memory, have been read
       constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 8;
       for (int i = thread; i < ITEMS; i += THREADS) {
         auto from = reinterpret_cast<const uint4*>(words + MAIL_QKV + sequence * QKV / 2);
@@ -671,7 +671,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
             for (int j = split + 1; j < LSE_PITCH; j++) tell(lse + j, __float_as_uint(MASKED));
         }
       }
-      sync_computing();
     }
 
     // ---- the projection of the attention's output, and the residual
