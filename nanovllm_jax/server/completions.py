@@ -6,7 +6,7 @@ from typing import Any
 from nanovllm_jax.engine.prompts import Prompt, encode
 from nanovllm_jax.outputs import CompletionOutput
 from nanovllm_jax.server import replies
-from nanovllm_jax.server.async_engine import Group
+from nanovllm_jax.server.async_engine import Group, are_short
 from nanovllm_jax.server.protocol import CompletionRequest, RequestError
 from nanovllm_jax.server.replies import TextScores, Usage
 from nanovllm_jax.server.service import Reply, Service, token_by_token
@@ -42,6 +42,10 @@ class TextReply(Reply):
             "model": service.model,
         }  # fmt: skip
         self._scores: dict[int, TextScores] = {}  # of the choices that have begun
+
+    @property
+    def starts_at_once(self) -> bool:
+        return self._body.add_special_tokens and are_short(self._prompts)
 
     async def start(self, group: Group) -> None:
         prompts: list[Prompt] = [*self._prompts]

@@ -104,10 +104,18 @@ class Reply:
         with ExitStack() as stack:
             size = self.params.n * self.num_prompts
             group = stack.enter_context(self.service.engine.group(size))
-            await unless_disconnected(http, self.start(group))
+            if self.starts_at_once:  # and needs no tasks
+                await self.start(group)
+            else:
+                await unless_disconnected(http, self.start(group))
             if stream:
                 return EventStream(self._told(self.events(group)), stack.pop_all())
             return json_response(await unless_disconnected(http, self.whole(group)))
+
+    @property
+    def starts_at_once(self) -> bool:
+        """Whether `start` waits for nothing."""
+        return False
 
     async def start(self, group: Group) -> None:
         """Start the engine's requests."""
