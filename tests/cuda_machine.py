@@ -141,4 +141,5 @@ def _line(library: ctypes.CDLL, address: str) -> str:
     """The line of the kernel's source at an address of its code."""
     command = ["addr2line", "-i", "-e", library._name, address]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.findall(r"kernel\.cu:(\d+)", done.stdout)[0]
+    # The kernel's own line comes after those of the functions of cuda_machine.h that it calls.
+    return re.findall(r"^(?!.*cuda_machine\.h).*:(\d+)", done.stdout, re.MULTILINE)[0]
