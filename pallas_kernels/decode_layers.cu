@@ -10,54 +10,56 @@
 //   BATCH LAYERS HIDDEN HEADS KV_HEADS HEAD_DIM FFN PAGES PAGE TABLE EPS SCALE_LOG2E QK_NORM
 //   QKV_BIAS NO_ROPE_BITS BLOCKS SPLITS STAGES IN_FLIGHT
 
-#define EACH(i, count) _Pragma("unroll") for (int i = 0; i < (count); i++)
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-__device__ constexpr int least(int a, int b) { return a < b ? a : b; }
-__device__ constexpr int most(int a, int b) { return a > b ? a : b; }
-__device__ constexpr int parts_of(int a, int b) { return (a + b - 1) / b; }  // rounded up
-
-constexpr int WARPS = 8, THREADS = 32 * WARPS;  // that compute; one more warp copies
-constexpr int GROUP = HEADS / KV_HEADS;         // query heads of a key/value head
-constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, ATTENDED = HEADS * HEAD_DIM;
+constexpr int WARPS = 8;                  // that compute; one more copies
+constexpr int THREADS = 32 * WARPS;
+constexpr int GROUP = HEADS / KV_HEADS;   // query heads of a key/value head
+constexpr int QKV = KV_HEADS * (GROUP + 2) * HEAD_DIM;
+constexpr int ATTENDED = HEADS * HEAD_DIM;
+constexpr int TASKS = BATCH * KV_HEADS * SPLITS;  // of attention, at most one a block
 constexpr int HALF = HEAD_DIM / 2;
-constexpr size_t LAYER_OF_CACHE = (size_t)PAGES * PAGE * KV_HEADS * HEAD_DIM;
 constexpr float MASKED = -1e30f;
 
-// A stage of the ring holds a unit of 8 rows of up to 1,024 weights. Rows are padded, here and in
-// the input, so that the 16-byte words that are read at once lie in different banks.
-constexpr int UNIT = 8, CHUNK = 1024, PITCH = 2 * CHUNK + 64;
-constexpr int UNITS = 8;          // whose sums a warp keeps at once
-constexpr int TILE = 16;          // positions that a warp attends to at once
-constexpr int MOST_ASKED = 256;   // positions that are fetched ahead
-constexpr int WIDEST = most(most(HIDDEN, ATTENDED), FFN);
-constexpr int INPUT_PITCH = 2 * WIDEST + (WIDEST % 64 ? 0 : 64);
-constexpr int OWN_ROWS = UNIT * parts_of(HIDDEN / UNIT, BLOCKS);
-constexpr int PIECES = parts_of(HIDDEN / 8, 32);  // of the hidden state, each for a warp
+// A stage of the ring holds 8 rows of up to 1,024 weights. Rows are padded, so that the 16-byte
+// words that are read at once lie in different banks.
+constexpr int UNIT = 8, CHUNK = 1024;
+constexpr int PITCH = 2 * CHUNK + 64;
+constexpr int TILE = 16;        // positions that a warp attends to at once
+constexpr int LEAST_PART = 64;  // positions of a part, unless there are more parts than blocks
+constexpr int MOST_ASKED = 256;  // positions of a part that are fetched ahead
+constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
+constexpr int GROUP_UNITS = 8;  // units whose sums are in shared memory at once
+
+constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
+constexpr int INPUT_PITCH = 2 * WIDEST + (WIDEST % 64 ? 0 : 64);  // an odd number of 64 bytes
+constexpr int OWN_ROWS = UNIT * ((HIDDEN / UNIT + BLOCKS - 1) / BLOCKS);
+constexpr int PIECES = (HIDDEN / 8 + 31) / 32;  // of the hidden state, each for a warp
+
+struct Attention {
+  float raw[GROUP + 2][HEAD_DIM];
+  float sums[WARPS][GROUP][HEAD_DIM], maximum[WARPS][GROUP], total[WARPS][GROUP];
+};
 
 struct Shared {
   unsigned char ring[STAGES][UNIT * PITCH];
-  unsigned char input[BATCH][INPUT_PITCH];  // of the product under way
-  u16 query[8][HEAD_DIM];                   // rows from GROUP on are zeros
-  u16 key[HEAD_DIM], value[HEAD_DIM];       // of the new position
+  unsigned char input[BATCH][INPUT_PITCH];      // of the product under way
+  u16 query[8][HEAD_DIM];                       // rows from GROUP on are zeros
+  u16 key[HEAD_DIM], value[HEAD_DIM];           // of the new position
   union {
-    float sums[WARPS][UNITS][BATCH][UNIT];  // each warp's, of a product
-    struct {
-      float raw[GROUP + 2][HEAD_DIM];
-      float sums[WARPS][GROUP][HEAD_DIM], maximum[WARPS][GROUP], total[WARPS][GROUP];
-    } attention;
+    float parts[WARPS][GROUP_UNITS][BATCH][UNIT];  // each warp's sums of a product
+    Attention attention;
   };
-  float residual[OWN_ROWS][BATCH];          // the rows that this block adds to
-  float squares[BATCH][PIECES];             // of the product's input, for its norm
+  float residual[OWN_ROWS][BATCH];              // the rows that this block adds to
+  float squares[BATCH][PIECES];                 // sums of the product's input, for its norm
   u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "shared memory");
-static_assert(BATCH * KV_HEADS * SPLITS <= BLOCKS && IN_FLIGHT <= STAGES, "plan");
-static_assert(BATCH <= 16 && GROUP <= 8 && LAYERS <= 64, "sizes");
-static_assert(HIDDEN % 32 == 0 && FFN % 32 == 0 && ATTENDED % 32 == 0, "sizes");
 
-// Where each exchange of a layer has its words. All but LSE are pairs of bfloat16.
-constexpr int LSE_PITCH = parts_of(SPLITS, 4) * 4;
-constexpr int MAIL_HIDDEN = 0, MAIL_QKV = MAIL_HIDDEN + BATCH * HIDDEN / 2;
+// Where each exchange of a layer has its words, of 4 bytes. All but LSE are pairs of bfloat16.
+constexpr int LSE_PITCH = (SPLITS + 3) / 4 * 4;
+constexpr int MAIL_HIDDEN = 0;
+constexpr int MAIL_QKV = MAIL_HIDDEN + BATCH * HIDDEN / 2;
 constexpr int MAIL_PART = MAIL_QKV + BATCH * QKV / 2;
 constexpr int MAIL_LSE = MAIL_PART + BATCH * SPLITS * ATTENDED / 2;
 constexpr int MAIL_MIDDLE = MAIL_LSE + BATCH * HEADS * LSE_PITCH;
@@ -66,50 +68,25 @@ constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;  // of a layer
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-// A block's units of all rows of a matrix.
-struct Share {
-  int first, units;
-  __device__ Share(int rows, int block) {
-    first = rows / UNIT * block / BLOCKS;
-    units = rows / UNIT * (block + 1) / BLOCKS - first;
-  }
-};
-
-// The parts that a context is cut into, and the old positions of each: a tile a warp, or more.
+// The parts that a context is cut into, and the old positions of each.
 struct Parts {
   int old, per, count;
   __device__ explicit Parts(int context) {
     old = max(context - 1, 0);
-    per = max(TILE * WARPS, (old / SPLITS + TILE) / TILE * TILE);
-    count = max(parts_of(old, per), 1);
+    per = max(LEAST_PART, (old / SPLITS + TILE) / TILE * TILE);
+    count = max((old + per - 1) / per, 1);
   }
 };
 
-// A block's part of the attention: one head's queries, and some positions of one sequence.
-struct Task {
-  int sequence, head, split, begin = 0, end = 0, last = -1;  // split > last: there is none
-  const int* table;
-  __device__ Task(int block, const int* contexts, const int* tables) {
-    sequence = block / SPLITS / KV_HEADS, head = block / SPLITS % KV_HEADS, split = block % SPLITS;
-    table = tables + sequence * TABLE;
-    if (sequence >= BATCH) return;
-    Parts parts(contexts[sequence]);
-    begin = min(split * parts.per, parts.old), end = min(begin + parts.per, parts.old);
-    last = parts.count - 1;
-  }
-  // An old position's key or value in a layer of the cache.
-  __device__ const u16* at(const u16* cache, int position) const {
-    size_t row = (size_t)table[position / PAGE] * PAGE + position % PAGE;
-    return cache + (row * KV_HEADS + head) * HEAD_DIM;
-  }
-};
+// The first of a block's units, when all blocks share them.
+__device__ int first_of(int units, int block) { return units * block / BLOCKS; }
 
 // A place in the ring, which both sides step through in the same order.
 struct Place {
   int slot = 0;
   u32 phase = 0;
   __device__ void step() {
-    if (++slot == STAGES) slot = 0, phase ^= 1;
+    if (++slot == STAGES) { slot = 0; phase ^= 1; }
   }
 };
 
@@ -117,104 +94,218 @@ struct Place {
 
 struct Copier {
   Shared& s;
-  const int lane;
-  Place place, before;  // before: IN_FLIGHT stages ago
-  int count = 0;
+  int lane;
+  Place place;
+  bool first_round = true;
 
-  // Rows of [*, WIDTH] in units; unit i begins at row row_of(i).
-  template <int WIDTH, class RowOf>
-  __device__ void rows(const u16* weights, int units, RowOf row_of) {
-    for (int done = 0; done < units; done += UNITS)
-      for (int column = 0; column < WIDTH; column += CHUNK)
-        for (int i = done; i < min(done + UNITS, units); i++) {
-          u32 bytes = 2 * min(CHUNK, WIDTH - column);
-          barrier_wait(&s.empty[place.slot], place.phase ^ 1);
-          // Few copies are under way at a time: what is asked for long before its use would stand
-          // in the way of the blocks' exchanges.
-          if (count++ >= IN_FLIGHT) barrier_wait(&s.full[before.slot], before.phase), before.step();
-          if (lane == 0) barrier_expect(&s.full[place.slot], UNIT * bytes);
-          __syncwarp();
-          if (lane < UNIT)
-            copy_in(s.ring[place.slot] + lane * PITCH,
-                    weights + (size_t)(row_of(i) + lane) * WIDTH + column, bytes,
-                    &s.full[place.slot]);
-          place.step();
-        }
+  // Waits for a free stage. Few copies are under way at a time: what is asked for long before its
+  // use would stand in the way of the blocks' exchanges.
+  __device__ void acquire(u32 bytes) {
+    barrier_wait(&s.empty[place.slot], place.phase ^ 1);
+    int before = place.slot - IN_FLIGHT;
+    if (before >= 0) barrier_wait(&s.full[before], place.phase);
+    else if (!first_round) barrier_wait(&s.full[before + STAGES], place.phase ^ 1);
+    if (lane == 0) barrier_expect(&s.full[place.slot], bytes);
+    __syncwarp();
+  }
+  __device__ void step() {
+    place.step();
+    if (place.slot == 0) first_round = false;
   }
 
-  // Asks for keys or values, so that the L2 cache has them when the warps load them.
-  __device__ void ask_for(const u16* cache, const Task& task) {
-    constexpr int SECTORS = 2 * HEAD_DIM / 32;  // of 32 bytes
-    for (int i = lane; i < min(task.end - task.begin, MOST_ASKED) * SECTORS; i += 32)
-      fetch(task.at(cache, task.begin + i / SECTORS) + i % SECTORS * 16);
+  // Rows of [*, width] in units of 8; unit i begins at row row_of(i).
+  template <int WIDTH, class RowOf>
+  __device__ void rows(const u16* weights, int units, RowOf row_of) {
+    for (int i = 0; i < units; i++)
+      for (int column = 0; column < WIDTH; column += CHUNK) {
+        u32 bytes = 2 * min(CHUNK, WIDTH - column);
+        acquire(UNIT * bytes);
+        if (lane < UNIT)
+          copy_in(s.ring[place.slot] + lane * PITCH,
+                  weights + (size_t)(row_of(i) + lane) * WIDTH + column, bytes,
+                  &s.full[place.slot]);
+        step();
+      }
+  }
+
+  // Asks for the first of a part's keys and values, so that the L2 cache has them when the warps
+  // load them.
+  __device__ void ask_for(const u16* cache, const int* table, int begin, int end) {
+    constexpr int SECTORS = 2 * HEAD_DIM / 32;  // of 32 bytes, in a row
+    int sectors = min(end - begin, MOST_ASKED) * SECTORS;
+    for (int i = lane; i < sectors; i += 32) {
+      int at = begin + i / SECTORS;
+      size_t row = (size_t)table[at / PAGE] * PAGE + at % PAGE;
+      fetch(cache + row * KV_ROW + i % SECTORS * 16);
+    }
   }
 };
 
-// ---- the computing warps: what other blocks have told
+// ---- the computing warps
 
-__device__ const uint4* items(const void* words) { return reinterpret_cast<const uint4*>(words); }
+__device__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int i = 16; i; i >>= 1) x += shuffle_xor(x, i);
+  return x;
+}
 
 // Whether all words of an item are there: `tell` never sends a zero, with which they begin.
 __device__ bool has(uint4 item) { return item.x && item.y && item.z && item.w; }
 
-// Looks at items until all are there; at(i) is the place of one, or null.
-template <int COUNT, class At>
-__device__ void await(uint4 (&found)[COUNT], At at) {
-  EACH(i, COUNT) found[i] = make_uint4(0, 0, 0, 0);
+// Looks at items until all are there. Those that are not wanted count as being there.
+template <int COUNT>
+__device__ void await(uint4 (&found)[COUNT], const uint4* const (&items)[COUNT],
+                      const bool (&wanted)[COUNT]) {
   Deadline deadline;
-  for (bool all = false; !all; deadline.check()) {
-    EACH(i, COUNT) if (at(i) && !has(found[i])) found[i] = look(at(i));
+  bool all;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) found[i] = make_uint4(0, 0, 0, 0);
+  do {
+    deadline.check();
     all = true;
-    EACH(i, COUNT) all &= !at(i) || has(found[i]);
-  }
-}
-
-__device__ float sum_of_warp(float x) {
-  EACH(i, 5) x += shuffle_xor(x, 16 >> i);
-  return x;
-}
-
-// Multiplies a pair by another; returns the sum of its squares before that.
-__device__ float scale_pair(u32& pair, u32 by) {
-  float a = low_of(pair), b = high_of(pair);
-  pair = pack(a * low_of(by), b * high_of(by));
-  return a * a + b * b;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      if (wanted[i] && !has(found[i])) found[i] = look(items[i]);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) all &= !wanted[i] || has(found[i]);
+  } while (!all);
 }
 
 struct Worker {
   Shared& s;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int quad = lane % 4, row = lane / 4;  // of this lane in an mma's fragments
+  int thread, warp, lane, quad, row;  // row and quad: of this lane in an mma's fragments
   Place place;
 
-  __device__ uint4& input(int sequence, int item) {
-    return reinterpret_cast<uint4*>(s.input[sequence])[item];
+  __device__ Worker(Shared& ring)
+      : s(ring), thread(threadIdx.x), warp(threadIdx.x / 32), lane(threadIdx.x % 32),
+        quad(threadIdx.x % 4), row(threadIdx.x % 32 / 4) {}
+
+  __device__ unsigned char* acquire() {
+    barrier_wait(&s.full[place.slot], place.phase);
+    return s.ring[place.slot];
+  }
+  __device__ void release() {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&s.empty[place.slot]);
+    place.step();
   }
 
-  // Receives [BATCH, WIDTH] as the input of a product, an item of 8 values a lane. With a norm, its
-  // weights are applied here, and the root mean square to the product's result (`inverse`).
+  // Receives [BATCH, WIDTH] as the input of a product, 8 values a lane. With a norm, its weights
+  // are applied here, and the root mean square to the product's result (`inverse`).
   template <int WIDTH, bool NORM>
-  __device__ void receive(const u32* words, const u16* norm = nullptr) {
-    constexpr int ITEMS = WIDTH / 8, PIECES = parts_of(ITEMS, 32), ALL = BATCH * PIECES;
-    constexpr int COUNT = least(8, parts_of(ALL, WARPS));
+  __device__ void receive(const u32* words, const u16* norm) {
+    constexpr int ITEMS = WIDTH / 8, PIECES = (ITEMS + 31) / 32, ALL = BATCH * PIECES;
+    constexpr int MINE = (ALL + WARPS - 1) / WARPS, COUNT = MINE < 8 ? MINE : 8;
     for (int first = warp; first < ALL; first += WARPS * COUNT) {
       uint4 found[COUNT], scale[COUNT];
-      auto sequence = [&](int i) { return (first + i * WARPS) / PIECES; };
-      auto item = [&](int i) { return (first + i * WARPS) % PIECES * 32 + lane; };
-      auto exists = [&](int i) { return sequence(i) < BATCH && item(i) < ITEMS; };
-      EACH(i, COUNT) if (NORM && exists(i)) scale[i] = items(norm)[item(i)];
-      await(found, [&](int i) {
-        return exists(i) ? items(words) + sequence(i) * ITEMS + item(i) : nullptr;
-      });
-      EACH(i, COUNT) {
+      const uint4* items[COUNT];
+      bool wanted[COUNT];
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        int piece = first + i * WARPS, item = piece % PIECES * 32 + lane;
+        wanted[i] = piece < ALL && item < ITEMS;
+        items[i] = reinterpret_cast<const uint4*>(words) + piece / PIECES * ITEMS + item;
+        if (NORM && wanted[i]) scale[i] = reinterpret_cast<const uint4*>(norm)[item];
+      }
+      await(found, items, wanted);
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        int piece = first + i * WARPS, sequence = piece / PIECES;
         float squares = 0;
-        if (NORM && exists(i))
-          squares = scale_pair(found[i].x, scale[i].x) + scale_pair(found[i].y, scale[i].y) +
-                    scale_pair(found[i].z, scale[i].z) + scale_pair(found[i].w, scale[i].w);
-        if (exists(i)) input(sequence(i), item(i)) = found[i];
-        if (NORM) squares = sum_of_warp(squares);
-        if (NORM && lane == 0 && sequence(i) < BATCH)
-          s.squares[sequence(i)][item(i) / 32] = squares;
+        if (wanted[i]) {
+          if (NORM) {
+            squares = scale_pair(found[i].x, scale[i].x) + scale_pair(found[i].y, scale[i].y) +
+                      scale_pair(found[i].z, scale[i].z) + scale_pair(found[i].w, scale[i].w);
+          }
+          put(sequence, piece % PIECES * 32 + lane, found[i]);
+        }
+        if (NORM) {
+          squares = sum_of_warp(squares);
+          if (lane == 0 && piece < ALL) s.squares[sequence][piece % PIECES] = squares;
+        }
+      }
+    }
+    sync_computing();
+  }
+
+  __device__ void put(int sequence, int item, uint4 values) {
+    *reinterpret_cast<uint4*>(s.input[sequence] + 16 * item) = values;
+  }
+
+  // Multiplies a pair by another; returns the sum of its squares before that.
+  __device__ static float scale_pair(u32& pair, u32 by) {
+    float a = low_of(pair), b = high_of(pair);
+    pair = pack(a * low_of(by), b * high_of(by));
+    return a * a + b * b;
+  }
+
+  // Receives the attention's outputs of all parts of the contexts, each with the base-2 logarithm
+  // of its softmax's denominator, and merges them as the input of a product.
+  __device__ void receive_attended(const u32* parts, const u32* lse, const int* contexts) {
+    constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
+    constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
+    constexpr int COUNT = MINE < 8 / AT_ONCE ? MINE : 8 / AT_ONCE, WORDS = (AT_ONCE + 3) / 4;
+    for (int first = thread; first < ALL; first += THREADS * COUNT) {
+      float y[COUNT][8] = {}, highest[COUNT], total[COUNT];
+      int count[COUNT], most = 1;
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        int item = first + i * THREADS;
+        highest[i] = MASKED;
+        total[i] = 0;
+        count[i] = item < ALL ? Parts(contexts[item / ITEMS]).count : 0;
+        most = max(most, count[i]);
+      }
+      for (int part = 0; part < most; part += AT_ONCE) {
+        constexpr int EACH = AT_ONCE + WORDS;
+        uint4 found[COUNT * EACH];
+        const uint4* items[COUNT * EACH];
+        bool wanted[COUNT * EACH];
+#pragma unroll
+        for (int i = 0; i < COUNT * EACH; i++) {
+          int item = first + i / EACH * THREADS, head = item / OF_HEAD, j = i % EACH;
+          wanted[i] = part + (j < AT_ONCE ? j : 4 * (j - AT_ONCE)) < count[i / EACH];
+          items[i] = j < AT_ONCE
+              ? reinterpret_cast<const uint4*>(parts) + (head * SPLITS + part + j) * OF_HEAD +
+                    item % OF_HEAD
+              : reinterpret_cast<const uint4*>(lse + head * LSE_PITCH + part) + j - AT_ONCE;
+        }
+        await(found, items, wanted);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+          float log[AT_ONCE], higher = highest[i];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++) {
+            uint4 logs = found[i * EACH + AT_ONCE + j / 4];
+            u32 words[4] = {logs.x, logs.y, logs.z, logs.w};
+            log[j] = part + j < count[i] ? __uint_as_float(words[j % 4]) : MASKED;
+            higher = fmaxf(higher, log[j]);
+          }
+          float shrink = exp_2(highest[i] - higher);
+          highest[i] = higher;
+          total[i] *= shrink;
+#pragma unroll
+          for (int k = 0; k < 8; k++) y[i][k] *= shrink;
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++) {  // a part that does not exist has weight and values 0
+            float weight = exp_2(log[j] - higher);
+            uint4 v = found[i * EACH + j];
+            u32 pairs[4] = {v.x, v.y, v.z, v.w};
+            total[i] += weight;
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+              y[i][k] += weight * (k % 2 ? high_of(pairs[k / 2]) : low_of(pairs[k / 2]));
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) {
+        int item = first + i * THREADS;
+        float scale = 1 / total[i];
+        if (item < ALL)
+          put(item / ITEMS, item % ITEMS,
+              make_uint4(pack(y[i][0] * scale, y[i][1] * scale), pack(y[i][2] * scale, y[i][3] * scale),
+                         pack(y[i][4] * scale, y[i][5] * scale), pack(y[i][6] * scale, y[i][7] * scale)));
       }
     }
     sync_computing();
@@ -223,175 +314,156 @@ struct Worker {
   // 1 / the root mean square of what `receive` got for a sequence.
   __device__ float inverse(int sequence) {
     float sum = 0;
-    EACH(i, PIECES) sum += s.squares[sequence][i];
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) sum += s.squares[sequence][i];
     return rsqrt_of(sum / HIDDEN + EPS);
   }
-
-  // Receives the attention's outputs of all parts of the contexts, each with the base-2 logarithm
-  // of its softmax's denominator, and merges them as the input of a product.
-  __device__ void receive_attended(const u32* parts, const u32* lse, const int* contexts) {
-    constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
-    constexpr int AT_ONCE = least(SPLITS, 8), EACH_ITEM = AT_ONCE + parts_of(AT_ONCE, 4);
-    constexpr int COUNT = least(parts_of(ALL, THREADS), 8 / AT_ONCE);
-    for (int first = thread; first < ALL; first += THREADS * COUNT) {
-      float y[COUNT][8] = {}, highest[COUNT], total[COUNT] = {};
-      int count[COUNT], longest = 1;
-      auto item = [&](int i) { return first + i * THREADS; };
-      EACH(i, COUNT) {
-        highest[i] = MASKED;
-        count[i] = item(i) < ALL ? Parts(contexts[item(i) / ITEMS]).count : 0;
-        longest = max(longest, count[i]);
-      }
-      for (int part = 0; part < longest; part += AT_ONCE) {
-        uint4 found[COUNT * EACH_ITEM];  // parts, then the logarithms of four at a time
-        await(found, [&](int i) -> const uint4* {
-          int head = item(i / EACH_ITEM) / OF_HEAD, j = i % EACH_ITEM, log = j - AT_ONCE;
-          if (part + (log < 0 ? j : 4 * log) >= count[i / EACH_ITEM]) return nullptr;
-          if (log >= 0) return items(lse + head * LSE_PITCH + part) + log;
-          int at = (head * SPLITS + part + j) * OF_HEAD;
-          return items(parts) + at + item(i / EACH_ITEM) % OF_HEAD;
-        });
-        EACH(i, COUNT) EACH(j, AT_ONCE) {
-          if (part + j >= count[i]) continue;
-          uint4 v = found[i * EACH_ITEM + j], logs = found[i * EACH_ITEM + AT_ONCE + j / 4];
-          u32 pairs[4] = {v.x, v.y, v.z, v.w}, log[4] = {logs.x, logs.y, logs.z, logs.w};
-          float higher = fmaxf(highest[i], __uint_as_float(log[j % 4]));
-          float shrink = exp_2(highest[i] - higher);
-          float weight = exp_2(__uint_as_float(log[j % 4]) - higher);
-          highest[i] = higher;
-          total[i] = total[i] * shrink + weight;
-          EACH(k, 8) {
-            float value = k % 2 ? high_of(pairs[k / 2]) : low_of(pairs[k / 2]);
-            y[i][k] = y[i][k] * shrink + weight * value;
-          }
-        }
-      }
-      EACH(i, COUNT) {
-        if (item(i) >= ALL) continue;
-        EACH(k, 8) y[i][k] /= total[i];
-        input(item(i) / ITEMS, item(i) % ITEMS) =
-            make_uint4(pack(y[i][0], y[i][1]), pack(y[i][2], y[i][3]), pack(y[i][4], y[i][5]),
-                       pack(y[i][6], y[i][7]));
-      }
-    }
-    sync_computing();
-  }
-
-  // ---- products
 
   // Multiplies this block's units of a matrix [*, WIDTH] with the input. All warps share a unit:
   // each takes every eighth 32 of its columns. (Which column is which k of an mma does not matter,
   // if input and weights agree: a lane's 16 bytes serve two of them.) Then done(first, units) may
-  // read `sum`.
+  // read `sum`. Not unrolled: code that is run once a layer should be short, not to be waited for.
   template <int WIDTH, class Done>
   __device__ void product(int all, Done done) {
     constexpr int STEPS = CHUNK / 32 / WARPS;
-    for (int first = 0; first < all; first += UNITS) {
-      float sums[UNITS][2][4] = {};
-      for (int column = 0; column < WIDTH; column += CHUNK) {
-        uint4 x[STEPS][2];  // of sequence `row`, and of that plus 8
-        auto at = [&](int step) { return (step * WARPS + warp) * 32; };
-        EACH(i, STEPS) EACH(j, 2) {
-          bool exists = column + at(i) < WIDTH && row + 8 * j < BATCH;
-          x[i][j] = exists ? input(row + 8 * j, (column + at(i)) / 8 + quad) : uint4{};
-        }
-        EACH(unit, UNITS) {
-          if (first + unit >= all) continue;
-          barrier_wait(&s.full[place.slot], place.phase);
-          const unsigned char* weights = s.ring[place.slot] + row * PITCH;
-          EACH(i, STEPS) {
-            if (column + at(i) >= WIDTH) continue;
-            uint4 w = items(weights)[at(i) / 8 + quad], a = x[i][0], b = x[i][1];
-            mma16(sums[unit][i % 2], a.x, b.x, a.y, b.y, w.x, w.y);
-            mma16(sums[unit][i % 2], a.z, b.z, a.w, b.w, w.z, w.w);
+#pragma unroll 1
+    for (int first = 0; first < all; first += GROUP_UNITS) {
+      const int units = min(GROUP_UNITS, all - first);
+      uint4 x[STEPS], x8[STEPS];  // of sequence `row`, and of that plus 8
+#pragma unroll 1
+      for (int unit = 0; unit < units; unit++) {
+        float sums[STEPS][4] = {};
+#pragma unroll 1
+        for (int column = 0; column < WIDTH; column += CHUNK) {
+          if (WIDTH > CHUNK || unit == 0) {
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+              x[i] = x8[i] = make_uint4(0, 0, 0, 0);
+              int at = column + (i * WARPS + warp) * 32;
+              if (at < WIDTH && row < BATCH)
+                x[i] = *reinterpret_cast<const uint4*>(s.input[row] + 2 * at + 16 * quad);
+              if (at < WIDTH && row + 8 < BATCH)
+                x8[i] = *reinterpret_cast<const uint4*>(s.input[row + 8] + 2 * at + 16 * quad);
+            }
           }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&s.empty[place.slot]);
-          place.step();
+          const unsigned char* stage = acquire() + row * PITCH + 16 * quad;
+#pragma unroll
+          for (int i = 0; i < STEPS; i++) {
+            int at = (i * WARPS + warp) * 32;
+            if (column + at >= WIDTH) continue;
+            uint4 w = *reinterpret_cast<const uint4*>(stage + 2 * at);
+            mma16(sums[i], x[i].x, x8[i].x, x[i].y, x8[i].y, w.x, w.y);
+            mma16(sums[i], x[i].z, x8[i].z, x[i].w, x8[i].w, w.z, w.w);
+          }
+          release();
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if (row + 8 * i >= BATCH) continue;
+          float2 sum = make_float2(0, 0);
+#pragma unroll
+          for (int j = 0; j < STEPS; j++) sum.x += sums[j][2 * i], sum.y += sums[j][2 * i + 1];
+          *reinterpret_cast<float2*>(&s.parts[warp][unit][row + 8 * i][2 * quad]) = sum;
         }
       }
-      EACH(unit, UNITS) EACH(i, 4) {
-        if (row + i / 2 * 8 < BATCH)
-          s.sums[warp][unit][row + i / 2 * 8][2 * quad + i % 2] =
-              sums[unit][0][i] + sums[unit][1][i];
-      }
       sync_computing();
-      done(first, min(UNITS, all - first));
+      done(first, units);
       sync_computing();
     }
-  }
-
-  // Two rows' sums over all warps, times a factor.
-  __device__ float2 sum(int unit, int sequence, int pair, float factor = 1) {
-    float2 y = make_float2(0, 0);
-    EACH(i, WARPS) {
-      float2 part = *reinterpret_cast<float2*>(&s.sums[i][unit][sequence][2 * pair]);
-      y.x += part.x, y.y += part.y;
-    }
-    return make_float2(y.x * factor, y.y * factor);
   }
 
   // Calls f(unit, sequence, pair) for each pair of rows of some units.
   template <class F>
   __device__ void each_pair(int units, F f) {
+#pragma unroll 1
     for (int i = thread; i < units * BATCH * 4; i += THREADS)
       f(i / (BATCH * 4), i / 4 % BATCH, i % 4);
   }
-};
 
-// ---- attention
+  // Two rows' sums over all warps.
+  __device__ float2 sum(int unit, int sequence, int pair) {
+    float2 total = make_float2(0, 0);
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+      float2 part = *reinterpret_cast<float2*>(&s.parts[i][unit][sequence][2 * pair]);
+      total.x += part.x;
+      total.y += part.y;
+    }
+    return total;
+  }
+};
 
 // One warp's online softmax over tiles of positions, for the queries of one group.
 struct Softmax {
   static constexpr int WORDS = HEAD_DIM / 32;  // of 16 bytes, that a lane has of a row
-  const int lane = threadIdx.x % 32, quad = lane % 4, row = lane / 4;
-  uint4 q[WORDS];                     // of query `row`, as `load` gives them
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  uint4 q[WORDS];                     // of query lane / 4, as `load` gives them
   float maximum = MASKED, total = 0;  // of that query; total: over this lane's positions
   // Products of mmas whose rows are elements, and whose columns are queries (`store` says which).
   float sums[2 * WORDS][4] = {};
 
   // A lane's words of a key, value or query: 8 elements of each 32.
   __device__ void load(uint4 (&words)[WORDS], const u16* from) const {
-    EACH(i, WORDS) words[i] = from ? items(from)[4 * i + quad] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++)
+      words[i] = from ? reinterpret_cast<const uint4*>(from)[4 * i + quad] : make_uint4(0, 0, 0, 0);
   }
 
-  // Returns the weights of `count` keys, of which this lane holds `row` and that plus 8, for query
-  // `row`: of positions 2 quad and 2 quad + 1, and of these plus 8.
+  // Returns the weights of keys lane / 4 and lane / 4 + 8, of which `count` exist, for query
+  // lane / 4: of positions 2 quad and 2 quad + 1, and of these plus 8.
   __device__ uint2 score(const uint4 (&k)[2][WORDS], int count) {
-    float scores[2][4] = {}, s[4], highest = maximum;
-    EACH(i, WORDS) EACH(j, 2) {
-      mma16(scores[j], q[i].x, 0, q[i].y, 0, k[j][i].x, k[j][i].y);
-      mma16(scores[j], q[i].z, 0, q[i].w, 0, k[j][i].z, k[j][i].w);
+    float scores[2][4] = {}, s[4];
+#pragma unroll
+    for (int i = 0; i < 2 * WORDS; i++) {
+      uint4 x = q[i / 2], y = k[i % 2][i / 2];
+      mma16(scores[i % 2], x.x, 0, x.y, 0, y.x, y.y);
+      mma16(scores[i % 2], x.z, 0, x.w, 0, y.z, y.w);
     }
-    EACH(i, 4) {
-      bool exists = i / 2 * 8 + 2 * quad + i % 2 < count;
-      s[i] = exists ? scores[i / 2][i % 2] * SCALE_LOG2E : MASKED;
+    float highest = maximum;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      s[i] = i / 2 * 8 + 2 * quad + i % 2 < count ? scores[i / 2][i % 2] * SCALE_LOG2E : MASKED;
       highest = fmaxf(highest, s[i]);
     }
-    EACH(i, 2) highest = fmaxf(highest, shuffle_xor(highest, 1 + i));
+    highest = fmaxf(highest, shuffle_xor(highest, 1));
+    highest = fmaxf(highest, shuffle_xor(highest, 2));
     float shrink = exp_2(maximum - highest);
     maximum = highest;
     total *= shrink;
-    EACH(i, 4) total += s[i] = exp_2(s[i] - highest);
-    float of_column[2] = {shuffle(shrink, 8 * quad), shuffle(shrink, 8 * quad + 4)};
-    EACH(i, 2 * WORDS) EACH(j, 4) sums[i][j] *= of_column[j % 2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) total += s[i] = exp_2(s[i] - highest);
+    float even = shuffle(shrink, 8 * quad), odd = shuffle(shrink, 8 * quad + 4);
+#pragma unroll
+    for (int i = 0; i < 2 * WORDS; i++) {
+      sums[i][0] *= even;
+      sums[i][1] *= odd;
+      sums[i][2] *= even;
+      sums[i][3] *= odd;
+    }
     return make_uint2(pack(s[0], s[1]), pack(s[2], s[3]));
   }
 
   __device__ void add(uint2 weights, const uint4 (&v)[2][WORDS]) {
-    EACH(i, WORDS) {
-      uint4 a = v[0][i], b = v[1][i];
-      mma16(sums[2 * i], transpose(a.x), transpose(a.y), transpose(b.x), transpose(b.y), weights.x,
-            weights.y);
-      mma16(sums[2 * i + 1], transpose(a.z), transpose(a.w), transpose(b.z), transpose(b.w),
-            weights.x, weights.y);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+      mma16(sums[2 * i], transpose(v[0][i].x), transpose(v[0][i].y), transpose(v[1][i].x),
+            transpose(v[1][i].y), weights.x, weights.y);
+      mma16(sums[2 * i + 1], transpose(v[0][i].z), transpose(v[0][i].w), transpose(v[1][i].z),
+            transpose(v[1][i].w), weights.x, weights.y);
     }
   }
 
-  __device__ void store(float (&to)[GROUP][HEAD_DIM], float& maximum_of_row, float& total_of_row) {
-    EACH(i, 2) total += shuffle_xor(total, 1 + i);
-    if (row < GROUP && quad == 0) maximum_of_row = maximum, total_of_row = total;
-    EACH(i, 8 * WORDS) {
+  __device__ void store(float (&to)[GROUP][HEAD_DIM], float (&maxima)[GROUP],
+                        float (&totals)[GROUP]) const {
+    float all = total + shuffle_xor(total, 1);
+    all += shuffle_xor(all, 2);
+    const int row = lane / 4;
+    if (row < GROUP && quad == 0) {
+      maxima[row] = maximum;
+      totals[row] = all;
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * WORDS; i++) {
       int query = 2 * quad + i % 2, at = i / 8 * 32 + row / 2 * 8 + i % 8 / 2 * 2 + row % 2;
       if (query < GROUP) to[query][at] = sums[i / 4][i % 4];
     }
@@ -408,49 +480,72 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     u16* k_cache, u16* v_cache, u32* mail) {
   Shared& s = *reinterpret_cast<Shared*>(shared);
   const int block = blockIdx.x, thread = threadIdx.x;
-  const Share of_qkv(QKV, block), own(HIDDEN, block), of_ffn(FFN, block);
-  const Task task(block, contexts, tables);
   if (thread == 0) {
-    EACH(i, STAGES) barrier_init(&s.full[i], 1), barrier_init(&s.empty[i], WARPS);
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(&s.full[i], 1);
+      barrier_init(&s.empty[i], WARPS);
+    }
     barriers_ready();
   }
   __syncthreads();
 
+  // This block's rows of each product, and its part of the attention.
+  const int qkv_first = first_of(QKV / UNIT, block);
+  const int qkv_units = first_of(QKV / UNIT, block + 1) - qkv_first;
+  const int own_first = first_of(HIDDEN / UNIT, block);
+  const int own_units = first_of(HIDDEN / UNIT, block + 1) - own_first;
+  const int ffn_first = first_of(FFN / UNIT, block);
+  const int ffn_units = first_of(FFN / UNIT, block + 1) - ffn_first;
+  const int split = block % SPLITS, head = block / SPLITS % KV_HEADS;
+  const int sequence = block / SPLITS / KV_HEADS;
+  int begin = 0, end = 0, last_part = -1;  // of the old positions
+  if (block < TASKS) {
+    Parts parts(contexts[sequence]);
+    begin = min(split * parts.per, parts.old);
+    end = min(begin + parts.per, parts.old);
+    last_part = parts.count - 1;
+  }
+  constexpr size_t LAYER_OF_CACHE = (size_t)PAGES * PAGE * KV_HEADS * HEAD_DIM;
+
   if (thread >= THREADS) {
     Copier copier{s, thread - THREADS};
-    for (size_t layer = 0; layer < LAYERS; layer++) {
-      if (copier.lane < own.units) {  // the norms' weights, which the warps load without the ring
-        size_t at = layer * HIDDEN + (own.first + copier.lane) * UNIT;
-        fetch(input_norm + at), fetch(post_norm + at);
+    // What the warps will load without the ring.
+    auto ask = [&](int layer) {
+      if (copier.lane < own_units) {
+        fetch(input_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
+        fetch(post_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
       }
-      copier.ask_for(k_cache + layer * LAYER_OF_CACHE, task);
-      copier.ask_for(v_cache + layer * LAYER_OF_CACHE, task);
-      auto own_row = [&](int i) { return (own.first + i) * UNIT; };
-      copier.rows<HIDDEN>(qkv + layer * QKV * HIDDEN, of_qkv.units,
-                          [&](int i) { return (of_qkv.first + i) * UNIT; });
-      copier.rows<ATTENDED>(o + layer * HIDDEN * ATTENDED, own.units, own_row);
-      copier.rows<HIDDEN>(gate_up + layer * 2 * FFN * HIDDEN, 2 * of_ffn.units, [&](int i) {
-        return i % 2 * FFN + (of_ffn.first + i / 2) * UNIT;  // gate and up in turns
+      size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
+      copier.ask_for(k_cache + cached, tables + sequence * TABLE, begin, end);
+      copier.ask_for(v_cache + cached, tables + sequence * TABLE, begin, end);
+    };
+    for (int layer = 0; layer < LAYERS; layer++) {
+      ask(layer);
+      copier.rows<HIDDEN>(qkv + (size_t)layer * QKV * HIDDEN, qkv_units,
+                          [&](int i) { return (qkv_first + i) * UNIT; });
+      copier.rows<ATTENDED>(o + (size_t)layer * HIDDEN * ATTENDED, own_units,
+                            [&](int i) { return (own_first + i) * UNIT; });
+      copier.rows<HIDDEN>(gate_up + (size_t)layer * 2 * FFN * HIDDEN, 2 * ffn_units, [&](int i) {
+        return i % 2 * FFN + (ffn_first + i / 2) * UNIT;  // gate and up in turns
       });
-      copier.rows<FFN>(down + layer * HIDDEN * FFN, own.units, own_row);
+      copier.rows<FFN>(down + (size_t)layer * HIDDEN * FFN, own_units,
+                       [&](int i) { return (own_first + i) * UNIT; });
     }
     return;
   }
 
-  Worker w{s};
+  Worker w(s);
   const int warp = w.warp, lane = w.lane, row = w.row;
   for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
-  // A pair of own rows in [BATCH, HIDDEN / 2].
-  auto own_pair = [&](int unit, int b, int pair) {
-    return b * HIDDEN / 2 + (own.first + unit) * UNIT / 2 + pair;
-  };
+
   // Every block begins with its own rows, told like those of a layer.
-  w.each_pair(own.units, [&](int unit, int b, int pair) {
-    u32 word = reinterpret_cast<const u32*>(x)[own_pair(unit, b, pair)];
-    s.residual[unit * UNIT + 2 * pair][b] = low_of(word);
-    s.residual[unit * UNIT + 2 * pair + 1][b] = high_of(word);
-    tell(mail + MAIL_HIDDEN + own_pair(unit, b, pair), word);
-  });
+  for (int i = thread; i < own_units * UNIT / 2 * BATCH; i += THREADS) {
+    int pair = i / BATCH, b = i % BATCH, at = b * HIDDEN / 2 + own_first * UNIT / 2 + pair;
+    u32 word = reinterpret_cast<const u32*>(x)[at];
+    s.residual[2 * pair][b] = low_of(word);
+    s.residual[2 * pair + 1][b] = high_of(word);
+    tell(mail + MAIL_HIDDEN + at, word);
+  }
   sync_computing();
 
   for (int layer = 0; layer < LAYERS; layer++) {
@@ -458,135 +553,183 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
     // ---- queries, keys and values
     w.receive<HIDDEN, true>(words + MAIL_HIDDEN, input_norm + layer * HIDDEN);
-    w.product<HIDDEN>(of_qkv.units, [&](int first, int units) {
+    w.product<HIDDEN>(qkv_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {
-        int at = (of_qkv.first + first + unit) * UNIT / 2 + pair;
-        float2 y = w.sum(unit, b, pair, w.inverse(b));
+        int at = (qkv_first + first + unit) * UNIT / 2 + pair;
+        float2 y = w.sum(unit, b, pair);
+        float inverse = w.inverse(b);
+        y.x *= inverse;
+        y.y *= inverse;
         if (QKV_BIAS) {
-          u32 bias = reinterpret_cast<const u32*>(qkv_bias)[layer * QKV / 2 + at];
-          y.x += low_of(bias), y.y += high_of(bias);
+          u32 bias = reinterpret_cast<const u32*>(qkv_bias + (size_t)layer * QKV)[at];
+          y.x += low_of(bias);
+          y.y += high_of(bias);
         }
         tell(words + MAIL_QKV + b * QKV / 2 + at, pack(y.x, y.y));
       });
     });
 
-    // ---- attention
-    if (task.split <= task.last) {
-      auto& a = s.attention;
+    // ---- attention of one head's queries to a part of one sequence
+    if (split <= last_part) {
+      Attention& a = s.attention;
       // The first keys and values are on their way while the new ones are waited for.
+      size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
+      auto row_of = [&](const u16* cache, int at) -> const u16* {
+        if (at >= end) return nullptr;
+        int page = tables[sequence * TABLE + at / PAGE];
+        return cache + cached + ((size_t)page * PAGE + at % PAGE) * KV_ROW;
+      };
       Softmax softmax;
       uint4 k[2][Softmax::WORDS], v[2][Softmax::WORDS];
-      int tile = task.begin + warp * TILE;
+      int tile = begin + warp * TILE;
       auto load = [&](uint4 (&words)[2][Softmax::WORDS], const u16* cache) {
-        EACH(i, 2) {
-          int at = tile + row + 8 * i;
-          const u16* of_layer = cache + layer * LAYER_OF_CACHE;
-          softmax.load(words[i], at < task.end ? task.at(of_layer, at) : nullptr);
-        }
+        softmax.load(words[0], row_of(cache, tile + row));
+        softmax.load(words[1], row_of(cache, tile + row + 8));
       };
       load(k, k_cache);
       load(v, v_cache);
-
-      constexpr int OF_ROW = HEAD_DIM / 8, ITEMS = (GROUP + 2) * OF_ROW;
+      // So are the factors of norms and RoPE, of a lane's pairs (i, i + half), (i + 1, i + 1 + half).
+      const int i = 2 * lane;
+      u32 of_query[2], of_key[2];
+      float c[2] = {1, 1}, d[2] = {};
+      if (i < HALF) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          if (QK_NORM) {
+            of_query[j] = load_now(q_norm + layer * HEAD_DIM + i + j * HALF);
+            of_key[j] = load_now(k_norm + layer * HEAD_DIM + i + j * HALF);
+          }
+          if (!(NO_ROPE_BITS >> layer & 1)) {
+            c[j] = __uint_as_float(load_now(cos + sequence * HALF + i + j));
+            d[j] = __uint_as_float(load_now(sin + sequence * HALF + i + j));
+          }
+        }
+      }
+      constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 8;
       for (int i = thread; i < ITEMS; i += THREADS) {
+        auto from = reinterpret_cast<const uint4*>(words + MAIL_QKV + sequence * QKV / 2);
         uint4 found[1];
-        await(found, [&](int) {
-          return items(words + MAIL_QKV + task.sequence * QKV / 2) + task.head * ITEMS + i;
-        });
+        await<1>(found, {from + head * ITEMS + i}, {true});
         u32 pairs[4] = {found[0].x, found[0].y, found[0].z, found[0].w};
-        float* to = a.raw[i / OF_ROW] + i % OF_ROW * 8;
-        EACH(j, 8) to[j] = j % 2 ? high_of(pairs[j / 2]) : low_of(pairs[j / 2]);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          reinterpret_cast<float2*>(a.raw)[4 * i + j] = make_float2(low_of(pairs[j]), high_of(pairs[j]));
       }
       sync_computing();
-      const int slot = task.split == task.last ? slots[task.sequence] : -1;
+      const int slot = slots[sequence];
       for (int r = warp; r < GROUP + 2; r += WARPS) {  // queries, the key, the value
-        const bool is_query = r < GROUP, is_value = r == GROUP + 1;
+        bool is_query = r < GROUP, is_value = r == GROUP + 1;
+        float inverse = 1;
+        if (QK_NORM && !is_value) {
+          float squares = 0;
+          for (int i = lane; i < HEAD_DIM; i += 32) squares += a.raw[r][i] * a.raw[r][i];
+          inverse = rsqrt_of(sum_of_warp(squares) / HEAD_DIM + EPS);
+        }
         u16* to = is_query ? s.query[r] : is_value ? s.value : s.key;
-        u16* cache = (is_value ? v_cache : k_cache) + layer * LAYER_OF_CACHE;
-        cache += ((size_t)slot * KV_HEADS + task.head) * HEAD_DIM;
-        const u16* scale = (is_query ? q_norm : k_norm) + layer * HEAD_DIM;
-        float inverse = 1, squares = 0;
-        for (int i = lane; i < HEAD_DIM; i += 32) squares += a.raw[r][i] * a.raw[r][i];
-        if (QK_NORM && !is_value) inverse = rsqrt_of(sum_of_warp(squares) / HEAD_DIM + EPS);
-        for (int i = lane; i < HALF; i += 32) {  // RoPE turns i and i + HALF together
-          float p = a.raw[r][i] * inverse, q = a.raw[r][i + HALF] * inverse, c = 1, d = 0;
-          if (QK_NORM && !is_value) p *= low_of(scale[i]), q *= low_of(scale[i + HALF]);
-          if (!is_value && !(NO_ROPE_BITS >> layer & 1))
-            c = cos[task.sequence * HALF + i], d = sin[task.sequence * HALF + i];
-          u32 turned = pack(p * c - q * d, q * c + p * d);
-          to[i] = turned, to[i + HALF] = turned >> 16;
-          if (!is_query && slot >= 0) cache[i] = turned, cache[i + HALF] = turned >> 16;
+        if (i < HALF) {
+          float y[4];
+#pragma unroll
+          for (int j = 0; j < 2; j++) {
+            float p = a.raw[r][i + j] * inverse, q = a.raw[r][i + j + HALF] * inverse;
+            if (QK_NORM && !is_value) {
+              u32 lower = is_query ? of_query[0] : of_key[0];
+              u32 upper = is_query ? of_query[1] : of_key[1];
+              p *= j ? high_of(lower) : low_of(lower);
+              q *= j ? high_of(upper) : low_of(upper);
+            }
+            y[j] = is_value ? p : p * c[j] - q * d[j];
+            y[j + 2] = is_value ? q : q * c[j] + p * d[j];
+          }
+          u32 lower = pack(y[0], y[1]), upper = pack(y[2], y[3]);
+          reinterpret_cast<u32*>(to)[i / 2] = lower;
+          reinterpret_cast<u32*>(to)[i / 2 + HALF / 2] = upper;
+          if (!is_query && slot >= 0 && split == last_part) {
+            u16* cache = is_value ? v_cache : k_cache;
+            cache += layer * LAYER_OF_CACHE + ((size_t)slot * KV_HEADS + head) * HEAD_DIM;
+            reinterpret_cast<u32*>(cache)[i / 2] = lower;
+            reinterpret_cast<u32*>(cache)[i / 2 + HALF / 2] = upper;
+          }
         }
       }
       sync_computing();
 
       softmax.load(softmax.q, s.query[row]);
-      while (tile < task.end) {
-        uint2 weights = softmax.score(k, task.end - tile);
+      while (tile < end) {
+        uint2 weights = softmax.score(k, end - tile);
         tile += TILE * WARPS;
         load(k, k_cache);
         softmax.add(weights, v);
         load(v, v_cache);
       }
-      if (warp == WARPS - 1 && task.split == task.last) {  // the new position
+      if (warp == WARPS - 1 && split == last_part) {  // the new position
         softmax.load(k[0], row == 0 ? s.key : nullptr);
         softmax.load(v[0], row == 0 ? s.value : nullptr);
         softmax.add(softmax.score(k, 1), v);
       }
-      softmax.store(a.sums[warp], a.maximum[warp][row % GROUP], a.total[warp][row % GROUP]);
+      softmax.store(a.sums[warp], a.maximum[warp], a.total[warp]);
       sync_computing();
-      for (int i = thread; i < GROUP * HALF; i += THREADS) {  // the warps' results, merged
-        int g = i / HALF, pair = i % HALF, of_head = task.sequence * HEADS + task.head * GROUP + g;
-        float highest = MASKED, all = 0, y[2] = {};
-        EACH(j, WARPS) highest = fmaxf(highest, a.maximum[j][g]);
-        EACH(j, WARPS) {
+      for (int i = thread; i < GROUP * HALF; i += THREADS) {
+        int g = i / HALF, pair = i % HALF;
+        float highest = MASKED, all = 0;
+        float2 y = make_float2(0, 0);
+#pragma unroll
+        for (int j = 0; j < WARPS; j++) highest = fmaxf(highest, a.maximum[j][g]);
+#pragma unroll
+        for (int j = 0; j < WARPS; j++) {
           float weight = exp_2(a.maximum[j][g] - highest);
+          float2 part = *reinterpret_cast<const float2*>(&a.sums[j][g][2 * pair]);
           all += weight * a.total[j][g];
-          EACH(n, 2) y[n] += weight * a.sums[j][g][2 * pair + n];
+          y.x += weight * part.x;
+          y.y += weight * part.y;
         }
-        tell(words + MAIL_PART + (of_head * SPLITS + task.split) * HALF + pair,
-             pack(y[0] / all, y[1] / all));
-        if (SPLITS == 1 || pair > 0) continue;
-        u32* lse = words + MAIL_LSE + of_head * LSE_PITCH;
-        tell(lse + task.split, __float_as_uint(highest + log_2(all)));
-        for (int j = task.last + 1; task.split == task.last && j < LSE_PITCH; j++)
-          tell(lse + j, __float_as_uint(MASKED));  // so that readers find whole items
+        int of_head = sequence * HEADS + head * GROUP + g;
+        tell(words + MAIL_PART + (of_head * SPLITS + split) * HALF + pair,
+             pack(y.x / all, y.y / all));
+        if (SPLITS > 1 && pair == 0) {
+          u32* lse = words + MAIL_LSE + of_head * LSE_PITCH;
+          tell(lse + split, __float_as_uint(highest + log_2(all)));
+          if (split == last_part)  // so that readers find whole items
+            for (int j = split + 1; j < LSE_PITCH; j++) tell(lse + j, __float_as_uint(MASKED));
+        }
       }
       sync_computing();
     }
 
     // ---- the projection of the attention's output, and the residual
-    if (SPLITS == 1) w.receive<ATTENDED, false>(words + MAIL_PART);
-    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
-    auto add = [&](int unit, int b, int pair, float2 y) {
-      y.x = s.residual[unit * UNIT + 2 * pair][b] += y.x;
-      y.y = s.residual[unit * UNIT + 2 * pair + 1][b] += y.y;
+    auto add = [&](int first, int unit, int b, int pair) {
+      float2 y = w.sum(unit, b, pair);
+      int own = (first + unit) * UNIT + 2 * pair;
+      y.x = s.residual[own][b] += y.x;
+      y.y = s.residual[own + 1][b] += y.y;
       return pack(y.x, y.y);
     };
-    w.product<ATTENDED>(own.units, [&](int first, int units) {
+    if (SPLITS == 1) w.receive<ATTENDED, false>(words + MAIL_PART, nullptr);
+    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
+    w.product<ATTENDED>(own_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {
-        tell(words + MAIL_MIDDLE + own_pair(first + unit, b, pair),
-             add(first + unit, b, pair, w.sum(unit, b, pair)));
+        int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
+        tell(words + MAIL_MIDDLE + at, add(first, unit, b, pair));
       });
     });
 
     // ---- gate and up
     w.receive<HIDDEN, true>(words + MAIL_MIDDLE, post_norm + layer * HIDDEN);
-    w.product<HIDDEN>(2 * of_ffn.units, [&](int first, int units) {
+    w.product<HIDDEN>(2 * ffn_units, [&](int first, int units) {
       w.each_pair(units / 2, [&](int unit, int b, int pair) {
-        float2 gate = w.sum(2 * unit, b, pair, w.inverse(b));
-        float2 up = w.sum(2 * unit + 1, b, pair, w.inverse(b));
-        tell(words + MAIL_GATED + b * FFN / 2 + (of_ffn.first + first / 2 + unit) * UNIT / 2 + pair,
-             pack(silu(gate.x) * up.x, silu(gate.y) * up.y));
+        float2 gate = w.sum(2 * unit, b, pair), up = w.sum(2 * unit + 1, b, pair);
+        float inverse = w.inverse(b);
+        u32 y = pack(silu(gate.x * inverse) * up.x * inverse, silu(gate.y * inverse) * up.y * inverse);
+        int at = b * FFN / 2 + (ffn_first + first / 2 + unit) * UNIT / 2 + pair;
+        tell(words + MAIL_GATED + at, y);
       });
     });
 
     // ---- down, and the residual
-    w.receive<FFN, false>(words + MAIL_GATED);
-    w.product<FFN>(own.units, [&](int first, int units) {
+    w.receive<FFN, false>(words + MAIL_GATED, nullptr);
+    w.product<FFN>(own_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {
-        u32 y = add(first + unit, b, pair, w.sum(unit, b, pair));
-        int at = own_pair(first + unit, b, pair);
+        int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
+        u32 y = add(first, unit, b, pair);
         if (layer + 1 < LAYERS) tell(words + MAIL_WORDS + MAIL_HIDDEN + at, y);
         else reinterpret_cast<u32*>(hidden)[at] = y;
       });

@@ -119,6 +119,7 @@ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar, LINE) {
   machine::copy(to, global, bytes, bar, line);
 }
 inline void fetch(const void* global, LINE) { machine::fetch(global, line); }
+inline u32 load_now(const void* global) { return *static_cast<const u32*>(global); }
 inline void sync_computing(LINE) { machine::sync_computing(line); }
 inline void __syncthreads(LINE) { machine::sync_threads(line); }
 inline void __syncwarp(LINE) { machine::collective(machine::SYNCWARP, nullptr, line); }
