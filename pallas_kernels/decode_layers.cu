@@ -52,6 +52,7 @@ struct Shared {
   };
   float residual[OWN_ROWS][BATCH];              // the rows that this block adds to
   float squares[BATCH][PIECES];                 // sums of the product's input, for its norm
+  int part_count[BATCH];                        // of each context
   u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "shared memory");
@@ -241,7 +242,7 @@ struct Worker {
 
   // Receives the attention's outputs of all parts of the contexts, each with the base-2 logarithm
   // of its softmax's denominator, and merges them as the input of a product.
-  __device__ void receive_attended(const u32* parts, const u32* lse, const int* contexts) {
+  __device__ void receive_attended(const u32* parts, const u32* lse) {
     constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
     constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
     constexpr int COUNT = MINE < 8 / AT_ONCE ? MINE : 8 / AT_ONCE, WORDS = (AT_ONCE + 3) / 4;
@@ -253,7 +254,7 @@ struct Worker {
         int item = first + i * THREADS;
         highest[i] = MASKED;
         total[i] = 0;
-        count[i] = item < ALL ? Parts(contexts[item / ITEMS]).count : 0;
+        count[i] = item < ALL ? s.part_count[item / ITEMS] : 0;
         most = max(most, count[i]);
       }
       for (int part = 0; part < most; part += AT_ONCE) {
@@ -536,6 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
   Worker w(s);
   const int warp = w.warp, lane = w.lane, row = w.row;
+  if (thread < BATCH) s.part_count[thread] = Parts(contexts[thread]).count;
   for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
 
   // Every block begins with its own rows, told like those of a layer.
@@ -704,7 +706,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       return pack(y.x, y.y);
     };
     if (SPLITS == 1) w.receive<ATTENDED, false>(words + MAIL_PART, nullptr);
-    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
+    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE);
     w.product<ATTENDED>(own_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;
