@@ -16,11 +16,16 @@ from pathlib import Path
 _PTX_VERSION = (8, 3)
 
 
+@functools.cache
 def problem() -> str | None:
-    """Why nothing can be compiled here, in one sentence; None if it can."""
-    if _library() is not None:
-        return None
-    return "NVRTC (libnvrtc.so) is not installed; jax[cuda13] and jax[cuda12] bring it along."
+    """Why nothing can be compiled here; None if it can, which is tried."""
+    if _library() is None:
+        return "NVRTC (libnvrtc.so) is not installed; jax[cuda13] and jax[cuda12] bring it along."
+    try:
+        compile_to_ptx('extern "C" __global__ void nothing() {}', "nothing.cu", "compute_90")
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

@@ -18,6 +18,7 @@ constexpr int GROUP = HEADS / KV_HEADS;   // query heads of a key/value head
 constexpr int QKV = KV_HEADS * (GROUP + 2) * HEAD_DIM;
 constexpr int ATTENDED = HEADS * HEAD_DIM;
 constexpr int TASKS = BATCH * KV_HEADS * SPLITS;  // of attention, at most one a block
+constexpr int HALF = HEAD_DIM / 2;
 constexpr float MASKED = -1e30f;
 
 // A stage of the ring holds 8 rows of up to 1,024 weights. Rows are padded, so that the 16-byte
@@ -25,10 +26,10 @@ constexpr float MASKED = -1e30f;
 constexpr int UNIT = 8, CHUNK = 1024;
 constexpr int PITCH = 2 * CHUNK + 64;
 constexpr int TILE = 16;        // positions that a warp attends to at once
-constexpr int LEAST_PART = TILE * WARPS;
+constexpr int LEAST_PART = 64;  // positions of a part, unless there are more parts than blocks
 constexpr int MOST_ASKED = 256;  // positions of a part that are fetched ahead
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
-constexpr int GROUP_UNITS = 8;  // units whose sums a warp keeps at once
+constexpr int GROUP_UNITS = 8;  // units whose sums are in shared memory at once
 
 constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
 constexpr int INPUT_PITCH = 2 * WIDEST + (WIDEST % 64 ? 0 : 64);  // an odd number of 64 bytes
@@ -51,6 +52,7 @@ struct Shared {
   };
   float residual[OWN_ROWS][BATCH];              // the rows that this block adds to
   float squares[BATCH][PIECES];                 // sums of the product's input, for its norm
+  int part_count[BATCH];                        // of each context
   u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "shared memory");
@@ -67,8 +69,7 @@ constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;  // of a layer
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-// The parts that a context is cut into, and the old positions of each: a tile for every warp, or
-// more.
+// The parts that a context is cut into, and the old positions of each.
 struct Parts {
   int old, per, count;
   __device__ explicit Parts(int context) {
@@ -116,17 +117,16 @@ struct Copier {
   // Rows of [*, width] in units of 8; unit i begins at row row_of(i).
   template <int WIDTH, class RowOf>
   __device__ void rows(const u16* weights, int units, RowOf row_of) {
-    for (int done = 0; done < units; done += GROUP_UNITS)
-      for (int column = 0; column < WIDTH; column += CHUNK)
-        for (int i = done; i < min(done + GROUP_UNITS, units); i++) {
-          u32 bytes = 2 * min(CHUNK, WIDTH - column);
-          acquire(UNIT * bytes);
-          if (lane < UNIT)
-            copy_in(s.ring[place.slot] + lane * PITCH,
-                    weights + (size_t)(row_of(i) + lane) * WIDTH + column, bytes,
-                    &s.full[place.slot]);
-          step();
-        }
+    for (int i = 0; i < units; i++)
+      for (int column = 0; column < WIDTH; column += CHUNK) {
+        u32 bytes = 2 * min(CHUNK, WIDTH - column);
+        acquire(UNIT * bytes);
+        if (lane < UNIT)
+          copy_in(s.ring[place.slot] + lane * PITCH,
+                  weights + (size_t)(row_of(i) + lane) * WIDTH + column, bytes,
+                  &s.full[place.slot]);
+        step();
+      }
   }
 
   // Asks for the first of a part's keys and values, so that the L2 cache has them when the warps
@@ -242,7 +242,7 @@ struct Worker {
 
   // Receives the attention's outputs of all parts of the contexts, each with the base-2 logarithm
   // of its softmax's denominator, and merges them as the input of a product.
-  __device__ void receive_attended(const u32* parts, const u32* lse, const int* contexts) {
+  __device__ void receive_attended(const u32* parts, const u32* lse) {
     constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
     constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
     constexpr int COUNT = MINE < 8 / AT_ONCE ? MINE : 8 / AT_ONCE, WORDS = (AT_ONCE + 3) / 4;
@@ -254,7 +254,7 @@ struct Worker {
         int item = first + i * THREADS;
         highest[i] = MASKED;
         total[i] = 0;
-        count[i] = item < ALL ? Parts(contexts[item / ITEMS]).count : 0;
+        count[i] = item < ALL ? s.part_count[item / ITEMS] : 0;
         most = max(most, count[i]);
       }
       for (int part = 0; part < most; part += AT_ONCE) {
@@ -273,26 +273,31 @@ struct Worker {
         }
         await(found, items, wanted);
 #pragma unroll
-        for (int i = 0; i < COUNT; i++)
+        for (int i = 0; i < COUNT; i++) {
+          float log[AT_ONCE], higher = highest[i];
 #pragma unroll
           for (int j = 0; j < AT_ONCE; j++) {
-            if (part + j >= count[i]) continue;
-            uint4 word = found[i * EACH + AT_ONCE + j / 4], v = found[i * EACH + j];
-            float of_part = __uint_as_float(j % 4 == 0   ? word.x
-                                            : j % 4 == 1 ? word.y
-                                            : j % 4 == 2 ? word.z
-                                                         : word.w);
-            float higher = fmaxf(highest[i], of_part);
-            float shrink = exp_2(highest[i] - higher), weight = exp_2(of_part - higher);
-            highest[i] = higher;
-            total[i] = total[i] * shrink + weight;
-            u32 pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-              y[i][2 * k] = y[i][2 * k] * shrink + weight * low_of(pairs[k]);
-              y[i][2 * k + 1] = y[i][2 * k + 1] * shrink + weight * high_of(pairs[k]);
-            }
+            uint4 logs = found[i * EACH + AT_ONCE + j / 4];
+            u32 words[4] = {logs.x, logs.y, logs.z, logs.w};
+            log[j] = part + j < count[i] ? __uint_as_float(words[j % 4]) : MASKED;
+            higher = fmaxf(higher, log[j]);
           }
+          float shrink = exp_2(highest[i] - higher);
+          highest[i] = higher;
+          total[i] *= shrink;
+#pragma unroll
+          for (int k = 0; k < 8; k++) y[i][k] *= shrink;
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++) {  // a part that does not exist has weight and values 0
+            float weight = exp_2(log[j] - higher);
+            uint4 v = found[i * EACH + j];
+            u32 pairs[4] = {v.x, v.y, v.z, v.w};
+            total[i] += weight;
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+              y[i][k] += weight * (k % 2 ? high_of(pairs[k / 2]) : low_of(pairs[k / 2]));
+          }
+        }
       }
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
@@ -318,48 +323,52 @@ struct Worker {
   // Multiplies this block's units of a matrix [*, WIDTH] with the input. All warps share a unit:
   // each takes every eighth 32 of its columns. (Which column is which k of an mma does not matter,
   // if input and weights agree: a lane's 16 bytes serve two of them.) Then done(first, units) may
-  // read `sum`.
+  // read `sum`. Not unrolled: code that is run once a layer should be short, not to be waited for.
   template <int WIDTH, class Done>
-  __device__ void product(int units, Done done) {
-    for (int first = 0; first < units; first += GROUP_UNITS) {
-      float sums[GROUP_UNITS][2][4] = {};
-      for (int column = 0; column < WIDTH; column += CHUNK) {
-        constexpr int STEPS = CHUNK / 32 / WARPS;
-        uint4 x[STEPS], x8[STEPS];  // of sequence `row`, and of that plus 8
+  __device__ void product(int all, Done done) {
+    constexpr int STEPS = CHUNK / 32 / WARPS;
+#pragma unroll 1
+    for (int first = 0; first < all; first += GROUP_UNITS) {
+      const int units = min(GROUP_UNITS, all - first);
+      uint4 x[STEPS], x8[STEPS];  // of sequence `row`, and of that plus 8
+#pragma unroll 1
+      for (int unit = 0; unit < units; unit++) {
+        float sums[STEPS][4] = {};
+#pragma unroll 1
+        for (int column = 0; column < WIDTH; column += CHUNK) {
+          if (WIDTH > CHUNK || unit == 0) {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-          x[i] = x8[i] = make_uint4(0, 0, 0, 0);
-          int at = column + (i * WARPS + warp) * 32;
-          if (at < WIDTH && row < BATCH)
-            x[i] = *reinterpret_cast<const uint4*>(s.input[row] + 2 * at + 16 * quad);
-          if (at < WIDTH && row + 8 < BATCH)
-            x8[i] = *reinterpret_cast<const uint4*>(s.input[row + 8] + 2 * at + 16 * quad);
-        }
-#pragma unroll
-        for (int unit = 0; unit < GROUP_UNITS; unit++) {
-          if (first + unit >= units) continue;
+            for (int i = 0; i < STEPS; i++) {
+              x[i] = x8[i] = make_uint4(0, 0, 0, 0);
+              int at = column + (i * WARPS + warp) * 32;
+              if (at < WIDTH && row < BATCH)
+                x[i] = *reinterpret_cast<const uint4*>(s.input[row] + 2 * at + 16 * quad);
+              if (at < WIDTH && row + 8 < BATCH)
+                x8[i] = *reinterpret_cast<const uint4*>(s.input[row + 8] + 2 * at + 16 * quad);
+            }
+          }
           const unsigned char* stage = acquire() + row * PITCH + 16 * quad;
 #pragma unroll
           for (int i = 0; i < STEPS; i++) {
             int at = (i * WARPS + warp) * 32;
             if (column + at >= WIDTH) continue;
             uint4 w = *reinterpret_cast<const uint4*>(stage + 2 * at);
-            mma16(sums[unit][i % 2], x[i].x, x8[i].x, x[i].y, x8[i].y, w.x, w.y);
-            mma16(sums[unit][i % 2], x[i].z, x8[i].z, x[i].w, x8[i].w, w.z, w.w);
+            mma16(sums[i], x[i].x, x8[i].x, x[i].y, x8[i].y, w.x, w.y);
+            mma16(sums[i], x[i].z, x8[i].z, x[i].w, x8[i].w, w.z, w.w);
           }
           release();
         }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if (row + 8 * i >= BATCH) continue;
+          float2 sum = make_float2(0, 0);
+#pragma unroll
+          for (int j = 0; j < STEPS; j++) sum.x += sums[j][2 * i], sum.y += sums[j][2 * i + 1];
+          *reinterpret_cast<float2*>(&s.parts[warp][unit][row + 8 * i][2 * quad]) = sum;
+        }
       }
-#pragma unroll
-      for (int unit = 0; unit < GROUP_UNITS; unit++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (row + 8 * i < BATCH)
-            *reinterpret_cast<float2*>(&s.parts[warp][unit][row + 8 * i][2 * quad]) =
-                make_float2(sums[unit][0][2 * i] + sums[unit][1][2 * i],
-                            sums[unit][0][2 * i + 1] + sums[unit][1][2 * i + 1]);
       sync_computing();
-      done(first, min(GROUP_UNITS, units - first));
+      done(first, units);
       sync_computing();
     }
   }
@@ -367,6 +376,7 @@ struct Worker {
   // Calls f(unit, sequence, pair) for each pair of rows of some units.
   template <class F>
   __device__ void each_pair(int units, F f) {
+#pragma unroll 1
     for (int i = thread; i < units * BATCH * 4; i += THREADS)
       f(i / (BATCH * 4), i / 4 % BATCH, i % 4);
   }
@@ -527,6 +537,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
   Worker w(s);
   const int warp = w.warp, lane = w.lane, row = w.row;
+  if (thread < BATCH) s.part_count[thread] = Parts(contexts[thread]).count;
   for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
 
   // Every block begins with its own rows, told like those of a layer.
@@ -579,6 +590,23 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       };
       load(k, k_cache);
       load(v, v_cache);
+      // So are the factors of norms and RoPE, of a lane's pairs (i, i + half), (i + 1, i + 1 + half).
+      const int i = 2 * lane;
+      u32 of_query[2], of_key[2];
+      float c[2] = {1, 1}, d[2] = {};
+      if (i < HALF) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          if (QK_NORM) {
+            of_query[j] = load_now(q_norm + layer * HEAD_DIM + i + j * HALF);
+            of_key[j] = load_now(k_norm + layer * HEAD_DIM + i + j * HALF);
+          }
+          if (!(NO_ROPE_BITS >> layer & 1)) {
+            c[j] = __uint_as_float(load_now(cos + sequence * HALF + i + j));
+            d[j] = __uint_as_float(load_now(sin + sequence * HALF + i + j));
+          }
+        }
+      }
       constexpr int ITEMS = (GROUP + 2) * HEAD_DIM / 8;
       for (int i = thread; i < ITEMS; i += THREADS) {
         auto from = reinterpret_cast<const uint4*>(words + MAIL_QKV + sequence * QKV / 2);
@@ -600,33 +628,28 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           inverse = rsqrt_of(sum_of_warp(squares) / HEAD_DIM + EPS);
         }
         u16* to = is_query ? s.query[r] : is_value ? s.value : s.key;
-        const u16* scale = (is_query ? q_norm : k_norm) + layer * HEAD_DIM;
-        // A lane turns pairs (i, i + half) and (i + 1, i + 1 + half).
-        for (int i = 2 * lane; i < HEAD_DIM / 2; i += 64) {
+        if (i < HALF) {
           float y[4];
 #pragma unroll
           for (int j = 0; j < 2; j++) {
-            float p = a.raw[r][i + j] * inverse, q = a.raw[r][i + j + HEAD_DIM / 2] * inverse;
+            float p = a.raw[r][i + j] * inverse, q = a.raw[r][i + j + HALF] * inverse;
             if (QK_NORM && !is_value) {
-              p *= low_of(scale[i + j]);
-              q *= low_of(scale[i + j + HEAD_DIM / 2]);
+              u32 lower = is_query ? of_query[0] : of_key[0];
+              u32 upper = is_query ? of_query[1] : of_key[1];
+              p *= j ? high_of(lower) : low_of(lower);
+              q *= j ? high_of(upper) : low_of(upper);
             }
-            float c = 1, d = 0;
-            if (!is_value && !(NO_ROPE_BITS >> layer & 1)) {
-              c = cos[sequence * HEAD_DIM / 2 + i + j];
-              d = sin[sequence * HEAD_DIM / 2 + i + j];
-            }
-            y[j] = p * c - q * d;
-            y[j + 2] = q * c + p * d;
+            y[j] = is_value ? p : p * c[j] - q * d[j];
+            y[j + 2] = is_value ? q : q * c[j] + p * d[j];
           }
           u32 lower = pack(y[0], y[1]), upper = pack(y[2], y[3]);
           reinterpret_cast<u32*>(to)[i / 2] = lower;
-          reinterpret_cast<u32*>(to)[i / 2 + HEAD_DIM / 4] = upper;
+          reinterpret_cast<u32*>(to)[i / 2 + HALF / 2] = upper;
           if (!is_query && slot >= 0 && split == last_part) {
             u16* cache = is_value ? v_cache : k_cache;
             cache += layer * LAYER_OF_CACHE + ((size_t)slot * KV_HEADS + head) * HEAD_DIM;
             reinterpret_cast<u32*>(cache)[i / 2] = lower;
-            reinterpret_cast<u32*>(cache)[i / 2 + HEAD_DIM / 4] = upper;
+            reinterpret_cast<u32*>(cache)[i / 2 + HALF / 2] = upper;
           }
         }
       }
@@ -635,7 +658,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       softmax.load(softmax.q, s.query[row]);
       while (tile < end) {
         uint2 weights = softmax.score(k, end - tile);
-        tile += LEAST_PART;
+        tile += TILE * WARPS;
         load(k, k_cache);
         softmax.add(weights, v);
         load(v, v_cache);
@@ -647,8 +670,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       }
       softmax.store(a.sums[warp], a.maximum[warp], a.total[warp]);
       sync_computing();
-      for (int i = thread; i < GROUP * HEAD_DIM / 2; i += THREADS) {
-        int g = i / (HEAD_DIM / 2), pair = i % (HEAD_DIM / 2);
+      for (int i = thread; i < GROUP * HALF; i += THREADS) {
+        int g = i / HALF, pair = i % HALF;
         float highest = MASKED, all = 0;
         float2 y = make_float2(0, 0);
 #pragma unroll
@@ -662,7 +685,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
           y.y += weight * part.y;
         }
         int of_head = sequence * HEADS + head * GROUP + g;
-        tell(words + MAIL_PART + (of_head * SPLITS + split) * HEAD_DIM / 2 + pair,
+        tell(words + MAIL_PART + (of_head * SPLITS + split) * HALF + pair,
              pack(y.x / all, y.y / all));
         if (SPLITS > 1 && pair == 0) {
           u32* lse = words + MAIL_LSE + of_head * LSE_PITCH;
@@ -683,7 +706,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       return pack(y.x, y.y);
     };
     if (SPLITS == 1) w.receive<ATTENDED, false>(words + MAIL_PART, nullptr);
-    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE, contexts);
+    else w.receive_attended(words + MAIL_PART, words + MAIL_LSE);
     w.product<ATTENDED>(own_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {
         int at = b * HIDDEN / 2 + (own_first + first + unit) * UNIT / 2 + pair;

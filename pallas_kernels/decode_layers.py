@@ -102,7 +102,7 @@ class Plan(NamedTuple):
         )
         own_rows, pieces = unit * math.ceil(s.hidden / unit / BLOCKS), math.ceil(s.hidden / 256)
         beside = s.batch * row + 2 * (8 + 2) * s.head_dim
-        beside += 4 * (sums + own_rows * s.batch + s.batch * pieces)
+        beside += 4 * (sums + (own_rows + pieces + 1) * s.batch)
         beside += -beside % 8
         stages = min(12, (MOST_SHARED - beside) // (stage + 16))
         if stages < 4:

@@ -86,6 +86,14 @@ __device__ inline void fetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
 }
 
+// Loads 4 bytes that nobody writes, here and now: an ordinary load moves to where it is used, which
+// may be behind a wait.
+__device__ inline u32 load_now(const void* global) {
+  u32 r;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r) : "l"(global));
+  return r;
+}
+
 // The threads 0 to 255, which compute, wait for one another. Barrier 0 is __syncthreads's.
 __device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
@@ -94,7 +102,7 @@ __device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "m
 // Reads four words anew, from where all blocks see the same. Each may be there or not.
 __device__ inline uint4 look(const uint4* p) {
   uint4 r;
-  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
   return r;
 }
@@ -103,7 +111,7 @@ __device__ inline uint4 look(const uint4* p) {
 // is its equal to both: +0 and -0 as a pair, -0 as a float32.
 __device__ inline void tell(u32* p, u32 word) {
   if (word == 0) word = 0x80000000u;
-  asm volatile("st.volatile.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory");
 }
 
 // ---- Tensor cores: all lanes of a warp call these together. Lane t holds, with g = t / 4 and

@@ -10,8 +10,11 @@
 // Memory that nobody has written is full of 0xFF, which is NaN in every float type: shared memory,
 // the destination of a copy until it has arrived, and the surroundings of every array.
 //
-// What it does not notice: a plain load of another thread's memory outside all guards, and threads
-// that race between two places where this one would wait.
+// Two accesses to the same bytes that nothing has ordered are noticed in every order, see
+// cuda_races.h: in shared memory, and in global memory that the kernel may write.
+//
+// What it does not notice: loads from outside all arrays, stores beyond their guards, and a missing
+// fence between what threads write and what copies read or write.
 
 #include "cuda_machine.h"
 
@@ -50,6 +53,7 @@ constexpr u64 PATIENCE = 20000;
 struct Barrier {
   u64* at;
   u32 arrivals, missing;  // of each phase; of this phase
+  u32 maker, epoch;       // the thread that has set it up, and when
   int64_t bytes = 0;      // that this phase still waits for
   u64 phase = 0;
   bool visible_to_copies = false;
@@ -282,7 +286,10 @@ Barrier& barrier_at(u64* bar, int line) {
   const u32 number = static_cast<u32>(*bar);
   if (*bar >> 32 != BARRIER_MARK || number >= barriers.size() || barriers[number]->at != bar)
     fail(line, "there is no barrier here, or something has written over it");
-  return *barriers[number];
+  Barrier& barrier = *barriers[number];
+  if (current->known[barrier.maker] < barrier.epoch)
+    fail(line, text("nothing says that thread %u has set up the barrier before", barrier.maker));
+  return barrier;
 }
 
 bool has_ended(const Barrier& barrier, u32 parity) { return (barrier.phase & 1) != parity; }
@@ -550,7 +557,9 @@ void init(u64* bar, int arrivals, int line) {
     if (other->at == bar) fail(line, "this barrier has been set up before");
   const u32 n = static_cast<u32>(arrivals);
   *bar = BARRIER_MARK << 32 | barriers.size();
-  barriers.push_back(std::make_unique<Barrier>(Barrier{bar, n, n}));
+  const u32 thread = current->thread;
+  barriers.push_back(
+      std::make_unique<Barrier>(Barrier{bar, n, n, thread, current->known[thread]}));
   barriers.back()->known.resize(blockDim.x);
 }
 
@@ -588,6 +597,9 @@ void copy(void* to, const void* from, u32 bytes, u64* bar, int line) {
   current->known[current->thread]++;
 }
 
+// Only asks for what there is; it does nothing here.
+void fetch(const void* p, int line) { check_global(p, 1, 1, line); }
+
 void sync_computing(int line) {
   if (current->thread >= COMPUTING) fail(line, "sync_computing by a thread that does not compute");
   sync(SYNC_COMPUTING, current->warp->block->in_sync_computing, COMPUTING, line);
@@ -612,7 +624,6 @@ void collective(Kind kind, void* operands, int line) {
   warp.arrived = 0;
   for (int i = 0; i < 32; i++) warp.lanes[i].state = READY;
 }
-
 
 uint4 look(const uint4* p, int line) {
   check_global(p, 16, 16, line);

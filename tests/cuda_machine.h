@@ -51,11 +51,12 @@ void ready();
 void arrive(u64* bar, u32 bytes, int line);
 void wait(u64* bar, u32 parity, int line);
 void copy(void* to, const void* from, u32 bytes, u64* bar, int line);
+void fetch(const void* p, int line);
 void sync_computing(int line);
 void sync_threads(int line);
 void collective(Kind kind, void* operands, int line);
 uint4 look(const uint4* p, int line);
-void store(u32* p, u32 word, int line);  // each pair arrives as one
+void store(u32* p, u32 word, int line);
 
 // As Python gives an array, and the start of a kernel.
 struct Array { unsigned char* data; u64 bytes, item_bytes; };
@@ -117,7 +118,8 @@ inline void barrier_wait(u64* bar, u32 parity, LINE) { machine::wait(bar, parity
 inline void copy_in(void* to, const void* global, u32 bytes, u64* bar, LINE) {
   machine::copy(to, global, bytes, bar, line);
 }
-inline void fetch(const void* global) {}
+inline void fetch(const void* global, LINE) { machine::fetch(global, line); }
+inline u32 load_now(const void* global) { return *static_cast<const u32*>(global); }
 inline void sync_computing(LINE) { machine::sync_computing(line); }
 inline void __syncthreads(LINE) { machine::sync_threads(line); }
 inline void __syncwarp(LINE) { machine::collective(machine::SYNCWARP, nullptr, line); }

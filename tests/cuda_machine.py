@@ -103,7 +103,7 @@ def _compile(text: str, *flags: str) -> Path:
 
 
 def _call(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RuntimeError(f"g++ refuses the kernel:\n{done.stderr}")
 
@@ -140,5 +140,6 @@ def _run(
 def _line(library: ctypes.CDLL, address: str) -> str:
     """The line of the kernel's source at an address of its code."""
     command = ["addr2line", "-i", "-e", library._name, address]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.findall(r"kernel\.cu:(\d+)", done.stdout)[0]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    # The kernel's own line comes after those of the functions of cuda_machine.h that it calls.
+    return re.findall(r"^(?!.*cuda_machine\.h).*:(\d+)", done.stdout, re.MULTILINE)[0]

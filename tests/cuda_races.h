@@ -1,7 +1,7 @@
-// Which accesses to memory race: two to the same bytes, at least one of them a write, that nothing
-// has ordered. It does not matter in which order they came about in this run. The way is that of
-// FastTrack (Flanagan and Freund, PLDI 2009). Time of a thread goes in epochs, and each thread knows
-// up to which epoch of every other one all has happened before what it does now.
+// Finds races: two accesses to the same bytes, at least one of them a write, that nothing orders. It
+// finds them in whichever order they happen to come. The algorithm follows FastTrack (Flanagan and
+// Freund, PLDI 2009): a thread's time is divided into epochs, and each thread knows, of every other
+// one, the last epoch that is over before what it does itself.
 #pragma once
 
 #include <algorithm>

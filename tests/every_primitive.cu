@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) every_primitive(
   fetch(received + thread);
   barrier_wait(arrived, 0);
   const u32* pairs = reinterpret_cast<const u32*>(shared + 128) + lane / 4 * 8 + lane % 4;
-  u32 a[4] = {pairs[0], pairs[64], pairs[4], pairs[68]};
+  u32 a[4] = {load_now(matrix + lane / 4 * 16 + lane % 4 * 2), pairs[64], pairs[4], pairs[68]};
   __syncwarp();
   if (lane == 0) barrier_arrive(read);
   float c[4] = {0, 0, 0, 0};

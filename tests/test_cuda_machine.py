@@ -304,6 +304,10 @@ REFUSED = {
         "if (t == 0) *bar = 0;\n__syncwarp();\nbarrier_arrive(bar);",
         "written over",
     ),
+    "a barrier that another lane has just set up": (
+        "if (t == 0) barrier_init(bar + 1, 1);\nbarrier_wait(bar + 1, 1);",
+        "line 2: (nothing says that thread 0|there is no barrier)",
+    ),
     "a barrier set up twice": ("if (t == 0) barrier_init(bar, 1);", "set up before"),
     "too many arrivals": (
         "if (t == 0) barrier_expect(bar, 16);\n__syncwarp();\nbarrier_arrive(bar);",
@@ -323,6 +327,7 @@ REFUSED = {
     "index outside a local array": ("float c[4] = {};\nx[t] = c[t];", "line 2: index outside"),
     "store outside shared memory": ("shared[1056 + t] = 1;", "outside its shared memory"),
     "store outside an array": ("x[256 + t] = 1;", "outside the array of argument 0"),
+    "fetch outside an array": ("fetch(x + 256 + t);", "any array"),
     "look outside an array": ("look(reinterpret_cast<uint4*>(x) + 64);", "any array"),
 }
 
@@ -341,6 +346,71 @@ def test_it_refuses(what, seed):
     which = np.array([list(REFUSED).index(what)], np.int32)
     with pytest.raises(MachineError, match=f"(?s){REFUSED[what][1]}"):
         run(1, 32, 1056, seed, np.zeros(256, np.float32), which)
+
+
+# Races within a block of two warps: {where: (code, is it one?)}
+RACES = {
+    "lanes exchange": ("y[t] = t;\n__syncwarp();\nx[t] = y[t ^ 1];", False),
+    "lanes do not wait": ("y[t] = t;\nx[t] = y[t ^ 1];", True),
+    "a shuffle does not order memory": ("y[t] = t;\nshuffle_xor(1, 1);\nx[t] = y[t ^ 1];", True),
+    "warps exchange": ("y[t] = t;\n__syncthreads();\nx[t] = y[t ^ 32];", False),
+    "lanes wait, and not warps": ("y[t] = t;\n__syncwarp();\nx[t] = y[t ^ 32];", True),
+    "all read": ("if (t == 0) y[0] = 1;\n__syncthreads();\nx[t] = y[0];", False),
+    "a write after reads": (
+        "y[t] = t;\n__syncthreads();\nx[t] = y[t ^ 32];\n__syncwarp();\ny[t] = 2;",
+        True,
+    ),
+    "two writes of the same": ("y[0] = 1;", True),
+    "a barrier orders those who wait for it": (
+        "if (t == 5) { y[0] = 1; barrier_arrive(bar); }\nbarrier_wait(bar, 0);\nx[t] = y[0];",
+        False,
+    ),
+    "a barrier orders nothing after the arrival": (
+        "if (t == 5) { barrier_arrive(bar); y[0] = 1; }\nbarrier_wait(bar, 0);\nx[t] = y[0];",
+        True,
+    ),
+    "neighbours of two bytes": ("reinterpret_cast<u16*>(y)[t] = 1;", False),
+    "a word and a plain load of it": (
+        "if (t == 0) tell(words, 1);\nif (t == 32) x[t] = words[0];",
+        True,
+    ),
+    "two tell a word": ("if (t % 32 == 0) tell(words, 1);", False),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("where", RACES)
+def test_races_in_a_block(where, seed):
+    cases = "\n".join(
+        f"case {i}: {{\n#line 1\n{code}\n}} break;" for i, (code, _) in enumerate(RACES.values())
+    )
+    run = kernel(
+        "float* x, u32* words, const int* which",
+        "const int t = threadIdx.x; u64* bar = reinterpret_cast<u64*>(shared);\n"
+        "float* y = reinterpret_cast<float*>(shared + 16);\n"
+        "if (t == 0) barrier_init(bar, 1);\n__syncthreads();\n"
+        f"switch (*which) {{\n{cases}\n}}",
+    )
+    arrays = np.zeros(64, np.float32), np.zeros(1, np.uint32)
+    which = np.array([list(RACES).index(where)], np.int32)
+    if RACES[where][1]:
+        with pytest.raises(MachineError, match=r"line \d: byte \d+ of .* races with .* line \d$"):
+            run(1, 64, 272, seed, *arrays, which)
+    else:
+        run(1, 64, 272, seed, *arrays, which)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_words_do_not_order_memory_between_blocks(seed):
+    """What a block has stored plainly another one must not load in the same kernel."""
+    run = kernel(
+        "u32* mail, float* stored, float* loaded",
+        "if (threadIdx.x) return;\n"
+        "if (blockIdx.x == 0) { stored[0] = 1; tell(mail, 1); return; }\n"
+        "while (!look(reinterpret_cast<uint4*>(mail)).x);\nloaded[0] = stored[0];",
+    )
+    with pytest.raises(MachineError, match=r"block 1, .*an array races with what block 0"):
+        run(2, 32, 0, seed, np.zeros(4, np.uint32), *np.zeros((2, 1), np.float32))
 
 
 def test_it_refuses_a_stack_overflow():

@@ -53,6 +53,16 @@ def test_a_newer_version_of_ptx_becomes_one_that_drivers_know():
 
 def test_without_nvrtc_the_error_says_so(monkeypatch):
     monkeypatch.setattr(_nvrtc, "_library", lambda: None)
+    monkeypatch.setattr(_nvrtc, "problem", _nvrtc.problem.__wrapped__)  # not as it was before
     assert "not installed" in _nvrtc.problem()
     with pytest.raises(RuntimeError, match="not installed"):
         _nvrtc.compile_to_ptx("// not compiled before", "kernel.cu", "compute_90")
+
+
+@needs_nvrtc
+def test_a_library_that_cannot_compile_is_a_problem(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("nothing.cu: failed to open libnvrtc-builtins.so")
+
+    monkeypatch.setattr(_nvrtc, "compile_to_ptx", fail)
+    assert "builtins" in _nvrtc.problem.__wrapped__()
