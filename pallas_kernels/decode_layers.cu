@@ -26,7 +26,7 @@ constexpr float MASKED = -1e30f;
 constexpr int UNIT = 8, CHUNK = 1024;
 constexpr int PITCH = 2 * CHUNK + 64;
 constexpr int TILE = 16;        // positions that a warp attends to at once
-constexpr int LEAST_PART = 64;  // positions of a part, unless there are more parts than blocks
+constexpr int LEAST_PART = 64;  // positions of a part, or more
 constexpr int MOST_ASKED = 256;  // positions of a part that are fetched ahead
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
 constexpr int GROUP_UNITS = 8;  // units whose sums are in shared memory at once
@@ -323,7 +323,7 @@ struct Worker {
   // Multiplies this block's units of a matrix [*, WIDTH] with the input. All warps share a unit:
   // each takes every eighth 32 of its columns. (Which column is which k of an mma does not matter,
   // if input and weights agree: a lane's 16 bytes serve two of them.) Then done(first, units) may
-  // read `sum`. Not unrolled: code that is run once a layer should be short, not to be waited for.
+  // read `sum`. One unit after the other: the registers do not hold the sums of eight.
   template <int WIDTH, class Done>
   __device__ void product(int all, Done done) {
     constexpr int STEPS = CHUNK / 32 / WARPS;
