@@ -311,7 +311,7 @@ def _decode_layers_cuda(
         qkv_bias=weights.qkv_bias is not None, qk_norm=weights.q_norm is not None,
     )  # fmt: skip
     source = "".join(f"#define {name} {value}\n" for name, value in values.items())
-    source += "\n".join(path.read_text() for path in _SOURCES)
+    source += "\n".join(path.read_text("utf-8") for path in _SOURCES)
     hidden, k_cache, v_cache, _ = call(
         *operands,
         name="decode_layers",

@@ -279,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
     print(make_table(results))
     if args.output:
         text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        args.output.write_text(text)
+        args.output.write_text(text, "utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

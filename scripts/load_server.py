@@ -304,7 +304,7 @@ class Load:
         if self.pid is not None:
             size = files = 0
             for pid in (self.pid, *children(self.pid)):  # the engine's process is one of these
-                status = Path(f"/proc/{pid}/status").read_text()
+                status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
                 size += int(status.partition("VmRSS:")[2].split()[0])
                 files += len(os.listdir(f"/proc/{pid}/fd"))
             self.sizes.append((size, files))
@@ -327,7 +327,7 @@ class Load:
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for found in lists for child in found.read_text().split()]
+    return [int(child) for found in lists for child in found.read_text("utf-8").split()]
 
 
 @contextlib.contextmanager

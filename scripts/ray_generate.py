@@ -72,7 +72,9 @@ class Generate:
 
 def write(path: Path, rows: list[dict]) -> None:
     """Writes a file of JSON lines, of which readers see all or nothing."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".", delete=False
+    ) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
@@ -87,7 +89,7 @@ def read_prompts(path: Path) -> list[dict]:
     """
     rows: dict[Any, dict] = {}
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     for n, line in enumerate(lines, 1):
@@ -115,7 +117,7 @@ def key(row: dict) -> str:
 
 def read_parts(output: Path) -> dict[str, dict]:
     """Reads the finished rows, by key."""
-    lines = (line for path in output.glob("part-*.jsonl") for line in path.open())
+    lines = (line for path in output.glob("part-*.jsonl") for line in path.open(encoding="utf-8"))
     return {key(row): row for row in map(json.loads, lines)}
 
 
@@ -139,7 +141,7 @@ def check_settings(output: Path, settings: dict) -> None:
     path = output / "settings.json"
     if not path.exists():
         write(path, [settings])
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text("utf-8"))
     for name, value in settings.items():
         if before[name] != value:
             raise UsageError(

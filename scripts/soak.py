@@ -155,7 +155,7 @@ def interrupt(*_: object) -> None:
 
 def resident_mib() -> float:
     """Memory of this process that is resident, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

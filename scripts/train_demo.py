@@ -131,7 +131,7 @@ def main() -> None:
     result |= {"steps": recipe.steps, "minutes": round((time.time() - started) / 60, 1)}
     log("evaluated")
     write_json(new / "evaluation.json", result)
-    (new / "README.md").write_text(model_card(trainer, result))
+    (new / "README.md").write_text(model_card(trainer, result), "utf-8")
     if out.exists():
         out.rename(old)
     new.rename(out)
@@ -411,7 +411,7 @@ def export(folder: Path, trainer: Trainer, tokenizer: Tokenizer) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file of indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(trainer: Trainer, result: dict[str, Any]) -> str:
@@ -419,7 +419,7 @@ def model_card(trainer: Trainer, result: dict[str, Any]) -> str:
     recipe = trainer.recipe
     return (
         (Path(__file__).parent / "demo_card.md")
-        .read_text()
+        .read_text("utf-8")
         .format(
             r=recipe,
             m=recipe.model,

@@ -87,7 +87,7 @@ def _build(
     text += f'#line 1 "kernel.cu"\n{source}\n'
     text += "".join(f"MACHINE_KERNEL({name})\n" for name in names)
     kernel = _compile(text, *_KERNEL_FLAGS)
-    machine = _compile((_HERE / "cuda_machine.cpp").read_text(), "-O2", *machine_flags)
+    machine = _compile((_HERE / "cuda_machine.cpp").read_text("utf-8"), "-O2", *machine_flags)
     library = kernel.with_name(f"{kernel.stem}-{machine.stem}.so")
     _call("g++", "-shared", kernel, machine, "-o", library)
     return ctypes.CDLL(str(library))
@@ -97,7 +97,7 @@ def _build(
 def _compile(text: str, *flags: str) -> Path:
     name = hashlib.sha256("\n".join((*flags, text)).encode()).hexdigest()[:16]
     source = Path(_folder().name) / f"{name}.cpp"
-    source.write_text(text)
+    source.write_text(text, "utf-8")
     _call("g++", *_FLAGS, *flags, source, "-o", source.with_suffix(".o"))
     return source.with_suffix(".o")
 

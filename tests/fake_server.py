@@ -49,7 +49,7 @@ class FakeServer:
         """Stream a completion; False if the connection is to be closed."""
         self.count += 1
         if self.log:
-            with open(self.log, "a") as file:
+            with open(self.log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(body) + "\n")
         if self.way == "dies" and self.count > FEW:
             print("the fake server has had enough", flush=True)

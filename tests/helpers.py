@@ -173,7 +173,7 @@ def make_checkpoint(
     """Write a checkpoint directory: config.json, safetensors in `shards` files, a tokenizer."""
     config = config_json(shape, **changes)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
     tensors = random_tensors(config)
     if config.get("dtype", config.get("torch_dtype")) == "bfloat16":
         tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
@@ -195,7 +195,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray], shards: int = 1) ->
         save_file(part, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
 
 
 def byte_tokenizer(size: int) -> PreTrainedTokenizerFast:

@@ -191,12 +191,15 @@ def test_the_snippet_assembles(combine, peers, block, crossings, tmp_path):
     """XLA hands the snippet to ptxas only when it compiles for a GPU."""
     snippet = exchange(Layout(peers, MOST), combine, block, crossings=crossings)
     snippet = re.sub(r"\$(\d+)", r"%r\1", snippet)
-    (tmp_path / "kernel.ptx").write_text(f"""
+    (tmp_path / "kernel.ptx").write_text(
+        f"""
         .version 8.0
         .target sm_90
         .address_size 64
         .visible .entry kernel() {{ .reg .b32 %r<32>; {snippet} ret; }}
-    """)
+    """,
+        "utf-8",
+    )
     subprocess.run(
         ["ptxas", "-arch=sm_90", "-o", "kernel.cubin", "kernel.ptx"], cwd=tmp_path, check=True
     )

@@ -158,7 +158,7 @@ def test_stop_token_ids_end_a_request_and_stay_in_the_output(llm):
 
 def test_two_eos_ids_of_generation_config_json(fake_engine, checkpoint, tmp_path):
     path = shutil.copytree(checkpoint(), tmp_path / "model")
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}), "utf-8")
     llm = fake_engine(path)
     ends = set()
     for seed in range(8):
@@ -187,13 +187,15 @@ def test_the_models_own_sampling_options_are_there_to_pass(fake_engine, checkpoi
     assert fake_engine(path).get_default_sampling_params() == SamplingParams()
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     settings |= {"repetition_penalty": 1.05, "max_new_tokens": 5}
-    (path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    (path / "generation_config.json").write_text(
+        json.dumps(settings | {"eos_token_id": 7}), "utf-8"
+    )
     llm = fake_engine(path)
     params = llm.get_default_sampling_params()
     others = {"repetition_penalty": 1.05, "max_tokens": 5}
     assert params == SamplingParams(temperature=0.6, top_k=20, top_p=0.95, **others)
     assert llm.generate(["a"], params, use_tqdm=False)
-    (path / "generation_config.json").write_text(json.dumps(settings | {"top_p": 2}))
+    (path / "generation_config.json").write_text(json.dumps(settings | {"top_p": 2}), "utf-8")
     with pytest.raises(
         ValueError, match=r"generation_config.json: top_p must be in \(0, 1\], got 2"
     ):

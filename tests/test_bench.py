@@ -54,7 +54,7 @@ def test_all_measurements_run_and_are_written_as_one_json_line(model_dir, tmp_pa
     out = tmp_path / "results.jsonl"
     argv = [str(model_dir), "--all", "--bandwidth", "0.01", "--json", str(out), *SMALL, *ENGINE]
     assert main(["bench", *argv]) == 0
-    (line,) = out.read_text().splitlines()
+    (line,) = out.read_text("utf-8").splitlines()
     result = json.loads(line)
     work = bench.random_workload(0, 8, 64, 300)
     assert result["throughput"]["output_tokens"] == work.output_tokens

@@ -108,7 +108,7 @@ def test_a_symbolic_link_is_what_it_points_to(tmp_path):
 
 def test_a_file_in_the_way_ends_nothing(settings, checkpoint, caplog, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "nanovllm_jax").write_text("")
+    (tmp_path / "nanovllm_jax").write_text("", "utf-8")
     assert len(configure(checkpoint, caplog)) == 1
     assert settings()[0] is None
 

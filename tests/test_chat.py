@@ -49,11 +49,11 @@ def talk(checkpoint, monkeypatch, capsys, tmp_path):
     def run(lines, answers, *argv, template=TEMPLATE, config=None):
         path = tmp_path / "model"
         byte_tokenizer(257).save_pretrained(path)
-        (path / "chat_template.jinja").write_text(template)
+        (path / "chat_template.jinja").write_text(template, "utf-8")
         source = checkpoint(vocab_size=257) / "config.json"
-        (path / "config.json").write_text(source.read_text())
+        (path / "config.json").write_text(source.read_text("utf-8"), "utf-8")
         if config:
-            (path / "generation_config.json").write_text(json.dumps(config))
+            (path / "generation_config.json").write_text(json.dumps(config), "utf-8")
         Scripted.answers, Scripted.prompts = list(answers), []
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         status = main(["chat", "--model", str(path), "--num-kvcache-blocks", "8", *argv])

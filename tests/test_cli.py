@@ -45,7 +45,7 @@ CONFIG = {
 def model_dir(tmp_path_factory):
     """A model of random weights whose tokens are bytes, with a chat template."""
     path = tmp_path_factory.mktemp("tiny")
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "config.json").write_text(json.dumps(CONFIG), "utf-8")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {sign: i for i, sign in enumerate([*alphabet, "<end>"])}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[]))
@@ -120,7 +120,7 @@ def test_a_system_prompt_and_no_thinking_go_into_the_template(cli, model_dir, ca
     template = (
         "{{ enable_thinking }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
     )
-    (path / "chat_template.jinja").write_text(template)
+    (path / "chat_template.jinja").write_text(template, "utf-8")
     argv = ["--model", str(path), "--max-tokens", "3", "--chat", "hi"]
     assert cli(*argv, "--system", "Be brief.", "--no-think") == 0
     (text,) = expected(model_dir, ["Falsesystem:Be brief.;user:hi;"], max_tokens=3)
@@ -175,7 +175,7 @@ def recommending(model_dir, tmp_path):
 
     def make(**settings):
         path = shutil.copytree(model_dir, tmp_path / "recommending", dirs_exist_ok=True)
-        (path / "generation_config.json").write_text(json.dumps(settings))
+        (path / "generation_config.json").write_text(json.dumps(settings), "utf-8")
         return path
 
     return make

@@ -304,7 +304,7 @@ def test_a_random_model_loads_in_both_frameworks(model_dir, new_engine):
 @pytest.mark.parametrize("name", adapters.ENGINES)
 def test_an_adapter_has_at_most_40_lines(name):
     file = Path(adapters.__file__).with_name(f"{name}.py")
-    assert len(file.read_text().splitlines()) <= 40
+    assert len(file.read_text("utf-8").splitlines()) <= 40
 
 
 def sample(digest="same"):
@@ -354,7 +354,7 @@ def test_the_report_is_one_page_that_says_what_is_there_and_what_is_not(tmp_path
     source, picture = tmp_path / "r.jsonl", tmp_path / "r.png"
     results.append(source, *sample())
     assert main.main(["--from", str(source)]) == 0
-    page = (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text("utf-8")
     assert page.count("<svg") == 6
     for words in ("a &lt;model&gt;", "pip install vllm", "<td>28.0</td>", "out of memory",
                   "batch16, ms a token", "p99", "more is better",
@@ -365,7 +365,7 @@ def test_the_report_is_one_page_that_says_what_is_there_and_what_is_not(tmp_path
     assert main.main(["--from", str(source), "--picture", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main.main(["--from", str(source)]) == 0
-    assert (tmp_path / "r.html").read_text() == page
+    assert (tmp_path / "r.html").read_text("utf-8") == page
 
 
 @pytest.mark.parametrize("name", ["cpu-demo", "h100-0.6B"])
@@ -399,7 +399,7 @@ def test_a_damaged_line_of_results_is_named(tmp_path):
     source = tmp_path / "r.jsonl"
     results.append(source, sample()[0])
     for damaged in ('{"kind": "run", ', '{"kind": "run", "engine": "vllm"}', '{"kind": "?"}', "1"):
-        (tmp_path / "damaged.jsonl").write_text(f"{source.read_text()}{damaged}\n")
+        (tmp_path / "damaged.jsonl").write_text(f"{source.read_text('utf-8')}{damaged}\n", "utf-8")
         with pytest.raises(UsageError, match="line 2 is no result"):
             results.read(tmp_path / "damaged.jsonl")
 
@@ -426,7 +426,7 @@ def test_an_engine_runs_in_its_own_process_and_an_absent_one_is_listed(small, tm
     assert [r.engine for r in records if isinstance(r, Absent)] == ["nanovllm"]
     assert [r.workload for r in records if isinstance(r, Profile)] == ["batch16"]
     assert not [r for r in records if isinstance(r, Failure)]
-    page = (tmp_path / "out.html").read_text()
+    page = (tmp_path / "out.html").read_text("utf-8")
     assert "nano-vLLM" in page
     assert "absent" in page
 
@@ -449,7 +449,7 @@ def test_engines_are_added_to_results_of_the_same_work_only(small, tmp_path, cap
     assert found.engines == ["transformers_eager"]
     assert list(found.absent) == ["nanovllm"]
     assert len(found.of("transformers_eager", "batch1")) == 2
-    assert "(rounds: 1, runs in each: 2)" in (tmp_path / "out.html").read_text()
+    assert "(rounds: 1, runs in each: 2)" in (tmp_path / "out.html").read_text("utf-8")
 
 
 def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(
@@ -472,7 +472,7 @@ def test_a_worker_past_its_limit_is_ended_and_what_it_wrote_is_kept(
     kinds = [type(r) for r in results.read(tmp_path / "out.jsonl")]
     assert kinds[-2:] == [Start, Failure]
     assert [process.poll() is not None for process in started] == [True]
-    assert "time limit" in (tmp_path / "out.html").read_text()
+    assert "time limit" in (tmp_path / "out.html").read_text("utf-8")
 
 
 def worker_process(monkeypatch, code):
@@ -545,7 +545,7 @@ def test_a_worker_ends_with_its_parent_and_takes_its_own_children_along():
 
     def runs():
         try:
-            return "State:\tZ" not in Path(f"/proc/{child}/status").read_text()
+            return "State:\tZ" not in Path(f"/proc/{child}/status").read_text(encoding="utf-8")
         except OSError:  # it is gone
             return False
 

@@ -441,7 +441,7 @@ def test_an_address_without_a_server_is_an_error(tmp_path, monkeypatch):
 
 def is_running(pid):
     try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return False
 
@@ -456,7 +456,7 @@ def test_a_server_is_stopped_with_its_children(tmp_path):
     )
     with start(f'{{python}} -c "{code}" {{port}}', tmp_path) as there:
         assert there.model == "fake"
-        child = int((tmp_path / "a.log").read_text().split("child ")[1].split()[0])
+        child = int((tmp_path / "a.log").read_text("utf-8").split("child ")[1].split()[0])
         assert is_running(child)
     deadline = time.monotonic() + 10
     while is_running(child):
@@ -514,12 +514,12 @@ def test_a_sweep_gives_all_servers_the_same_and_reports_them(quick, tmp_path):
         assert not p.failures
         assert len(p.ttft_ms) == p.rate / 2
         assert figures.percentile(p.ttft_ms, 50) >= 1000 * fake_server.GAP_S
-    sent = {name: sorted(log.read_text().splitlines()) for name, log in logs.items()}
+    sent = {name: sorted(log.read_text("utf-8").splitlines()) for name, log in logs.items()}
     assert len(sent["one"]) == 8 + 10 + 20
     assert sent["one"] == sent["two"]
     body = json.loads(sent["one"][0])
     assert body["ignore_eos"] is body["stream"] is body["stream_options"]["include_usage"] is True
-    page = (tmp_path / "out.md").read_text()
+    page = (tmp_path / "out.md").read_text("utf-8")
     for words in ("# Serving the demo model", "## one", "## two", "| 40 | 20 | 0 |", "goodput"):
         assert words in page, words
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -538,7 +538,7 @@ def test_a_server_that_dies_is_reported_and_the_next_one_measured(quick, tmp_pat
     failed = [sum(p.failures.values()) for p in points.values()]
     assert failed[0] == failed[2] == failed[3] == 0
     assert failed[1] >= 28  # it dies at the third of the thirty
-    assert f"mortal: {told}" in (tmp_path / "out.md").read_text()
+    assert f"mortal: {told}" in (tmp_path / "out.md").read_text("utf-8")
 
 
 def test_a_server_that_fails_the_warm_up_is_not_measured(quick, tmp_path):
@@ -573,7 +573,7 @@ def test_a_running_server_is_added_to_a_report_until_it_is_saturated(quick, tmp_
     assert not points[0].failures  # each process has had its share of the requests
     [started] = found(tmp_path, Started)
     assert started.start_s is None
-    assert "ran already at http://127.0.0.1" in (tmp_path / "tight.md").read_text()
+    assert "ran already at http://127.0.0.1" in (tmp_path / "tight.md").read_text("utf-8")
 
 
 def sample(**change):
@@ -596,7 +596,7 @@ def test_the_report_tells_failures_and_a_late_client(tmp_path):
     file = tmp_path / "out.jsonl"
     results.append(file, *sample(), kinds=records.KINDS)
     assert main.main(["--from", str(file), "--slo", "e2e=600ms"]) == 0
-    page = (tmp_path / "out.md").read_text()
+    page = (tmp_path / "out.md").read_text("utf-8")
     for words in (
         "100 / ∞ / ∞", "E2E ≤ 600 ms", "4 req/s: 1 failed: HTTP 500: broken", "pip install vllm",
         "the client itself was late by up to 30.0 ms (p99) at 4 req/s", "- c: it died", "vLLM",

@@ -20,7 +20,7 @@ def directory(tmp_path):
     """directory(shape, **changes) -> a directory with that config.json and nothing else."""
 
     def write(shape="gqa", **changes):
-        (tmp_path / "config.json").write_text(json.dumps(config_json(shape, **changes)))
+        (tmp_path / "config.json").write_text(json.dumps(config_json(shape, **changes)), "utf-8")
         return tmp_path
 
     return write

@@ -133,9 +133,9 @@ def written(tmp_path):
 
     def write(config, **generation):
         text = config if isinstance(config, str) else json.dumps(config)
-        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "config.json").write_text(text, "utf-8")
         if generation:
-            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation), "utf-8")
         return tmp_path
 
     return write
@@ -148,7 +148,7 @@ def read(path):
 def assert_as_transformers(path):
     """All that the result depends on, as transformers understands the same file."""
     transformers = pytest.importorskip("transformers")
-    named = "model_type" in json.loads((path / "config.json").read_text())
+    named = "model_type" in json.loads((path / "config.json").read_text("utf-8"))
     config_class = transformers.AutoConfig if named else transformers.Qwen3Config
     ours, theirs = read(path), config_class.from_pretrained(path)
     rope = theirs.rope_parameters if hasattr(theirs, "rope_parameters") else vars(theirs)
@@ -479,7 +479,7 @@ def test_a_config_that_is_written_is_read_back(written, tmp_path_factory, shape,
     config = read(written(config_json(shape, eos_token_id=eos)))
     for again in (config, config.sharded(lambda axis: {"vocab": 4}.get(axis, 1))):
         path = tmp_path_factory.mktemp("again")
-        (path / "config.json").write_text(json.dumps(as_json(again)))
+        (path / "config.json").write_text(json.dumps(as_json(again)), "utf-8")
         assert read(path) == config
 
 

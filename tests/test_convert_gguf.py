@@ -142,7 +142,7 @@ def test_every_tensor_is_the_one_that_the_file_was_made_from(tmp_path, arch, tie
     assert found.keys() == tensors.keys()
     for name, tensor in found.items():
         np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     assert config["tie_word_embeddings"] is tied and config["rms_norm_eps"] == 1e-5
     assert config["rope_theta"] == 50000.0 and config["head_dim"] == 32
 
@@ -175,7 +175,7 @@ def test_large_models_get_several_files_that_hold_each_tensor_once(tmp_path, mon
     monkeypatch.setattr(convert_gguf, "CHUNK", 1000)  # several chunks of most tensors, too
     tensors = write_gguf(tmp_path / "a.gguf")
     convert(tmp_path / "a.gguf", tmp_path / "out", dtype)
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text("utf-8"))
     files = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
     assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
     assert sum(map(len, files.values())) == len(index["weight_map"]) == len(tensors)
@@ -224,7 +224,7 @@ def test_the_scaling_of_llama_3_is_read_from_its_tensor(tmp_path, factor):
     base = {"llama__rope__freq_base": theta}
     write_gguf(tmp_path / "a.gguf", edit=add, **base)
     convert(tmp_path / "a.gguf", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     assert config["rope_scaling"] == {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
         "original_max_position_embeddings": original,
@@ -241,12 +241,17 @@ def test_yarn_and_linear_scaling_are_named_as_in_config_json(tmp_path):
     write_gguf(tmp_path / "a.gguf", "qwen2", more=more)
     convert(tmp_path / "a.gguf", tmp_path / "out")
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] == scaling
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["rope_scaling"] == scaling
+    )
     more = [("llama.rope.scaling.type", "linear"), ("llama.rope.scaling.factor", 2.0)]
     write_gguf(tmp_path / "b.gguf", more=more)
     convert(tmp_path / "b.gguf", tmp_path / "other")
     scaling = {"rope_type": "linear", "factor": 2.0}
-    assert json.loads((tmp_path / "other" / "config.json").read_text())["rope_scaling"] == scaling
+    assert (
+        json.loads((tmp_path / "other" / "config.json").read_text("utf-8"))["rope_scaling"]
+        == scaling
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -281,7 +286,7 @@ def test_the_written_tokenizer_has_the_tokens_ends_and_template_of_the_file(tmp_
     assert named == ("<s>", "</s>", "<pad>")
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "hi</s>"
-    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text("utf-8"))
     assert generation["eos_token_id"] == [2, 0]
 
 

@@ -14,7 +14,7 @@ from pallas_kernels.decode_layers import Plan, Sizes, defines
 
 pytestmark = pytest.mark.skipif(bool(cuda_machine.problem()), reason=str(cuda_machine.problem()))
 
-SOURCE = (Path(pallas_kernels.__file__).parent / "decode_layers.cu").read_text()
+SOURCE = (Path(pallas_kernels.__file__).parent / "decode_layers.cu").read_text("utf-8")
 # A second kernel, which says what the first one needs.
 SIZES = """
 extern "C" __global__ void sizes(int* result) {

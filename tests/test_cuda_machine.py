@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(bool(cuda_machine.problem()), reason=str(cuda_ma
 
 SEEDS = range(6)  # 0: in turns
 SHARED = "extern __shared__ __align__(128) unsigned char shared[];"
-EVERY = (Path(__file__).parent / "every_primitive.cu").read_text()
+EVERY = (Path(__file__).parent / "every_primitive.cu").read_text("utf-8")
 
 
 def kernel(parameters, body, **defines):
@@ -453,7 +453,9 @@ def test_arguments():
 @pytest.mark.parametrize("flags", [(), ("-DMACHINE_WITH_UCONTEXT",)])
 def test_every_primitive(flags):
     """It knows each function that kernels can use on a GPU, on each kind of processor."""
-    primitives = (Path(__file__).parents[1] / "pallas_kernels" / "primitives.cuh").read_text()
+    primitives = (Path(__file__).parents[1] / "pallas_kernels" / "primitives.cuh").read_text(
+        "utf-8"
+    )
     names = set(re.findall(r"__device__ inline \w+ (\w+)\(", primitives)) - {"shared_address"}
     assert "silu" in names and all(re.search(rf"\b{name}\(", EVERY) for name in names)
     random = np.random.default_rng(4)

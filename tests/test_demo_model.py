@@ -48,7 +48,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def recorded():
     """What was measured when the model was trained: exact answers per task, as a share."""
-    return json.loads((DEMO_MODEL / "evaluation.json").read_text())
+    return json.loads((DEMO_MODEL / "evaluation.json").read_text("utf-8"))
 
 
 def ask(llm, question, max_tokens):
@@ -138,7 +138,7 @@ def test_weights_are_small_and_in_bfloat16():
 
 def test_the_model_card_and_the_record_agree(recorded):
     assert recorded["addition"] >= 0.99
-    card = (DEMO_MODEL / "README.md").read_text()
+    card = (DEMO_MODEL / "README.md").read_text("utf-8")
     assert "Unfinished" not in card
     assert f"{100 * recorded['addition']:.1f}%" in card
 
@@ -159,7 +159,9 @@ def test_the_chat_template_is_what_was_trained(tokenizer):
 
 
 def test_the_tokenizer_splits_digits_and_encodes_any_text(tokenizer):
-    assert len(tokenizer) <= json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
+    assert (
+        len(tokenizer) <= json.loads((DEMO_MODEL / "config.json").read_text("utf-8"))["vocab_size"]
+    )
     assert tokenizer.tokenize("345") == ["3", "4", "5"]
     text = "Ünïcødé 日本語 🙂\t\x00 a  b\r\n\n c "
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -105,7 +105,7 @@ os.kill(os.getpid(), 9)
 def test_it_ends_with_its_server_which_touches_no_device(tmp_path):
     """JAX would take most of a GPU's memory for the server, which needs none."""
     program = tmp_path / "server.py"
-    program.write_text(SERVER_DIES)
+    program.write_text(SERVER_DIES, "utf-8")
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(program), str(DEMO_MODEL)]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

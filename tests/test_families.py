@@ -122,7 +122,7 @@ def test_a_checkpoint_that_transformers_makes(new_engine, tmp_path, oracle, name
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_written_is_read_again(tmp_path, name):
     config = ModelConfig.from_directory(make_checkpoint(tmp_path, **FAMILIES[name]))
-    (tmp_path / "config.json").write_text(json.dumps(as_json(config)))
+    (tmp_path / "config.json").write_text(json.dumps(as_json(config)), "utf-8")
     assert ModelConfig.from_directory(tmp_path) == config
 
 
@@ -204,7 +204,7 @@ def test_contexts_end_where_a_window_would_begin_to_matter(
 def test_a_window_without_a_width_is_refused(checkpoint):
     types = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True}
     path = checkpoint(**types)
-    (config := json.loads((path / "config.json").read_text()))["sliding_window"] = None
-    (path / "config.json").write_text(json.dumps(config))
+    (config := json.loads((path / "config.json").read_text("utf-8")))["sliding_window"] = None
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(ValueError, match="'sliding_attention', but sliding_window is null"):
         LLM(str(path))

@@ -78,19 +78,19 @@ def write_model(path, name):
         tensors["model.rotary_emb.inv_freq"] = 1e4 ** (-np.arange(0, 8, 2) / 8)
         tensors = {name: x.astype(np.float16) for name, x in tensors.items()}
         save_tensors(path, tensors, shards=2)
-    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     generation = {"do_sample": True, "eos_token_id": [5, 7], "temperature": 0.6}
-    (path / "generation_config.json").write_text(json.dumps(generation))
+    (path / "generation_config.json").write_text(json.dumps(generation), "utf-8")
     if name == "no tokenizer":  # transformers judges config.json as it loads one
         return
     byte_tokenizer(VOCAB).save_pretrained(path)
     if name == "two files":
-        tokenizer = json.loads((path / "tokenizer.json").read_text())["model"]
-        (path / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
-        (path / "merges.txt").write_text("#version: 0.2\n")
+        tokenizer = json.loads((path / "tokenizer.json").read_text("utf-8"))["model"]
+        (path / "vocab.json").write_text(json.dumps(tokenizer["vocab"]), "utf-8")
+        (path / "merges.txt").write_text("#version: 0.2\n", "utf-8")
         (path / "tokenizer.json").unlink()
         settings_ = {"eos_token": "<end>", "unk_token": None, "tokenizer_class": "Qwen2Tokenizer"}
-        (path / "tokenizer_config.json").write_text(json.dumps(settings_))
+        (path / "tokenizer_config.json").write_text(json.dumps(settings_), "utf-8")
 
 
 def quantized(name, tensor, size):
@@ -450,10 +450,10 @@ def assert_same_logits(reading, path, folder):
     for file in path.iterdir():
         if file.name == INDEX:  # transformers insists on a part of it that it does not use
             index = {"metadata": {}, "weight_map": json.loads(file.read_bytes())["weight_map"]}
-            (folder / INDEX).write_text(json.dumps(index))
+            (folder / INDEX).write_text(json.dumps(index), "utf-8")
         elif file.suffix == ".safetensors":
             shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps(for_transformers(path)))
+    (folder / "config.json").write_text(json.dumps(for_transformers(path)), "utf-8")
     model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = TOKENS[: reading.config.longest_context]
     with torch.no_grad():
@@ -468,7 +468,7 @@ def assert_nothing_dropped(reading, path):
     """All tensors of the files that transformers would read are used, or known to be redundant."""
     names = [SINGLE]
     if not (path / SINGLE).is_file():
-        names = set(json.loads((path / INDEX).read_text())["weight_map"].values())
+        names = set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values())
     held = set()
     for name in names:
         data = (path / name).read_bytes()

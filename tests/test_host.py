@@ -20,7 +20,7 @@ def root(tmp_path):
     def write(files):
         for path, text in files.items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / path).write_text(text)
+            (tmp_path / path).write_text(text, "utf-8")
         return tmp_path
 
     return write

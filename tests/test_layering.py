@@ -41,7 +41,7 @@ def modules(*folders):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            found[name] = ast.parse(path.read_text(), str(path))
+            found[name] = ast.parse(path.read_text("utf-8"), str(path))
     return found
 
 

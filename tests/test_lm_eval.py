@@ -73,11 +73,11 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, task in TASKS.items():
         data = tmp_path / f"{name}.jsonl"
-        data.write_text("\n".join(map(json.dumps, DOCUMENTS[name])))
+        data.write_text("\n".join(map(json.dumps, DOCUMENTS[name])), "utf-8")
         source = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": source} | task
         task["test_split"] = "test"
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML, too
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task), "utf-8")  # JSON is YAML, too
     return tmp_path
 
 
@@ -275,7 +275,7 @@ def test_the_command_line_prints_a_table_and_writes_the_results(folder, capsys):
         assert main([*tasks, "--limit", "2", "--output", str(output), *engine]) == 0
     table = capsys.readouterr().out
     assert "|choices" in table and "exact_match" in table
-    results = json.loads(output.read_text())
+    results = json.loads(output.read_text("utf-8"))
     assert [len(results["samples"][task]) for task in ("choices", "completions")] == [2, 2]
     assert results["samples"]["completions"][1]["filtered_resps"] == [" 1054"]
 

@@ -11,8 +11,8 @@ import pytest
 from pallas_kernels import _nvrtc
 
 needs_nvrtc = pytest.mark.skipif(bool(_nvrtc.problem()), reason=str(_nvrtc.problem()))
-PRIMITIVES = (Path(_nvrtc.__file__).parent / "primitives.cuh").read_text()
-EVERY = (Path(__file__).parent / "every_primitive.cu").read_text()
+PRIMITIVES = (Path(_nvrtc.__file__).parent / "primitives.cuh").read_text("utf-8")
+EVERY = (Path(__file__).parent / "every_primitive.cu").read_text("utf-8")
 
 
 def assembler():
@@ -31,7 +31,7 @@ def test_every_primitive_assembles(tmp_path):
     assert re.search(r"^\.target sm_90$", ptx, re.MULTILINE)
     if assembler() is None:
         pytest.skip("there is no ptxas")
-    (tmp_path / "text.ptx").write_text(ptx)
+    (tmp_path / "text.ptx").write_text(ptx, "utf-8")
     command = [assembler(), "-arch=sm_90", tmp_path / "text.ptx", "-o", tmp_path / "cubin"]
     subprocess.run(command, check=True)
 

@@ -58,7 +58,7 @@ def test_the_tables_traces_and_programs_are_written(model_dir, tmp_path, capsys,
     argv = ["profile", str(model_dir), "--out", str(tmp_path / "out"), *WORK, *ENGINE]
     assert main([*argv, "--tensor-parallel-size", str(devices)]) == 0
     printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "out" / "profile.json").read_text())
+    report = json.loads((tmp_path / "out" / "profile.json").read_text("utf-8"))
     assert list(report["steps"]) == ["decode-1", "decode-2", "prefill-2x16"]
     for name, step in report["steps"].items():
         assert f"\n{name}: " in printed
@@ -72,7 +72,7 @@ def test_the_tables_traces_and_programs_are_written(model_dir, tmp_path, capsys,
             assert rows[label]["share_of_limit"] == pytest.approx(share)
         assert rows["attention"]["us_layer"] > 0 and rows["sampling"]["us_layer"] == 0
         files = tmp_path / "out" / name
-        assert "HloModule jit_" in (files / "hlo.txt").read_text()
+        assert "HloModule jit_" in (files / "hlo.txt").read_text("utf-8")
         with gzip.open(files / "perfetto.json.gz") as file:
             assert json.load(file)["traceEvents"]
         assert len(list(files.glob("plugins/profile/*/*.xplane.pb"))) == 1

@@ -99,7 +99,7 @@ def test_what_jax_has_kept_is_not_kept_again(tmp_path, monkeypatch):
 def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):
     source = tmp_path / "sources" / "layers" / "norm.py"
     source.parent.mkdir(parents=True)
-    source.write_text("eps = 1")
+    source.write_text("eps = 1", "utf-8")
     monkeypatch.setattr(program_cache, "SOURCES", (tmp_path / "sources",))
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
 
@@ -107,14 +107,14 @@ def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):
         return ProgramCache(tmp_path, jax.devices()[:devices], made_from).key
 
     keys = [key(), key("another"), key(("test", (1, 2))), key(devices=2)]
-    source.write_text("eps = 2")
+    source.write_text("eps = 2", "utf-8")
     keys.append(key())
-    (source.parent / "new.py").write_text("")
+    (source.parent / "new.py").write_text("", "utf-8")
     keys.append(key())
     for name in ("kernel.cu", "kernel.cuh"):
-        (source.parent / name).write_text("")
+        (source.parent / name).write_text("", "utf-8")
         keys.append(key())
-        (source.parent / name).write_text("int x;")
+        (source.parent / name).write_text("int x;", "utf-8")
         keys.append(key())
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--some_flag")
     keys.append(key())
@@ -125,8 +125,8 @@ def test_what_makes_another_program_makes_another_key(tmp_path, monkeypatch):
     monkeypatch.delenv("LIBTPU_INIT_ARGS")
     for name in ("new.py", "kernel.cu", "kernel.cuh"):
         (source.parent / name).unlink()
-    source.write_text("eps = 1")
-    (source.parent / "notes.txt").write_text("no source")
+    source.write_text("eps = 1", "utf-8")
+    (source.parent / "notes.txt").write_text("no source", "utf-8")
     assert key() == keys[0]
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_named_and_made_anew(tmp_path, damage, caplog):
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     stored = cache(tmp_path / "file")
     stored.store("step", program())
     assert stored.load("step", ARGS, OUTPUTS) is None

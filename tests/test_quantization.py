@@ -52,7 +52,7 @@ def write(path, blocks=(32, 16), scale_type=np.float32, edit=None, settings=None
         tensors[name + SCALE] = scales.astype(scale_type)
     if edit:
         edit(tensors)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config), "utf-8")
     save_tensors(path, tensors, shards)
     return tensors
 
@@ -116,7 +116,7 @@ def test_the_parameters_are_those_of_the_dequantized_checkpoint(tmp_path, device
     }
     (tmp_path / "plain").mkdir()
     config = config_json(**SIZES, dtype="bfloat16")
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config), "utf-8")
     save_tensors(tmp_path / "plain", plain)
     with caplog.at_level(logging.INFO, "nanovllm_jax"):
         wanted = load(tmp_path / "plain", devices)
@@ -189,9 +189,9 @@ def test_what_is_wrong_with_weights_or_scales_is_named(tmp_path, edit, message):
 
 def test_8_bit_weights_that_config_json_does_not_mention_are_refused(tmp_path):
     write(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     with pytest.raises(ValueError, match=r"of a type other than F32.*is F8_E4M3"):
         load(tmp_path)
 

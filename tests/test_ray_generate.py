@@ -24,7 +24,7 @@ ENGINE = {"max_num_seqs": 8, "max_model_len": 512, "max_num_batched_tokens": 512
 def command(folder, *more):
     """The script's command line over PROMPTS, and with it the file of prompts."""
     rows = [json.dumps({"id": f"p{i}", "prompt": prompt}) for i, prompt in enumerate(PROMPTS)]
-    (folder / "prompts.jsonl").write_text("\n".join(rows))
+    (folder / "prompts.jsonl").write_text("\n".join(rows), "utf-8")
     options = {"actors": 2, "batch-size": 8, "max-tokens": 150, "temperature": 0.0} | {
         name.replace("_", "-"): value for name, value in ENGINE.items()
     }
@@ -82,7 +82,10 @@ class Run:
 def parts(folder):
     """The finished parts: {name: (when it was written, ids)}."""
     return {
-        path.name: (path.stat().st_mtime_ns, [json.loads(line)["id"] for line in path.open()])
+        path.name: (
+            path.stat().st_mtime_ns,
+            [json.loads(line)["id"] for line in path.open(encoding="utf-8")],
+        )
         for path in (folder / "out").glob("part-*.jsonl")
     }
 
@@ -154,7 +157,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys, lines, message):
     pytest.importorskip("ray", reason="Ray is not installed: the extra [ray]")
     path = tmp_path / "prompts.jsonl"
     if lines is not None:
-        path.write_text(lines)
+        path.write_text(lines, "utf-8")
     assert ray_generate.main([str(path), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

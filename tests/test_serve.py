@@ -84,7 +84,7 @@ ModelRunner.dispatch = dispatch
 
 def test_a_fault_of_the_engine_ends_the_server(tmp_path, monkeypatch):
     """Each request under way fails with status 500, and so does the process."""
-    (tmp_path / "sitecustomize.py").write_text(FAULTY)
+    (tmp_path / "sitecustomize.py").write_text(FAULTY, "utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     async def ask(url):

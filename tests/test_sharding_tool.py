@@ -262,14 +262,14 @@ def run(checkpoint, tmp_path, capsys):
                 "--prefill", "120", "--batch", "8", *options]  # fmt: skip
         assert cli.main(argv) == status
         printed = capsys.readouterr()
-        return printed.err if status else (json.loads(file.read_text()), printed.out)
+        return printed.err if status else (json.loads(file.read_text("utf-8")), printed.out)
 
     return run
 
 
 def rules_file(tmp_path, rules):
     file = tmp_path / "rules.json"
-    file.write_text(rules if isinstance(rules, str) else json.dumps(rules))
+    file.write_text(rules if isinstance(rules, str) else json.dumps(rules), "utf-8")
     return ["--rules", str(file)]
 
 

@@ -95,7 +95,12 @@ def test_texts_have_the_published_tokens(smollm2, smollm2_file):
     assert tokenizer.convert_ids_to_tokens(range(49152)) == other.convert_ids_to_tokens(
         range(49152)
     )
-    texts = [*QUESTIONS, *OPENINGS, "日本語 🙂\x00\t \r\n\n  x", Path(__file__).read_text()]
+    texts = [
+        *QUESTIONS,
+        *OPENINGS,
+        "日本語 🙂\x00\t \r\n\n  x",
+        Path(__file__).read_text(encoding="utf-8"),
+    ]
     for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and ids == other.encode(text)

@@ -14,12 +14,12 @@ from nanovllm_jax.tokenizer import eos_token_ids, load_tokenizer
 def directory(tmp_path):
     """A directory with config.json, tokenizer.json and tokenizer_config.json."""
     byte_tokenizer(VOCAB).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config_json()))
+    (tmp_path / "config.json").write_text(json.dumps(config_json()), "utf-8")
     return tmp_path
 
 
 def edit(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), "utf-8")
 
 
 def test_a_directory_without_tokenizer_files_has_none(checkpoint):
@@ -40,8 +40,8 @@ def test_a_vocabulary_and_merges_are_a_tokenizer(directory):
     for file in directory.glob("*token*"):
         file.unlink()
     vocab = {"<|endoftext|>": 0, "l": 1, "o": 2, "lo": 3, "Ġ": 4}
-    (directory / "vocab.json").write_text(json.dumps(vocab))
-    (directory / "merges.txt").write_text("#version: 0.2\nl o\n")
+    (directory / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    (directory / "merges.txt").write_text("#version: 0.2\nl o\n", "utf-8")
     tokenizer = load_tokenizer(directory)
     assert tokenizer is not None and tokenizer.encode("lol") == [3, 1]
     (directory / "merges.txt").unlink()
@@ -74,14 +74,14 @@ def test_settings_without_a_vocabulary_are_an_unfinished_download(directory):
     ],
 )
 def test_a_damaged_file_is_named(directory, file, content, message):
-    (directory / file).write_text(content)
+    (directory / file).write_text(content, "utf-8")
     with pytest.raises(ValueError, match=message):
         LLM(str(directory))
 
 
 def test_a_tokenizer_without_words_is_refused(directory):
     file = directory / "tokenizer.json"
-    model = json.loads(file.read_text())["model"] | {"vocab": {}, "merges": []}
+    model = json.loads(file.read_text("utf-8"))["model"] | {"vocab": {}, "merges": []}
     edit(file, model=model)
     with pytest.raises(ValueError, match=r"tokenizer\.json.*has no vocabulary"):
         load_tokenizer(directory)
@@ -113,7 +113,7 @@ def test_an_end_that_any_file_names_ends_a_request(directory):
     tokenizer = load_tokenizer(directory)
     assert tokenizer is not None and tokenizer.eos_token_id == 0
     edit(directory / "config.json", eos_token_id=5)
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}), "utf-8")
     config = ModelConfig.from_directory(directory)
     assert sorted(eos_token_ids(config, tokenizer)) == [0, 5, 7]
     assert sorted(eos_token_ids(config, None)) == [0, 5, 7]

@@ -47,13 +47,13 @@ def assert_same(a, b):
 
 
 def edit_config(path, **changes):
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | changes))
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    (path / "config.json").write_text(json.dumps(config | changes), "utf-8")
 
 
 def edit_tensors(path, edit, shards=1):
     """Write the tensors again after `edit(tensors)`."""
-    tensors = random_tensors(json.loads((path / "config.json").read_text()))
+    tensors = random_tensors(json.loads((path / "config.json").read_text("utf-8")))
     edit(tensors)
     for file in path.glob("*.safetensors*"):
         file.unlink()
@@ -134,7 +134,7 @@ def test_files_of_other_names_do_not_matter(checkpoint, tmp_path):
 def test_the_index_may_name_model_safetensors_and_list_fewer_tensors(checkpoint, tmp_path):
     path = make_checkpoint(tmp_path, "gqa")
     index = {"weight_map": {QUERY: "model.safetensors"}}
-    (path / INDEX).write_text(json.dumps(index))
+    (path / INDEX).write_text(json.dumps(index), "utf-8")
     assert_same(load(path), load(checkpoint("gqa")))
 
 
@@ -281,7 +281,7 @@ def test_a_file_that_the_index_names_and_is_not_there(model_dir):
 
 @pytest.mark.parametrize("text", ["{", "{}"])
 def test_a_damaged_index_is_named(model_dir, text):
-    (model_dir / "model.safetensors.index.json").write_text(text)
+    (model_dir / "model.safetensors.index.json").write_text(text, "utf-8")
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         LLM(str(model_dir))
 
@@ -323,27 +323,27 @@ def test_a_tensor_in_two_files_is_named_with_both(model_dir):
 
 def test_a_tensor_that_is_not_where_the_index_says_is_named(model_dir):
     edit_tensors(model_dir, lambda tensors: None, shards=2)
-    index = json.loads((model_dir / INDEX).read_text())
+    index = json.loads((model_dir / INDEX).read_text("utf-8"))
     first, second = sorted(model_dir.glob("model-*"))
     assert index["weight_map"][QUERY] == second.name
     index["weight_map"] |= {QUERY: first.name, "model.mtp.weight": second.name}
-    (model_dir / INDEX).write_text(json.dumps(index))
+    (model_dir / INDEX).write_text(json.dumps(index), "utf-8")
     with pytest.raises(ValueError, match=f"not where .* says: {QUERY} in {first.name}.*mtp"):
         LLM(str(model_dir))
 
 
 def test_a_tensor_that_the_index_does_not_list_is_not_dropped(model_dir):
     edit_tensors(model_dir, lambda t: t.update({"extra": np.zeros(3, np.float32)}), shards=2)
-    index = json.loads((model_dir / INDEX).read_text())
+    index = json.loads((model_dir / INDEX).read_text("utf-8"))
     del index["weight_map"]["extra"]
-    (model_dir / INDEX).write_text(json.dumps(index))
+    (model_dir / INDEX).write_text(json.dumps(index), "utf-8")
     with pytest.raises(ValueError, match=r"unexpected: extra \(model-0000"):
         LLM(str(model_dir))
 
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "pytorch_model.bin", "", 5, None])
 def test_an_index_leads_to_safetensors_files_of_its_directory(model_dir, file):
-    (model_dir / INDEX).write_text(json.dumps({"weight_map": {QUERY: file}}))
+    (model_dir / INDEX).write_text(json.dumps({"weight_map": {QUERY: file}}), "utf-8")
     with pytest.raises(ValueError, match=rf"{INDEX} maps {QUERY} to "):
         LLM(str(model_dir))
 
@@ -403,7 +403,7 @@ def test_the_largest_and_smallest_numbers_are_weights(model_dir, kind):
 
 def test_pointers_and_links_in_place_of_weights_are_named(model_dir):
     file = model_dir / "model.safetensors"
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "utf-8")
     with pytest.raises(ValueError, match=r"model\.safetensors is a Git-LFS pointer.*git lfs pull"):
         LLM(str(model_dir))
     file.unlink()

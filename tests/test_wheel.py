@@ -36,7 +36,7 @@ def run(wheel, tmp_path_factory):
           "--no-deps", "--no-index", wheel)  # fmt: skip
     # The dependencies are those of the running environment. Its own .pth files, one of which makes
     # the clone importable, have no effect from here.
-    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", "utf-8")
 
     def run(program, *arguments):
         away = tmp_path_factory.mktemp("away")

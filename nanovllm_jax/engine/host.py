@@ -66,6 +66,6 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
 def _read(path: Path) -> str:
     """The text of a file, empty if there is none."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return ""

@@ -317,7 +317,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--detokenize needs a tokenizer, and random weights have none")
     if args.json:
         with options.refusals(OSError):
-            args.json.open("a").close()
+            args.json.open("a", encoding="utf-8").close()
     return args
 
 
@@ -344,6 +344,6 @@ def main(argv: Sequence[str]) -> int:
         if args.all or args.prefill:
             result["prefill"] = prefill(llm, args)
     if args.json:
-        with args.json.open("a") as file:
+        with args.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
     return 0

@@ -352,7 +352,7 @@ def main(argv: Sequence[str]) -> int:
         with llm:
             report = profile(llm, args, args.random_weights or path.resolve().name)
     if args.out:
-        (args.out / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
+        (args.out / "profile.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         print(f"\n{args.out}: profile.json, and for each step hlo.txt, perfetto.json.gz and the "
               "profile that XProf opens")  # fmt: skip
     return 0
@@ -386,7 +386,7 @@ def profile(llm: LLM, args: argparse.Namespace, name: str) -> dict[str, Any]:
                 shutil.move(found, kept)
                 [perfetto] = kept.glob("**/perfetto_trace.json.gz")
                 perfetto.replace(kept / "perfetto.json.gz")
-                (kept / "hlo.txt").write_text(hlo)
+                (kept / "hlo.txt").write_text(hlo, "utf-8")
         show(case.name, table, costs.config.num_layers, args.top)
         report["steps"][case.name] = table
     return report

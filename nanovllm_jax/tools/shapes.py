@@ -102,7 +102,7 @@ def as_json(config: ModelConfig) -> dict[str, Any]:
 
 def write_config(config: ModelConfig, directory: Path) -> None:
     """Write the config.json of a model into its directory."""
-    (directory / "config.json").write_text(json.dumps(as_json(config)))
+    (directory / "config.json").write_text(json.dumps(as_json(config)), "utf-8")
 
 
 @contextlib.contextmanager

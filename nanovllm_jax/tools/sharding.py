@@ -237,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
             {"step": step.name, "collectives": [*map(asdict, found)], "predicted": predicted}
         )
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1))
+        args.out.write_text(json.dumps(report, indent=1), "utf-8")
     return 0
 
 

@@ -66,6 +66,8 @@ def _gpu() -> tuple[str | None, str | None]:
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+        if found := re.search(
+            r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        ):
             return found[1].strip()
     return platform.processor() or "unknown"

@@ -228,7 +228,7 @@ def await_start(process: subprocess.Popen, job: Job) -> None:
 def has_started(job: Job) -> bool:
     """Whether an engine's process has reported its start; it may be writing its next lines."""
     started = {"kind": "engine", "engine": job.engine, "round": job.round}
-    lines = job.results.read_text().split("\n")[:-1]
+    lines = job.results.read_text("utf-8").split("\n")[:-1]
     return any(started.items() <= json.loads(line).items() for line in lines)
 
 
@@ -266,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
         if args.picture:
             plots.write_picture(found, args.picture)
         else:
-            args.source.with_suffix(".html").write_text(report.render(found))
+            args.source.with_suffix(".html").write_text(report.render(found), "utf-8")
         return 0
     plots.pyplot()  # if it is missing, that is said before the work, not after it
     file, page = (Path(f"{args.output}.{suffix}") for suffix in ("jsonl", "html"))
@@ -282,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         run_all(args, job)
     finally:  # interrupted or not: what there is
-        page.write_text(report.render(Results(results.read(file))))
+        page.write_text(report.render(Results(results.read(file))), "utf-8")
         print(f"{page} and {file} written after {time.perf_counter() - start:.0f} s")
     failures = [r for r in results.read(file) if type(r) is Failure and r.engine in args.engines]
     for failure in failures:

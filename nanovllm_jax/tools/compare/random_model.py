@@ -59,7 +59,7 @@ def _write_tensors(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # numpy lets threads run
         list(pool.map(write_file, files))
     index = {"metadata": {}, "weight_map": {n: file for file in files for n in files[file]}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
 
 
 def _draw(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ def render(results: Results) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     problems = {(p.engine, p.workload, p.reason): p for p in results.problems}
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         results=results,
         engines=ENGINES,
         plots=plots.all_plots(results),

@@ -151,14 +151,14 @@ Record = Settings | Machine | Task | Event
 def append(path: Path, *records: Any, kinds: Mapping[str, type[Any]] = KINDS) -> None:
     """Add records to a file, which is closed at once: they are kept whatever happens next."""
     names = {kind: name for name, kind in kinds.items()}
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"kind": names[type(r)], **asdict(r)}) + "\n" for r in records)
 
 
 def read(path: Path, kinds: Mapping[str, type[Any]] = KINDS) -> list[Any]:
     """Read the records of a file; raises UsageError, which names the line that is none."""
     records = []
-    for i, line in enumerate(path.read_text().splitlines(), 1):
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             fields = {key.replace(" ", "_"): value for key, value in json.loads(line).items()}
             records.append(kinds[fields.pop("kind")](**fields))

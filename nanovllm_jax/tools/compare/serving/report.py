@@ -230,7 +230,7 @@ def _percentile(values: list[float | None] | dict[str, float | None], percent: i
 def write(sweep: Sweep, slo: Slo, base: Path) -> list[Path]:
     """Write NAME.md and NAME.png; returns them."""
     page, picture = Path(f"{base}.md"), Path(f"{base}.png")
-    page.write_text(markdown(sweep, slo))
+    page.write_text(markdown(sweep, slo), encoding="utf-8")
     with plots.pyplot().style.context(plots.STYLE):
         drawn = figure(sweep, slo)
         drawn.savefig(picture, dpi=120)

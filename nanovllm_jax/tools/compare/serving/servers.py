@@ -35,7 +35,7 @@ class ServerError(Exception):
     """
 
     def __init__(self, reason: str, log: Path | None = None):
-        lines = log.read_text(errors="replace").splitlines() if log else []
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines() if log else []
         self.tail = [line for line in lines if line.strip()][-TAIL:]
         super().__init__(": ".join([reason, *self.tail[-1:]]))
 
