@@ -228,7 +228,9 @@ def find_error(model, contexts, seed, source=SOURCE):
 TOO_MUCH = 0.01
 
 # Models, each with the contexts of some steps: at the ends of tiles (16), pages, and parts. A part
-# has at least 128 old positions; of two or sixteen parts, each has 144 if the old ones are many.
+# has at least 64 old positions, and more if the old ones are more than 64 for each part: of two
+# parts, each has 80 from 128 old ones on, of sixteen from 1,024 on. Eight parts at a time are merged
+# by those who need them.
 CASES = {
     "one sequence": (
         Model(1, blocks=5),
@@ -242,7 +244,7 @@ CASES = {
         Model(
             4, hidden=160, kv_heads=1, qk_norm=False, qkv_bias=True, blocks=9, splits=2, table=19
         ),
-        [[128, 129, 130, 0], [257, 1, 258, 289]],
+        [[128, 129, 130, 0], [64, 65, 66, 81], [257, 1, 258, 289]],
     ),
     "eight sequences, some layers without RoPE": (
         Model(8, layers=3, heads=2, layers_without_rope=(0, 2), blocks=17),
@@ -254,7 +256,7 @@ CASES = {
     ),
     "sixteen parts, groups of seven": (
         Model(1, heads=7, kv_heads=1, splits=16, blocks=16, table=145),
-        [[1], [513], [1921], [2049], [2305]],
+        [[1], [65], [66], [513], [514], [1024], [1025], [1921], [2049], [2305]],
     ),
     "narrow heads, a stage for itself": (
         Model(2, head_dim=32, splits=2, blocks=8, stages=1, in_flight=1),
