@@ -229,8 +229,8 @@ TOO_MUCH = 0.01
 
 # Models, each with the contexts of some steps: at the ends of tiles (16), pages, and parts. A part
 # has at least 64 old positions, and more if the old ones are more than 64 for each part: of two
-# parts, each has 80 from 128 old ones on, of sixteen from 1,024 on. Eight parts at a time are merged
-# by those who need them.
+# parts, each has 80 from 128 old ones on, of sixteen from 1,024 on. Eight parts at a time are
+# merged by those who need them.
 CASES = {
     "one sequence": (
         Model(1, blocks=5),
