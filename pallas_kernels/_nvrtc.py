@@ -8,6 +8,7 @@ import ctypes.util
 import functools
 import importlib.util
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # The version of PTX that programs are marked as. NVRTC writes its own newest one, which a GPU's
@@ -70,7 +71,10 @@ def compile_to_ptx(source: str, name: str, architecture: str) -> str:
         options = (ctypes.c_char_p * 2)(
             f"--gpu-architecture={architecture}".encode(), b"--std=c++17"
         )
-        check(library.nvrtcCompileProgram(program, len(options), options))
+        # NVRTC leaves its thread in the "C" locale, where Python reads and writes files as ASCII.
+        with ThreadPoolExecutor(1) as thread:
+            compile_program = library.nvrtcCompileProgram
+            check(thread.submit(compile_program, program, len(options), options).result())
         return _with_older_version(text("PTX"))
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

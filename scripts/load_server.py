@@ -341,7 +341,7 @@ def served(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
     root = Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path}
-    process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, encoding="utf-8")
     late = threading.Timer(START, process.kill)
     late.start()
     try:

@@ -513,7 +513,7 @@ def test_two_engines_in_one_process_that_then_ends(checkpoint):
     """nano-vLLM #19, #21, #61: ports collided, and exit hung."""
     command = [sys.executable, "-c", TWO_ENGINES, str(checkpoint())]
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", env=env) as process:
         watchdog = threading.Timer(180, process.kill)
         watchdog.start()
         assert process.stdout.readline() == "done\n"

@@ -94,7 +94,7 @@ def test_a_bad_command_line_is_one_line_and_status_2(capsys, argv, message):
 def test_the_script_that_people_know_runs_the_command():
     script = Path(__file__).parents[1] / "scripts" / "bench.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), "--help"], capture_output=True, encoding="utf-8", timeout=120
     )
     assert done.returncode == 0 and "usage: nanovllm-jax bench" in done.stdout
 

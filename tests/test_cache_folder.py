@@ -177,7 +177,7 @@ def test_jaxs_cache_heals_at_the_next_start(checkpoint, tmp_path):
 
     def run():
         command = [sys.executable, "-c", HEALING, str(checkpoint())]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", check=True)
         return int(done.stdout.split()[-1]), done.stderr
 
     assert run() == (0, "")

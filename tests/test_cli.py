@@ -311,7 +311,9 @@ def test_what_needs_no_model_is_answered_without_jax(argv):
     code = "import sys\nfrom nanovllm_jax.cli import main\n"
     code += f"try: main({argv})\nexcept SystemExit: pass\n"
     code += "sys.exit(bool({'jax', 'transformers', 'numpy'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", timeout=60
+    )
     assert done.returncode == 0
     if argv == ["--help"]:
         assert all(f"\n  {name} " in done.stdout for name in command_line.TOOLS)
@@ -372,7 +374,7 @@ def test_a_call_in_a_program_leaves_its_handler_of_interruptions(capsys):
 
 def test_a_missing_model_ends_the_process_with_status_2():
     command = [sys.executable, "-m", "nanovllm_jax", "hi", "--model", "/no/such/model"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 2
     assert "/no/such/model" in done.stderr
     assert "Traceback" not in done.stderr

@@ -108,7 +108,7 @@ def test_it_ends_with_its_server_which_touches_no_device(tmp_path):
     program.write_text(SERVER_DIES, "utf-8")
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(program), str(DEMO_MODEL)]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=300)
     pid, touched = ended.stdout.split()
     assert ended.returncode == -9 and touched == "False", ended
     for _ in range(3000):

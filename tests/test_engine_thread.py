@@ -487,7 +487,7 @@ print("done")
 def test_a_forked_child_is_told_to_spawn(checkpoint):
     command = [sys.executable, "-W", "ignore", "-c", FORK, str(checkpoint())]
     env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, timeout=120)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 

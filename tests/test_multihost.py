@@ -31,7 +31,7 @@ def start(*args):
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *map(str, args)],
         env=os.environ | {"XLA_FLAGS": flags},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
     )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """CUDA source becomes PTX that NVIDIA's assembler takes, on a machine without a GPU."""
 
 import importlib.util
+import locale
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,18 @@ def test_an_error_names_the_line():
         _nvrtc.compile_to_ptx("\nint x = nothing;", "kernel.cu", "compute_90")
     with pytest.raises(RuntimeError, match=r"(?s)kernel\.cu: .*gpu-architecture"):
         _nvrtc.compile_to_ptx("", "kernel.cu", "compute_1")
+
+
+@needs_nvrtc
+def test_the_locale_stays_what_it_was():
+    def compiling():
+        before = locale.getencoding()
+        _nvrtc.compile_to_ptx("// of this test", "kernel.cu", "compute_90")
+        return before, locale.getencoding()
+
+    with ThreadPoolExecutor(1) as thread:  # begins in the process's locale; each has its own
+        before, after = thread.submit(compiling).result()
+    assert before == after
 
 
 def test_a_newer_version_of_ptx_becomes_one_that_drivers_know():

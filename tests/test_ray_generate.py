@@ -39,7 +39,7 @@ class Run:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "ray_generate.py"), *argv],
             env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         )  # fmt: skip
         self.text = ""
 
@@ -117,7 +117,9 @@ def test_a_killed_actor_and_a_killed_driver_lose_and_repeat_nothing(tmp_path):
     ids = [i for _, part in after.values() for i in part]
     assert sorted(ids) == sorted(f"p{i}" for i in range(96))  # each once, in the parts too
 
-    rows = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").open(encoding="utf-8")
+    ]
     assert [row["id"] for row in rows] == [f"p{i}" for i in range(96)]
     with LLM(str(DEMO_MODEL), **ENGINE) as llm:
         params = SamplingParams(temperature=0, max_tokens=150)

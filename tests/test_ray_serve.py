@@ -92,7 +92,7 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, *argv],
             env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_DEDUP_LOGS": "0"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
         )  # fmt: skip
 
     def __enter__(self):

@@ -397,5 +397,5 @@ def test_refusals_do_not_need_asserts():
         "try: EngineConfig.resolve('Qwen/Qwen3-0.6B')\n"
         "except AssertionError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, encoding="utf-8")
     assert "hf download Qwen/Qwen3-0.6B --local-dir DIR" in done.stdout, done.stderr

@@ -13,6 +13,8 @@ def test_a_short_soak():
     command = [sys.executable, "-m", "scripts.soak", "--requests", "500", "--seed", "7"]
     root = Path(__file__).parents[1]
     env = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, cwd=root, env=env, capture_output=True, encoding="utf-8", timeout=500
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "'interruptions'" in done.stdout and "'aborts'" in done.stdout

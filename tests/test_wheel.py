@@ -49,7 +49,7 @@ def _call(*command, cwd=None):
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(
         [str(word) for word in command],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

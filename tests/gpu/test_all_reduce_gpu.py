@@ -325,6 +325,10 @@ def test_a_peer_that_never_answers_ends_in_an_error():
     """In a process of its own, since the error leaves a GPU that the process cannot use again."""
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     ended = subprocess.run(
-        [sys.executable, "-c", ONE_SIDED], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", ONE_SIDED],
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
     )
     assert ended.returncode != 0 and "CUDA" in ended.stderr

@@ -1,5 +1,9 @@
 """The kernel of all layers against plain layers and float32, in the engine, on text."""
 
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -73,3 +77,61 @@ def test_its_greedy_tokens_are_the_likeliest_in_float32(float32, monkeypatch, co
             assert found[token].logprob > best - LEAST_PROBABLE
             different += found[token].logprob < best
     assert different < 0.03 * NEW_TOKENS * count
+
+
+# Generates the same as often as it is told to, and says what came and with which kernel.
+GENERATOR = f"""
+import json, sys
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.layers import backend
+
+used, decode_layers = set(), backend.decode_layers
+
+def watch(*args, **options):
+    used.add(options["implementation"])
+    return decode_layers(*args, **options)
+
+backend.decode_layers = watch
+params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True)
+with LLM({str(DEMO_MODEL)!r}, dtype="bfloat16", **{OPTIONS!r}) as llm:
+    print("ready", flush=True)
+    for times in map(int, sys.stdin):
+        for _ in range(times):
+            outputs = llm.generate({STORIES!r}, params, use_tqdm=False)
+            tokens = [out["token_ids"] for out in outputs]
+            print(json.dumps([sorted(used), tokens]), flush=True)
+"""
+
+
+def test_two_processes_on_one_gpu_get_what_each_gets_alone():
+    """All blocks of a kernel wait for each other: none may be kept away by those of the other."""
+    env = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share the memory
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program is traced, so that it can be watched
+    }
+    rounds = 10
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", GENERATOR],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=env,
+        )  # fmt: skip
+
+    def ask(process, times):
+        print(times, file=process.stdin, flush=True)
+
+    with start() as one, start() as other:
+        processes: Any = [one, other]
+        try:
+            assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2
+            ask(one, 1)
+            alone = json.loads(one.stdout.readline())
+            assert alone[0] == ["cuda"]
+            for process in processes:
+                ask(process, rounds)
+            for process in processes:
+                for _ in range(rounds):
+                    assert json.loads(process.stdout.readline()) == alone
+        finally:
+            for process in processes:
+                process.kill()

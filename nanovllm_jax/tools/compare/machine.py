@@ -58,7 +58,9 @@ def _gpu() -> tuple[str | None, str | None]:
     if visible := _visible():
         command = f"nvidia-smi -i {visible} --query-gpu=name,driver_version --format=csv,noheader"
         with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
-            answer = subprocess.check_output(command.split(), stderr=subprocess.DEVNULL, text=True)
+            answer = subprocess.check_output(
+                command.split(), stderr=subprocess.DEVNULL, encoding="utf-8"
+            )
             name, driver = answer.splitlines()[0].rsplit(", ", 1)
             return name, driver
     return None, None
