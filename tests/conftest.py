@@ -40,6 +40,14 @@ SMALL |= {"num_kvcache_blocks": 16, "dtype": "float32"}
 MAX_SHARED = 60  # Engines kept at once. Each maps about 600 areas of memory, see _clear_programs.
 
 
+def pytest_collection_finish():
+    """Leave what the imports have made, half a million objects, out of all garbage collections.
+
+    JAX makes so many objects while it traces that collections are frequent.
+    """
+    gc.freeze()
+
+
 def pytest_unconfigure():
     if _CACHE:
         shutil.rmtree(_CACHE, ignore_errors=True)

@@ -33,7 +33,12 @@ class Sum(BaseModel):
 
 @pytest.fixture(scope="module")
 def llm():
-    options = {"max_num_seqs": 4, "max_model_len": 512, "dtype": "float32"}
+    options = {
+        "max_num_seqs": 4,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 512,
+        "dtype": "float32",
+    }
     with quick_start(), LLM(DEMO_MODEL, **options) as llm:
         yield llm
 

@@ -30,7 +30,12 @@ LAX = [positive_data_acceptance]
 
 @pytest.fixture(scope="module")
 def api():
-    options = {"max_num_seqs": 2, "max_model_len": 64, "num_kvcache_blocks": 2}
+    options = {
+        "max_num_seqs": 2,
+        "max_model_len": 64,
+        "max_num_batched_tokens": 64,
+        "num_kvcache_blocks": 2,
+    }
     with quick_start(), LLM(DEMO_MODEL, **options) as llm, serving(llm) as url:
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 

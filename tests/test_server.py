@@ -25,7 +25,10 @@ GREEDY = SamplingParams(temperature=0, max_tokens=40)
 
 @pytest.fixture(scope="module")
 def llm():
-    with quick_start(), LLM(DEMO_MODEL, max_num_seqs=8, max_model_len=512) as llm:
+    with (
+        quick_start(),
+        LLM(DEMO_MODEL, max_num_seqs=8, max_model_len=512, max_num_batched_tokens=512) as llm,
+    ):
         yield llm
 
 
@@ -37,7 +40,9 @@ def engine(request, llm):
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        engine = EngineProcess(DEMO_MODEL, max_num_seqs=8, max_model_len=512)
+        engine = EngineProcess(
+            DEMO_MODEL, max_num_seqs=8, max_model_len=512, max_num_batched_tokens=512
+        )
     with engine:
         yield engine
 

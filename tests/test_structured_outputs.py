@@ -57,7 +57,10 @@ def start(**options):
     """The demo model with one bucket of each kind, optimized: it has many steps to take."""
     with quick_start():
         jax.config.update("jax_disable_most_optimizations", False)
-        return LLM(DEMO_MODEL, **{"max_num_seqs": 64, "max_model_len": 512} | options)
+        return LLM(
+            DEMO_MODEL,
+            **{"max_num_seqs": 64, "max_model_len": 512, "max_num_batched_tokens": 512} | options,
+        )
 
 
 @pytest.fixture(scope="module")
