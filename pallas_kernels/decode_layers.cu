@@ -1,40 +1,40 @@
 // All layers of a decode step of 1 to 16 sequences, as one kernel: docs/decode_kernel.md draws it.
 //
-// A block is a multiprocessor's whole work. Its copying warp fetches this block's rows of every
-// weight through a ring in shared memory. It knows all addresses from the start, and so it waits
-// for no other block: while the blocks exchange what they have computed, the weights of the next
-// product arrive. The eight computing warps follow it through the ring, and tell other blocks their
-// results through `mail`. Keys and values go from memory straight to the warps' registers.
+// Each multiprocessor runs one block. The block's copying warp streams the block's rows of every
+// weight through a ring in shared memory. It knows all addresses from the start, so it waits for no
+// other block: while the blocks exchange what they have computed, the weights of the next product
+// arrive. The eight computing warps follow it through the ring and tell other blocks their results
+// through `mail`. Keys and values go from memory straight to the warps' registers.
 //
-// Compiled for one shape; these are #defined before this text (sizes as in decode_layers.py):
+// The kernel is compiled for one shape, by #defines before this text (named as in decode_layers.py):
 //   BATCH LAYERS HIDDEN HEADS KV_HEADS HEAD_DIM FFN PAGES PAGE TABLE EPS SCALE_LOG2E QK_NORM
 //   QKV_BIAS NO_ROPE_BITS BLOCKS SPLITS STAGES IN_FLIGHT
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-constexpr int WARPS = 8;                  // that compute; one more copies
+constexpr int WARPS = 8;                  // computing warps; a ninth one copies
 constexpr int THREADS = 32 * WARPS;
-constexpr int GROUP = HEADS / KV_HEADS;   // query heads of a key/value head
+constexpr int GROUP = HEADS / KV_HEADS;   // query heads per KV head
 constexpr int QKV = KV_HEADS * (GROUP + 2) * HEAD_DIM;
 constexpr int ATTENDED = HEADS * HEAD_DIM;
-constexpr int TASKS = BATCH * KV_HEADS * SPLITS;  // of attention, at most one a block
+constexpr int TASKS = BATCH * KV_HEADS * SPLITS;  // attention tasks, at most one a block
 constexpr int HALF = HEAD_DIM / 2;
 constexpr float MASKED = -1e30f;
 
-// A stage of the ring holds 8 rows of up to 1,024 weights. Rows are padded, so that the 16-byte
-// words that are read at once lie in different banks.
+// A stage of the ring holds 8 rows of up to 1,024 weights. Rows are padded so that 16-byte words
+// which are read at the same time lie in different banks.
 constexpr int UNIT = 8, CHUNK = 1024;
 constexpr int PITCH = 2 * CHUNK + 64;
-constexpr int TILE = 16;        // positions that a warp attends to at once
-constexpr int LEAST_PART = 64;  // positions of a part, or more
-constexpr int MOST_ASKED = 256;  // positions of a part that are fetched ahead
+constexpr int TILE = 16;         // positions that a warp attends to at once
+constexpr int LEAST_PART = 64;   // fewest positions in a part of a context
+constexpr int MOST_ASKED = 256;  // most positions of a part that are prefetched
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
-constexpr int GROUP_UNITS = 8;  // units whose sums are in shared memory at once
+constexpr int GROUP_UNITS = 8;  // most units whose sums are in shared memory at once
 
 constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
 constexpr int INPUT_PITCH = 2 * WIDEST + (WIDEST % 64 ? 0 : 64);  // an odd number of 64 bytes
 constexpr int OWN_ROWS = UNIT * ((HIDDEN / UNIT + BLOCKS - 1) / BLOCKS);
-constexpr int PIECES = (HIDDEN / 8 + 31) / 32;  // of the hidden state, each for a warp
+constexpr int PIECES = (HIDDEN / 8 + 31) / 32;  // pieces of the hidden state, of 256 values
 
 struct Attention {
   float raw[GROUP + 2][HEAD_DIM];
@@ -43,21 +43,22 @@ struct Attention {
 
 struct Shared {
   unsigned char ring[STAGES][UNIT * PITCH];
-  unsigned char input[BATCH][INPUT_PITCH];      // of the product under way
+  unsigned char input[BATCH][INPUT_PITCH];      // the current product's
   u16 query[8][HEAD_DIM];                       // rows from GROUP on are zeros
-  u16 key[HEAD_DIM], value[HEAD_DIM];           // of the new position
+  u16 key[HEAD_DIM], value[HEAD_DIM];           // the new position's
   union {
-    float parts[WARPS][GROUP_UNITS][BATCH][UNIT];  // each warp's sums of a product
+    float parts[WARPS][GROUP_UNITS][BATCH][UNIT];  // each warp's share of a product's sums
     Attention attention;
   };
   float residual[OWN_ROWS][BATCH];              // the rows that this block adds to
   float squares[BATCH][PIECES];                 // sums of the product's input, for its norm
-  int part_count[BATCH];                        // of each context
+  int part_count[BATCH];                        // number of parts of each context
   u64 full[STAGES], empty[STAGES];
 };
 static_assert(sizeof(Shared) <= 232448, "shared memory");
 
-// Where each exchange of a layer has its words, of 4 bytes. All but LSE are pairs of bfloat16.
+// Offsets of each exchange's words among those of a layer. A word has 4 bytes: a pair of bfloat16
+// values, except that LSE's are float32.
 constexpr int LSE_PITCH = (SPLITS + 3) / 4 * 4;
 constexpr int MAIL_HIDDEN = 0;
 constexpr int MAIL_QKV = MAIL_HIDDEN + BATCH * HIDDEN / 2;
@@ -65,11 +66,11 @@ constexpr int MAIL_PART = MAIL_QKV + BATCH * QKV / 2;
 constexpr int MAIL_LSE = MAIL_PART + BATCH * SPLITS * ATTENDED / 2;
 constexpr int MAIL_MIDDLE = MAIL_LSE + BATCH * HEADS * LSE_PITCH;
 constexpr int MAIL_GATED = MAIL_MIDDLE + BATCH * HIDDEN / 2;
-constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;  // of a layer
+constexpr int MAIL_WORDS = MAIL_GATED + BATCH * FFN / 2;  // words of a layer
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-// The parts that a context is cut into, and the old positions of each.
+// How a context's old positions, all but the newest, are cut into `count` parts of `per` each.
 struct Parts {
   int old, per, count;
   __device__ explicit Parts(int context) {
@@ -79,10 +80,10 @@ struct Parts {
   }
 };
 
-// The first of a block's units, when all blocks share them.
+// The first of a block's units, if all blocks share them evenly.
 __device__ int first_of(int units, int block) { return units * block / BLOCKS; }
 
-// A place in the ring, which both sides step through in the same order.
+// A place in the ring. Both sides step through the ring in the same order.
 struct Place {
   int slot = 0;
   u32 phase = 0;
@@ -99,8 +100,8 @@ struct Copier {
   Place place;
   bool first_round = true;
 
-  // Waits for a free stage. Few copies are under way at a time: what is asked for long before its
-  // use would stand in the way of the blocks' exchanges.
+  // Waits for a free stage. Only IN_FLIGHT stages are under way at a time: copies that are requested
+  // long before their use delay the blocks' exchanges.
   __device__ void acquire(u32 bytes) {
     barrier_wait(&s.empty[place.slot], place.phase ^ 1);
     int before = place.slot - IN_FLIGHT;
@@ -114,7 +115,7 @@ struct Copier {
     if (place.slot == 0) first_round = false;
   }
 
-  // Rows of [*, width] in units of 8; unit i begins at row row_of(i).
+  // Copies units of 8 rows of a matrix [*, WIDTH]; unit i begins at row row_of(i).
   template <int WIDTH, class RowOf>
   __device__ void rows(const u16* weights, int units, RowOf row_of) {
     for (int i = 0; i < units; i++)
@@ -129,10 +130,9 @@ struct Copier {
       }
   }
 
-  // Asks for the first of a part's keys and values, so that the L2 cache has them when the warps
-  // load them.
+  // Prefetches the first keys or values of a part into the L2 cache, from where the warps load them.
   __device__ void ask_for(const u16* cache, const int* table, int begin, int end) {
-    constexpr int SECTORS = 2 * HEAD_DIM / 32;  // of 32 bytes, in a row
+    constexpr int SECTORS = 2 * HEAD_DIM / 32;  // sectors of 32 bytes in a row
     int sectors = min(end - begin, MOST_ASKED) * SECTORS;
     for (int i = lane; i < sectors; i += 32) {
       int at = begin + i / SECTORS;
@@ -150,10 +150,10 @@ __device__ float sum_of_warp(float x) {
   return x;
 }
 
-// Whether all words of an item are there: `tell` never sends a zero, with which they begin.
+// Tells whether all words of an item have arrived: they start as zeros, which `tell` never sends.
 __device__ bool has(uint4 item) { return item.x && item.y && item.z && item.w; }
 
-// Looks at items until all are there. Those that are not wanted count as being there.
+// Polls until all wanted items have arrived.
 template <int COUNT>
 __device__ void await(uint4 (&found)[COUNT], const uint4* const (&items)[COUNT],
                       const bool (&wanted)[COUNT]) {
@@ -191,8 +191,8 @@ struct Worker {
     place.step();
   }
 
-  // Receives [BATCH, WIDTH] as the input of a product, 8 values a lane. With a norm, its weights
-  // are applied here, and the root mean square to the product's result (`inverse`).
+  // Receives [BATCH, WIDTH] as the input of a product, 8 values a lane. A norm's weights are applied
+  // here; its root mean square is applied to the product's result (`inverse`).
   template <int WIDTH, bool NORM>
   __device__ void receive(const u32* words, const u16* norm) {
     constexpr int ITEMS = WIDTH / 8, PIECES = (ITEMS + 31) / 32, ALL = BATCH * PIECES;
@@ -240,8 +240,8 @@ struct Worker {
     return a * a + b * b;
   }
 
-  // Receives the attention's outputs of all parts of the contexts, each with the base-2 logarithm
-  // of its softmax's denominator, and merges them as the input of a product.
+  // Receives the attention's output for every part of the contexts, with the base-2 logarithm of its
+  // softmax's denominator, and merges the parts into the input of a product.
   __device__ void receive_attended(const u32* parts, const u32* lse) {
     constexpr int ITEMS = ATTENDED / 8, OF_HEAD = HEAD_DIM / 8, ALL = BATCH * ITEMS;
     constexpr int MINE = (ALL + THREADS - 1) / THREADS, AT_ONCE = SPLITS < 8 ? SPLITS : 8;
@@ -320,17 +320,18 @@ struct Worker {
     return rsqrt_of(sum / HIDDEN + EPS);
   }
 
-  // Multiplies this block's units of a matrix [*, WIDTH] with the input. All warps share a unit:
-  // each takes every eighth 32 of its columns. (Which column is which k of an mma does not matter,
-  // if input and weights agree: a lane's 16 bytes serve two of them.) Then done(first, units) may
-  // read `sum`. One unit after the other: the registers do not hold the sums of eight.
+  // Multiplies this block's units of a matrix [*, WIDTH] with the input. All warps work on the same
+  // unit, each on every eighth group of 32 columns. (It does not matter which column serves as which
+  // k of an mma as long as input and weights agree; a lane's 16 bytes serve two mmas.) After each
+  // group of units, done(first, units) may read their `sum`. Units come one after the other, since
+  // the registers cannot hold the sums of eight.
   template <int WIDTH, class Done>
   __device__ void product(int all, Done done) {
     constexpr int STEPS = CHUNK / 32 / WARPS;
 #pragma unroll 1
     for (int first = 0; first < all; first += GROUP_UNITS) {
       const int units = min(GROUP_UNITS, all - first);
-      uint4 x[STEPS], x8[STEPS];  // of sequence `row`, and of that plus 8
+      uint4 x[STEPS], x8[STEPS];  // of sequences `row` and `row` + 8
 #pragma unroll 1
       for (int unit = 0; unit < units; unit++) {
         float sums[STEPS][4] = {};
@@ -381,7 +382,7 @@ struct Worker {
       f(i / (BATCH * 4), i / 4 % BATCH, i % 4);
   }
 
-  // Two rows' sums over all warps.
+  // Sums of a pair of rows over all warps.
   __device__ float2 sum(int unit, int sequence, int pair) {
     float2 total = make_float2(0, 0);
 #pragma unroll
@@ -394,16 +395,16 @@ struct Worker {
   }
 };
 
-// One warp's online softmax over tiles of positions, for the queries of one group.
+// One warp's online softmax over tiles of positions, for the queries of one KV head.
 struct Softmax {
-  static constexpr int WORDS = HEAD_DIM / 32;  // of 16 bytes, that a lane has of a row
+  static constexpr int WORDS = HEAD_DIM / 32;  // 16-byte words that a lane holds of a row
   const int lane = threadIdx.x % 32, quad = lane % 4;
   uint4 q[WORDS];                     // of query lane / 4, as `load` gives them
   float maximum = MASKED, total = 0;  // of that query; total: over this lane's positions
-  // Products of mmas whose rows are elements, and whose columns are queries (`store` says which).
+  // Accumulators of mmas whose rows are elements and whose columns are queries; `store` says which.
   float sums[2 * WORDS][4] = {};
 
-  // A lane's words of a key, value or query: 8 elements of each 32.
+  // Loads a lane's words of a key, value or query: 8 elements of every 32. Null stands for zeros.
   __device__ void load(uint4 (&words)[WORDS], const u16* from) const {
 #pragma unroll
     for (int i = 0; i < WORDS; i++)
@@ -490,7 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   }
   __syncthreads();
 
-  // This block's rows of each product, and its part of the attention.
+  // This block's rows of each product, and its task in the attention.
   const int qkv_first = first_of(QKV / UNIT, block);
   const int qkv_units = first_of(QKV / UNIT, block + 1) - qkv_first;
   const int own_first = first_of(HIDDEN / UNIT, block);
@@ -499,7 +500,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   const int ffn_units = first_of(FFN / UNIT, block + 1) - ffn_first;
   const int split = block % SPLITS, head = block / SPLITS % KV_HEADS;
   const int sequence = block / SPLITS / KV_HEADS;
-  int begin = 0, end = 0, last_part = -1;  // of the old positions
+  int begin = 0, end = 0, last_part = -1;  // old positions of its part; the context's last part
   if (block < TASKS) {
     Parts parts(contexts[sequence]);
     begin = min(split * parts.per, parts.old);
@@ -510,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
 
   if (thread >= THREADS) {
     Copier copier{s, thread - THREADS};
-    // What the warps will load without the ring.
+    // Prefetches what the warps load without the ring.
     auto ask = [&](int layer) {
       if (copier.lane < own_units) {
         fetch(input_norm + layer * HIDDEN + (own_first + copier.lane) * UNIT);
@@ -540,7 +541,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   if (thread < BATCH) s.part_count[thread] = Parts(contexts[thread]).count;
   for (int i = thread; i < 8 * HEAD_DIM; i += THREADS) s.query[i / HEAD_DIM][i % HEAD_DIM] = 0;
 
-  // Every block begins with its own rows, told like those of a layer.
+  // Every block tells its rows of the first layer's input, as it will those of later layers.
   for (int i = thread; i < own_units * UNIT / 2 * BATCH; i += THREADS) {
     int pair = i / BATCH, b = i % BATCH, at = b * HIDDEN / 2 + own_first * UNIT / 2 + pair;
     u32 word = reinterpret_cast<const u32*>(x)[at];
@@ -574,7 +575,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     // ---- attention of one head's queries to a part of one sequence
     if (split <= last_part) {
       Attention& a = s.attention;
-      // The first keys and values are on their way while the new ones are waited for.
+      // The first keys and values are requested before the block waits for the new ones.
       size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
       auto row_of = [&](const u16* cache, int at) -> const u16* {
         if (at >= end) return nullptr;
@@ -590,7 +591,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       };
       load(k, k_cache);
       load(v, v_cache);
-      // So are the factors of norms and RoPE, of a lane's pairs (i, i + half), (i + 1, i + 1 + half).
+      // So are the factors of norms and RoPE for a lane's pairs (i, i + half), (i + 1, i + 1 + half).
       const int i = 2 * lane;
       u32 of_query[2], of_key[2];
       float c[2] = {1, 1}, d[2] = {};
@@ -690,7 +691,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
         if (SPLITS > 1 && pair == 0) {
           u32* lse = words + MAIL_LSE + of_head * LSE_PITCH;
           tell(lse + split, __float_as_uint(highest + log_2(all)));
-          if (split == last_part)  // so that readers find whole items
+          if (split == last_part)  // readers wait for items of four words
             for (int j = split + 1; j < LSE_PITCH; j++) tell(lse + j, __float_as_uint(MASKED));
         }
       }

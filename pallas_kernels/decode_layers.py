@@ -19,14 +19,14 @@ from pallas_kernels.paged_decode import decode_step
 # all operands, then those of all results.
 _TARGET = "__gpu$xla.gpu.ptx"
 _SOURCES = [Path(__file__).with_name(name) for name in ("primitives.cuh", "decode_layers.cu")]
-_THREADS = 288  # of a block: eight warps that compute and one that copies
+_THREADS = 288  # threads of a block: eight computing warps and a copying one
 
 # Blocks of the kernel, each of which needs a multiprocessor. An H100 SXM has 132, but the sizes of
 # models divide by powers of two.
 BLOCKS = 128
 MOST_SHARED = 232_448  # bytes of shared memory that a block may have on such a GPU
-MOST_ROWS = 16  # sequences: the height of a tensor core's tile
-MOST_LAYERS = 64  # bits of the mask of layers without RoPE
+MOST_ROWS = 16  # most sequences: the height of a tensor core's tile
+MOST_LAYERS = 64  # most layers: a bit for each in the mask of those without RoPE
 
 Implementation = Literal["cuda", "xla"]
 
@@ -71,10 +71,10 @@ class Sizes(NamedTuple):
 class Plan(NamedTuple):
     """How the kernel divides its work; the first four are #defines of the same names."""
 
-    blocks: int  # of threads, one a multiprocessor, which must all run at the same time
-    splits: int  # parts of each context, which different blocks attend to
-    stages: int  # of the ring in shared memory
-    in_flight: int  # stages that are being filled, at most
+    blocks: int  # thread blocks, one per multiprocessor, which must all run at the same time
+    splits: int  # parts of each context, attended to by different blocks
+    stages: int  # stages of the ring in shared memory
+    in_flight: int  # most stages that are being filled at the same time
     shared_bytes: int  # shared memory of a block
     mail_words: int  # words of 4 bytes through which blocks exchange activations
 
@@ -110,8 +110,8 @@ class Plan(NamedTuple):
 
         mail = s.batch * (2 * s.hidden + qkv + s.ffn + splits * attended) // 2
         mail += s.batch * s.heads * math.ceil(splits / 4) * 4
-        # What is asked for long before its use stands in the way of the exchanges. The more a block
-        # must read in a layer, the more must be under way.
+        # Copies that are requested long before their use delay the exchanges. But the more a block
+        # reads in a layer, the more copies must be under way.
         weights = 2 * s.hidden * (qkv + attended + 3 * s.ffn)
         in_flight = min(4, max(1, round(weights / BLOCKS / 400_000)))
         shared = stages * (stage + 16) + beside
@@ -172,11 +172,11 @@ def decode_layers(
 
     The caches are updated in place and those passed in are consumed: go on with the ones returned.
 
-    A step of few sequences reads each weight once and computes little with it, so its time should
-    be that of reading. Kernels that follow one another cannot reach that: each begins by waiting
-    for memory. The CUDA kernel ("cuda") stays on the GPU from the first layer to the last, and
-    fetches the next weights while its blocks exchange what they have computed. "xla" is its
-    reference in plain JAX, which rounds where a step of plain layers does.
+    A step of a few sequences reads each weight once and computes little with it, so it should take
+    as long as reading takes. Kernels that follow one another cannot reach that, since each begins
+    by waiting for memory. The CUDA kernel ("cuda") stays on the GPU from the first layer to the
+    last and fetches the next weights while its blocks exchange what they have computed. "xla" is
+    its reference in plain JAX, which rounds where a step of plain layers does.
 
     Args:
         x: the tokens' embeddings.

@@ -1,4 +1,4 @@
-// The PTX instructions (sm_90) that CUDA kernels of this folder use, each as a function with a name.
+// Each function here wraps one PTX instruction (sm_90) that the CUDA kernels of this folder use.
 // NVRTC compiles this file in front of a kernel, without any header. tests/cuda_machine.h has the
 // same functions in C++, to run kernels on a CPU.
 
@@ -6,13 +6,13 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// Shared memory has addresses of 32 bits of its own, which its instructions take.
+// Instructions for shared memory take its own addresses, of 32 bits.
 __device__ inline u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
-// Ends the kernel with an error if a loop of waiting goes on for about 20 s: a wrong count would
-// otherwise hang the GPU, without a message. Healthy waits end before the clock is looked at once.
+// Ends the kernel with an error if a wait lasts 20 s: a wrong count would otherwise hang the GPU
+// without a message. Ordinary waits end before the clock is read even once.
 struct Deadline {
   u32 rounds = 0;
   u64 end = 0;
@@ -28,7 +28,7 @@ struct Deadline {
 
 // ---- Barriers in shared memory (mbarrier), for which copies and warps wait
 
-// One thread sets up a barrier whose phase ends after this many arrivals, and the bytes expected.
+// One thread sets up a barrier, whose phases end after this many arrivals and all expected bytes.
 __device__ inline void barrier_init(u64* bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
                :: "r"(shared_address(bar)), "r"(arrivals) : "memory");
@@ -39,20 +39,20 @@ __device__ inline void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives, and adds bytes of copies that the phase must wait for as well.
+// Arrives, and adds to the bytes of copies that the phase waits for.
 __device__ inline void barrier_expect(u64* bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                :: "r"(shared_address(bar)), "r"(bytes) : "memory");
 }
 
-// Arrives. What this thread has read or written before is done when the phase ends.
+// Arrives. This thread's earlier reads and writes are done when the phase ends.
 __device__ inline void barrier_arrive(u64* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(bar)) : "memory");
 }
 
 // Waits until the phase of this parity has ended: 0 for the first, then 1, 0, and so on. For a new
 // barrier, parity 1 counts as ended. The hardware may suspend a thread for a while in each round,
-// so the clock is looked at after fewer rounds.
+// so the clock is read after fewer rounds.
 __device__ inline void barrier_wait(u64* bar, u32 parity) {
   Deadline deadline;
   while (true) {
@@ -67,9 +67,9 @@ __device__ inline void barrier_wait(u64* bar, u32 parity) {
   }
 }
 
-// One thread starts a copy to shared memory, which tells `bar` when its bytes have arrived. Both
-// addresses and `bytes` are multiples of 16. The data is read once: it is the first to leave the
-// L2 cache, and what is exchanged stays there.
+// One thread starts a copy to shared memory, whose bytes count towards the phase of `bar`. Both
+// addresses and `bytes` are multiples of 16. The data is read only once, so it is the first to be
+// evicted from the L2 cache, where the exchanged words stay.
 __device__ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar) {
   asm volatile("{\n"
                ".reg .b64 policy;\n"
@@ -81,25 +81,25 @@ __device__ inline void copy_in(void* to, const void* global, u32 bytes, u64* bar
                : "memory");
 }
 
-// Asks for the 32 bytes at this address to be in the L2 cache soon.
+// Prefetches the 32 bytes at this address into the L2 cache.
 __device__ inline void fetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
 }
 
-// Loads 4 bytes that nobody writes, here and now: an ordinary load moves to where it is used, which
-// may be behind a wait.
+// Loads 4 bytes that no kernel writes, at this point of the program: the compiler moves an ordinary
+// load to where its value is used, which may be behind a wait.
 __device__ inline u32 load_now(const void* global) {
   u32 r;
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r) : "l"(global));
   return r;
 }
 
-// The threads 0 to 255, which compute, wait for one another. Barrier 0 is __syncthreads's.
+// Makes the computing threads, 0 to 255, wait for one another. Barrier 0 is that of __syncthreads.
 __device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
-// ---- Words that blocks send each other through global memory, which begins with zeros
+// ---- Words that blocks send each other through global memory, which starts as zeros
 
-// Reads four words anew, from where all blocks see the same. Each may be there or not.
+// Reads four words from the L2 cache, where all blocks see the same. Any of them may still be zero.
 __device__ inline uint4 look(const uint4* p) {
   uint4 r;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -107,8 +107,8 @@ __device__ inline uint4 look(const uint4* p) {
   return r;
 }
 
-// Sends a word: a pair of bfloat16, or a float32. Zero means "not yet", and so it goes out as what
-// is its equal to both: +0 and -0 as a pair, -0 as a float32.
+// Sends a word: a pair of bfloat16 values, or a float32. Zero means "not yet", so it is sent as its
+// equal of other bits: the pair +0, -0, which is also the float32 -0.
 __device__ inline void tell(u32* p, u32 word) {
   if (word == 0) word = 0x80000000u;
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(word) : "memory");
@@ -153,8 +153,8 @@ __device__ inline float shuffle(float value, int lane) {
 
 // ---- Numbers
 
-// Two float32 as a pair of bfloat16, rounded to nearest even; the instruction names the upper one
-// first.
+// Two float32 values as a pair of bfloat16, rounded to nearest even. The instruction takes the high
+// one first.
 __device__ inline u32 pack(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from jax.stages import Traced
 
 from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine import cuda_driver
 from nanovllm_jax.engine.buckets import Bucket
 from nanovllm_jax.engine.programs import Programs
 from nanovllm_jax.sharding import Sharding
@@ -173,6 +174,16 @@ def test_other_steps_compute_layer_by_layer(programs, with_nvrtc, options, bucke
     with jax.sharding.use_abstract_mesh(p.sharding.mesh):
         found = kernels_in(p.lower_step(bucket, num_blocks=64).as_text())
     assert "decode_layers" not in found and len(set(found)) > 2
+
+
+def test_a_gpu_shared_with_kernels_of_others_computes_layer_by_layer(
+    programs, with_nvrtc, monkeypatch
+):
+    monkeypatch.setattr(cuda_driver, "shared_by_mps", lambda: True)
+    p = programs.__wrapped__(128, 1)
+    with jax.sharding.use_abstract_mesh(p.sharding.mesh):
+        found = kernels_in(p.lower_step(Bucket(0, 1), num_blocks=64).as_text())
+    assert set(found) == STEPS[Bucket(0, 1)]
 
 
 @each_number_of_gpus

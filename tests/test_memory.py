@@ -170,6 +170,29 @@ def test_what_was_freed_can_be_returned():
     memory.return_freed()
 
 
+@pytest.mark.parametrize("enabled", [(0, 0), (0, 1)])
+def test_a_driver_tells_who_else_uses_its_gpus(monkeypatch, enabled):
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGetCount(self, count):
+            count._obj.value = len(enabled)
+            return 0
+
+        def cuDeviceGet(self, device, number):
+            device._obj.value = number
+            return 0
+
+        def cuDeviceGetAttribute(self, value, attribute, device):
+            assert attribute == 133
+            value._obj.value = enabled[device.value]
+            return 0
+
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", lambda name: Driver())
+    assert cuda_driver.shared_by_mps() == any(enabled)
+
+
 def test_a_driver_that_fails_tells_of_no_gpus(monkeypatch):
     """Its error must not take the place of the one that is being told."""
 
@@ -182,6 +205,7 @@ def test_a_driver_that_fails_tells_of_no_gpus(monkeypatch):
 
     monkeypatch.setattr(cuda_driver.ctypes, "CDLL", lambda name: Driver())
     assert cuda_driver.total_memory() == cuda_driver.memory() == []
+    assert not cuda_driver.shared_by_mps()
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch):
@@ -190,3 +214,4 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch):
 
     monkeypatch.setattr(cuda_driver.ctypes, "CDLL", no_library)
     assert cuda_driver.total_memory() == cuda_driver.memory() == []
+    assert not cuda_driver.shared_by_mps()

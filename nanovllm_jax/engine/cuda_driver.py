@@ -1,10 +1,12 @@
-"""Asks NVIDIA's driver how much memory the GPUs have: JAX tells only of its own pool."""
+"""Asks NVIDIA's driver what JAX does not tell of the GPUs: their memory, and who else uses them."""
 
 import ctypes
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED in cuda.h
 
 
 class GpuMemory(NamedTuple):
@@ -43,6 +45,21 @@ def memory() -> list[GpuMemory]:
         return GpuMemory(free.value, total.value)
 
     return _ask_each(ask)
+
+
+def shared_by_mps() -> bool:
+    """Whether kernels of other processes may run on the visible GPUs at the same time as ours.
+
+    NVIDIA's MPS does that. Without it, a GPU runs the processes' kernels in turns. False if the
+    driver does not tell; asking claims no GPU.
+    """
+
+    def ask(cuda: ctypes.CDLL, device: ctypes.c_int) -> bool:
+        enabled = ctypes.c_int()
+        _check(cuda.cuDeviceGetAttribute(ctypes.byref(enabled), MPS_ENABLED, device))
+        return bool(enabled.value)
+
+    return any(_ask_each(ask))
 
 
 def _ask_each(ask: Callable[[ctypes.CDLL, ctypes.c_int], T]) -> list[T]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nanovllm_jax.checks import check_values
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine import host, memory
+from nanovllm_jax.engine import cuda_driver, host, memory
 from nanovllm_jax.engine.buckets import Bucket, decode_buckets, mixed_buckets, prefill_buckets
 from nanovllm_jax.engine.edits import MOST_EDITS
 from nanovllm_jax.engine.inputs import NUM_OPTIONS, NUM_SCORED
@@ -91,7 +91,9 @@ class Programs:
             jax.tree.structure(self.weights),
             sharding,
             *self._attention_kernels(),
-            config.attention_backend == "auto",  # whoever names the kernels of attention gets those
+            # Whoever names the kernels of attention gets those. MPS could put the blocks of another
+            # process's kernel on the GPU, where ours must all be at the same time.
+            config.attention_backend == "auto" and not cuda_driver.shared_by_mps(),
             config.kvcache_block_size,
             config.model_config.vocab_size,
         )
