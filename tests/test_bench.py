@@ -53,6 +53,9 @@ def test_context_tokens_counts_what_each_decode_step_attends_to():
 def test_all_measurements_run_and_are_written_as_one_json_line(model_dir, tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     argv = [str(model_dir), "--all", "--bandwidth", "0.01", "--json", str(out), *SMALL, *ENGINE]
+    # Requests that decode for many more rounds than the 20 to 100 after which others arrive.
+    argv += ["--max-model-len", "1024", "--max-num-batched-tokens", "1024"]
+    argv += ["--num-kvcache-blocks", "80", "--num-scheduler-steps", "2"]
     assert main(["bench", *argv]) == 0
     (line,) = out.read_text("utf-8").splitlines()
     result = json.loads(line)

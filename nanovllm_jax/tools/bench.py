@@ -218,14 +218,17 @@ def latency(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
         results["newcomer"] = row
         say("  first token of {count} newcomers beside {running} that decode after {ttft_ms:.1f} ms"
             .format(**row))  # fmt: skip
+    else:
+        say("  no newcomer: the requests that decode end too soon; give a larger --max-model-len")
     return results
 
 
 def newcomers(llm: LLM, rng: random.Random, running: int) -> list[float]:
     """Time the first tokens of requests that arrive one by one while others decode.
 
-    Each arrives at a random moment, 20 to 100 steps after the one before it, and is added at the
-    end of the round in which it does, as a server would. Returns the seconds from arrival to token.
+    Each arrives at a random moment, 20 to 100 rounds after the one before it, and is added at the
+    end of the round in which it does, as a server would. Returns the seconds from arrival to token;
+    none if the others come to their ends before the first.
     """
     output = llm.config.max_model_len - LATENCY_PROMPT
     work = fixed_workload(rng, running + NEWCOMERS, LATENCY_PROMPT, output, llm.vocab_size)
@@ -233,16 +236,16 @@ def newcomers(llm: LLM, rng: random.Random, running: int) -> list[float]:
     others = [llm.add_request(prompt, forced) for prompt in work.prompts[:running]]
     while llm.step()[1] != -running:
         pass
-    waits, steps, began = [], 0, time.perf_counter()
+    waits, rounds, began = [], 0, time.perf_counter()
 
     def step() -> tuple[set, float]:
-        nonlocal steps
-        steps += 1
+        nonlocal rounds
+        rounds += 1
         return {request_id for request_id, _ in llm.step()[0]}, time.perf_counter()
 
     ended, now = step()
     for prompt in work.prompts[running:]:
-        arrival = now + rng.uniform(20, 100) * (now - began) / steps
+        arrival = now + rng.uniform(20, 100) * (now - began) / rounds
         while now < arrival and not ended:
             ended, now = step()
         if ended:  # the others have come to their ends
