@@ -41,9 +41,9 @@ MAX_SHARED = 60  # Engines kept at once. Each maps about 600 areas of memory, se
 
 
 def pytest_collection_finish():
-    """Leave what the imports have made, half a million objects, out of all garbage collections.
+    """Keep the half a million objects that imports have made out of all garbage collections.
 
-    JAX makes so many objects while it traces that collections are frequent.
+    Collections are frequent, because JAX makes many objects while it traces.
     """
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Asks NVIDIA's driver what JAX does not tell of the GPUs: their memory, and who else uses them."""
+"""Asks NVIDIA's driver what JAX does not report of the GPUs: their memory, and who shares them."""
 
 import ctypes
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def memory() -> list[GpuMemory]:
 def shared_by_mps() -> bool:
     """Whether kernels of other processes may run on the visible GPUs at the same time as ours.
 
-    NVIDIA's MPS does that. Without it, a GPU runs the processes' kernels in turns. False if the
-    driver does not tell; asking claims no GPU.
+    NVIDIA's MPS lets them. Without it, a GPU runs one process after the other. The answer is False
+    if the driver does not tell. Asking claims no GPU.
     """
 
     def ask(cuda: ctypes.CDLL, device: ctypes.c_int) -> bool:

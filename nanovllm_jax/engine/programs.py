@@ -91,8 +91,8 @@ class Programs:
             jax.tree.structure(self.weights),
             sharding,
             *self._attention_kernels(),
-            # Whoever names the kernels of attention gets those. MPS could put the blocks of another
-            # process's kernel on the GPU, where ours must all be at the same time.
+            # Users who name the attention kernels get those. Under MPS, kernels of others may
+            # keep some blocks off the GPU, but the one kernel needs all of them at the same time.
             config.attention_backend == "auto" and not cuda_driver.shared_by_mps(),
             config.kvcache_block_size,
             config.model_config.vocab_size,

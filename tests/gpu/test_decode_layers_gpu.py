@@ -79,7 +79,7 @@ def test_its_greedy_tokens_are_the_likeliest_in_float32(float32, monkeypatch, co
     assert different < 0.03 * NEW_TOKENS * count
 
 
-# Generates the same as often as it is told to, and says what came and with which kernel.
+# A program that reads how often to generate, and prints each time which kernels ran and the tokens.
 GENERATOR = f"""
 import json, sys
 from nanovllm_jax import LLM, SamplingParams
@@ -104,7 +104,7 @@ with LLM({str(DEMO_MODEL)!r}, dtype="bfloat16", **{OPTIONS!r}) as llm:
 
 
 def test_two_processes_on_one_gpu_get_what_each_gets_alone():
-    """All blocks of a kernel wait for each other: none may be kept away by those of the other."""
+    """The blocks of a kernel wait for each other, so the other process must not keep any away."""
     env = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # two processes share the memory
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program is traced, so that it can be watched
