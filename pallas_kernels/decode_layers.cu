@@ -30,6 +30,9 @@ constexpr int LEAST_PART = 64;   // fewest positions in a part of a context
 constexpr int MOST_ASKED = 256;  // most positions of a part that are prefetched
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
 constexpr int GROUP_UNITS = 8;  // most units whose sums are in shared memory at once
+// Cycles after which a reader first looks for the words of other blocks. None come sooner, and looks
+// at words that are not there yet delay those that are on their way.
+constexpr int FIRST_LOOK = 1000;
 
 constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
 constexpr int INPUT_PITCH = 2 * WIDEST + (WIDEST % 64 ? 0 : 64);  // an odd number of 64 bytes
@@ -197,8 +200,9 @@ struct Worker {
   __device__ void receive(const u32* words, const u16* norm) {
     constexpr int ITEMS = WIDTH / 8, PIECES = (ITEMS + 31) / 32, ALL = BATCH * PIECES;
     constexpr int MINE = (ALL + WARPS - 1) / WARPS, COUNT = MINE < 8 ? MINE : 8;
+    constexpr bool SAME = WARPS % PIECES == 0;  // a lane's columns are the same in all sequences
     for (int first = warp; first < ALL; first += WARPS * COUNT) {
-      uint4 found[COUNT], scale[COUNT];
+      uint4 found[COUNT], scale[SAME ? 1 : COUNT];
       const uint4* items[COUNT];
       bool wanted[COUNT];
 #pragma unroll
@@ -206,7 +210,8 @@ struct Worker {
         int piece = first + i * WARPS, item = piece % PIECES * 32 + lane;
         wanted[i] = piece < ALL && item < ITEMS;
         items[i] = reinterpret_cast<const uint4*>(words) + piece / PIECES * ITEMS + item;
-        if (NORM && wanted[i]) scale[i] = reinterpret_cast<const uint4*>(norm)[item];
+        if (NORM && wanted[i] && (!SAME || i == 0))
+          scale[i] = reinterpret_cast<const uint4*>(norm)[item];
       }
       await(found, items, wanted);
 #pragma unroll
@@ -215,8 +220,9 @@ struct Worker {
         float squares = 0;
         if (wanted[i]) {
           if (NORM) {
-            squares = scale_pair(found[i].x, scale[i].x) + scale_pair(found[i].y, scale[i].y) +
-                      scale_pair(found[i].z, scale[i].z) + scale_pair(found[i].w, scale[i].w);
+            uint4 by = scale[SAME ? 0 : i];
+            squares = scale_pair(found[i].x, by.x) + scale_pair(found[i].y, by.y) +
+                      scale_pair(found[i].z, by.z) + scale_pair(found[i].w, by.w);
           }
           put(sequence, piece % PIECES * 32 + lane, found[i]);
         }
@@ -555,6 +561,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     u32* const words = mail + layer * MAIL_WORDS;
 
     // ---- queries, keys and values
+    spin(FIRST_LOOK);
     w.receive<HIDDEN, true>(words + MAIL_HIDDEN, input_norm + layer * HIDDEN);
     w.product<HIDDEN>(qkv_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {
@@ -716,6 +723,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     });
 
     // ---- gate and up
+    spin(FIRST_LOOK);
     w.receive<HIDDEN, true>(words + MAIL_MIDDLE, post_norm + layer * HIDDEN);
     w.product<HIDDEN>(2 * ffn_units, [&](int first, int units) {
       w.each_pair(units / 2, [&](int unit, int b, int pair) {
@@ -728,6 +736,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     });
 
     // ---- down, and the residual
+    spin(FIRST_LOOK);
     w.receive<FFN, false>(words + MAIL_GATED, nullptr);
     w.product<FFN>(own_units, [&](int first, int units) {
       w.each_pair(units, [&](int unit, int b, int pair) {

@@ -110,10 +110,12 @@ class Plan(NamedTuple):
 
         mail = s.batch * (2 * s.hidden + qkv + s.ffn + splits * attended) // 2
         mail += s.batch * s.heads * math.ceil(splits / 4) * 4
-        # Copies that are requested long before their use delay the exchanges. But the more a block
-        # reads in a layer, the more copies must be under way.
+        # Copies that are requested long before their use delay the exchanges, most of all where
+        # many words are exchanged. But the more a block reads in a layer, the more copies must be
+        # under way.
         weights = 2 * s.hidden * (qkv + attended + 3 * s.ffn)
-        in_flight = min(4, max(1, round(weights / BLOCKS / 400_000)))
+        least = 2 if s.batch <= 4 else 1
+        in_flight = min(4, max(least, round(weights / BLOCKS / 400_000)))
         shared = stages * (stage + 16) + beside
         return cls(BLOCKS, splits, stages, in_flight, shared, s.layers * mail)
 

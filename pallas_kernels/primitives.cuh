@@ -97,6 +97,15 @@ __device__ inline u32 load_now(const void* global) {
 // Makes the computing threads, 0 to 255, wait for one another. Barrier 0 is that of __syncthreads.
 __device__ inline void sync_computing() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+// Keeps the thread busy for some cycles of its multiprocessor's clock.
+__device__ inline void spin(u32 cycles) {
+  u32 begin, now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(begin));
+  do {
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+  } while (now - begin < cycles);
+}
+
 // ---- Words that blocks send each other through global memory, which starts as zeros
 
 // Reads four words from the L2 cache, where all blocks see the same. Any of them may still be zero.

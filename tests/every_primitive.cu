@@ -29,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(288, 1) every_primitive(
   float c[4] = {0, 0, 0, 0};
   mma16(c, a[0], a[1], a[2], a[3], transpose(a[0]), transpose(a[1]));
   sync_computing();
+  spin(100);
   Deadline deadline;
   uint4 words = look(received + thread);
 #pragma unroll 1
