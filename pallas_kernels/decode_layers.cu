@@ -30,8 +30,8 @@ constexpr int LEAST_PART = 64;   // fewest positions in a part of a context
 constexpr int MOST_ASKED = 256;  // most positions of a part that are prefetched
 constexpr int KV_ROW = KV_HEADS * HEAD_DIM;  // elements of a position in the cache
 constexpr int GROUP_UNITS = 8;  // most units whose sums are in shared memory at once
-// Cycles after which a reader first looks for the words of other blocks. None come sooner, and looks
-// at words that are not there yet delay those that are on their way.
+// Cycles before a reader's first look at the words of other blocks: they hardly come sooner, and
+// looks in vain delay those that are on their way.
 constexpr int FIRST_LOOK = 1000;
 
 constexpr int WIDEST = larger(larger(HIDDEN, ATTENDED), FFN);
@@ -557,6 +557,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
   }
   sync_computing();
 
+  // The row of the cache in which a position of this block's part lies, the same in every layer; -1
+  // for none. A lane's first ones are looked up once.
+  auto row_of = [&](int at) {
+    return at < end ? tables[sequence * TABLE + at / PAGE] * PAGE + at % PAGE : -1;
+  };
+  const int first_at = begin + warp * TILE + row;
+  const int first_rows[2] = {row_of(first_at), row_of(first_at + 8)};
+
   for (int layer = 0; layer < LAYERS; layer++) {
     u32* const words = mail + layer * MAIL_WORDS;
 
@@ -582,23 +590,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
     // ---- attention of one head's queries to a part of one sequence
     if (split <= last_part) {
       Attention& a = s.attention;
-      // The first keys and values are requested before the block waits for the new ones.
-      size_t cached = layer * LAYER_OF_CACHE + head * HEAD_DIM;
-      auto row_of = [&](const u16* cache, int at) -> const u16* {
-        if (at >= end) return nullptr;
-        int page = tables[sequence * TABLE + at / PAGE];
-        return cache + cached + ((size_t)page * PAGE + at % PAGE) * KV_ROW;
-      };
       Softmax softmax;
       uint4 k[2][Softmax::WORDS], v[2][Softmax::WORDS];
-      int tile = begin + warp * TILE;
+      int tile = begin + warp * TILE, rows[2] = {first_rows[0], first_rows[1]};
       auto load = [&](uint4 (&words)[2][Softmax::WORDS], const u16* cache) {
-        softmax.load(words[0], row_of(cache, tile + row));
-        softmax.load(words[1], row_of(cache, tile + row + 8));
+        const u16* cached = cache + layer * LAYER_OF_CACHE + head * HEAD_DIM;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          softmax.load(words[i], rows[i] < 0 ? nullptr : cached + (size_t)rows[i] * KV_ROW);
       };
+      // Before the block waits for the new queries and keys, it requests what does not depend on
+      // them: the first old keys (the values, needed last, would be in the way of the words), and
+      // the factors of norms and RoPE for a lane's pairs (i, i + half), (i + 1, i + 1 + half).
       load(k, k_cache);
-      load(v, v_cache);
-      // So are the factors of norms and RoPE for a lane's pairs (i, i + half), (i + 1, i + 1 + half).
       const int i = 2 * lane;
       u32 of_query[2], of_key[2];
       float c[2] = {1, 1}, d[2] = {};
@@ -625,6 +629,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
         for (int j = 0; j < 4; j++)
           reinterpret_cast<float2*>(a.raw)[4 * i + j] = make_float2(low_of(pairs[j]), high_of(pairs[j]));
       }
+      load(v, v_cache);
       sync_computing();
       const int slot = slots[sequence];
       for (int r = warp; r < GROUP + 2; r += WARPS) {  // queries, the key, the value
@@ -667,6 +672,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(
       while (tile < end) {
         uint2 weights = softmax.score(k, end - tile);
         tile += TILE * WARPS;
+        rows[0] = row_of(tile + row);
+        rows[1] = row_of(tile + row + 8);
         load(k, k_cache);
         softmax.add(weights, v);
         load(v, v_cache);
