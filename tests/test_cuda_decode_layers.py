@@ -266,6 +266,16 @@ CASES = {
         Model(1, hidden=1056, ffn=1120, heads=7, kv_heads=1, blocks=4, stages=2),
         [[30]],
     ),
+    # Eight warps share the pieces of 256 values. With two to a sequence, a lane has the same
+    # columns of every sequence; with three it has others of each.
+    "hidden states of two pieces": (
+        Model(9, hidden=320, heads=2, kv_heads=1, ffn=64, blocks=9, stages=2),
+        [[7, 0, 40, 1, 2, 3, 16, 17, 18]],
+    ),
+    "hidden states of three pieces": (
+        Model(3, hidden=544, heads=2, kv_heads=1, ffn=64, blocks=6, stages=2),
+        [[7, 0, 40]],
+    ),
     "blocks without rows": (
         Model(3, hidden=64, heads=2, kv_heads=1, ffn=64, blocks=40, stages=2),
         [[7, 0, 140]],
